@@ -1,0 +1,77 @@
+"""Rows of all layers at once: out of a pool, into a pool, and from slot to slot inside one.
+
+Pools are `(layers, slots, ...)` of any further dimensions. Slot 0, the sink, and slots outside the pool are padding:
+they read as zeros, or as the sink's own row, and are never written.
+
+Source: SGLang 0.5.2 memory_pool.py (get_cpu_copy, load_cpu_copy, copy_all_layer_kv_cache).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxcache.kernels.arguments import require_int32, require_pool, require_rows, require_same_length
+from jaxcache.kernels.write_kv import drop_sink
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32, Shaped
+
+
+def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[Array, " n"]) -> Shaped[Array, "layers n *row"]:
+    """Reads the rows of `n` slots in every layer.
+
+    Args:
+      pool: The stack; only read.
+      loc: Slots, in any order, with repeats. A slot outside the pool reads as zeros, never as somebody's KV.
+
+    Raises:
+      ArgumentError: on a wrong dtype or shape.
+
+    Cost: moves `layers * n` rows, read once and written once.
+    """
+    require_pool("pool", pool)
+    require_int32(loc=loc)
+    return pool.at[:, loc].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def scatter_rows(
+    pool: Shaped[Array, "layers slots *row"], loc: Int32[Array, " n"], rows: Shaped[Array, "layers n *row"]
+) -> Shaped[Array, "layers slots *row"]:
+    """Writes rows to `n` slots in every layer: the inverse of `gather_rows`.
+
+    Args:
+      pool: The stack. Consumed: use the returned pool from here on.
+      loc: Slots, distinct but for slot 0. Slot 0 and slots outside the pool are dropped.
+      rows: Rows in the pool's storage dtype.
+
+    Raises:
+      ArgumentError: on a wrong dtype or shape.
+
+    Cost: moves `layers * n` rows, read once and written once.
+    """
+    require_pool("pool", pool)
+    require_int32(loc=loc)
+    require_rows("rows", rows, (pool.shape[0], loc.shape[0], *pool.shape[2:]), pool.dtype)
+    return pool.at[:, drop_sink(loc, pool.shape[1])].set(
+        rows, mode="drop", unique_indices=True, wrap_negative_indices=False
+    )
+
+
+def move_rows(
+    pool: Shaped[Array, "layers slots *row"], tgt: Int32[Array, " n"], src: Int32[Array, " n"]
+) -> Shaped[Array, "layers slots *row"]:
+    """Copies slot `src[i]` to slot `tgt[i]` in every layer, all at the same instant: overlapping lists are safe.
+
+    Args:
+      pool: The stack. Consumed: use the returned pool from here on.
+      tgt: Slots to write, distinct but for slot 0. Pad with 0.
+      src: Slots to read. Pad with 0.
+
+    Raises:
+      ArgumentError: on a wrong dtype or shape.
+
+    Cost: moves `layers * n` rows twice, through a temporary of that size.
+    """
+    require_int32(tgt=tgt, src=src)
+    require_same_length(tgt=tgt, src=src)
+    return scatter_rows(pool, tgt, gather_rows(pool, src))
