@@ -1,0 +1,123 @@
+"""Every invariant of the tree, and a drawing of it when one breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxcache.errors import BrokenInvariant
+from jaxcache.index.key import namespace_seed, page_hashes
+from jaxcache.index.node import Node, Root
+from jaxcache.index.recency import LRU
+from jaxcache.index.tree import RadixTree
+
+
+def check(tree: RadixTree) -> None:
+    """Verifies the whole structure. O(nodes and their values): for tests, idle time and after a suspicion.
+
+    Raises:
+      BrokenInvariant: names the rule and the node, and draws the tree.
+    """
+    for problem in problems(tree):
+        raise BrokenInvariant(f"{problem}\n{draw(tree)}")
+
+
+def problems(tree: RadixTree) -> Iterator[str]:
+    """What is wrong with the tree, one sentence each; nothing when all is well."""
+    count = len(tree.components)
+    evictable, protected = [0] * count, [0] * count
+    unlocked: list[set[Node]] = [set() for _ in range(count)]
+    for namespace, root in tree.roots.items():
+        if root.namespace != namespace or root.parent is not None or root.key or not root.children:
+            yield f"root of {namespace!r}: it must be empty, parentless, under its own name and have children"
+    for node in tree.nodes():
+        yield from _node_problems(tree, node)
+        for i in range(count):
+            slot = node.slot(i)
+            if slot.value is not None:
+                (protected if slot.locks else evictable)[i] += len(slot.value)
+                if not slot.locks:
+                    unlocked[i].add(node)
+    if evictable != tree.evictable or protected != tree.protected:
+        yield f"counters: evictable {tree.evictable} protected {tree.protected}, recounted {evictable} {protected}"
+    for i, policy in enumerate(tree.policies):
+        if set(policy) != unlocked[i]:
+            yield f"policy of {tree.components[i].name}: it must hold exactly the unlocked nodes with a value"
+    if isinstance(tree.policies[0], LRU):
+        yield from _order_problems(tree.policies[0])
+
+
+def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
+    page_bytes = 4 * tree.page_size
+    parent = node.parent
+    if parent is None:
+        return
+    if not node.key or len(node.key) % page_bytes:
+        yield f"{node}: its key has {len(node.key)} bytes, it must be whole pages and not empty"
+    if parent.children.get(node.key[:page_bytes]) is not node:
+        yield f"{node}: its parent does not list it under its first page"
+    if node.start != parent.end:
+        yield f"{node}: it must start where its parent ends, at {parent.end}"
+    pages = len(node.key) // page_bytes
+    locks = [node.slot(i).locks for i in range(len(tree.components))]
+    if node.value is None:
+        yield f"{node}: the first component's value is missing"
+    if min(locks) < 0 or locks[0] != max(locks):
+        yield f"{node}: locks {locks} must not be negative, and the first component's is the highest"
+    below = sum(child.locks for child in node.children.values())
+    if node.locks < below:
+        yield f"{node}: {node.locks} locks, but its children have {below}"
+    for i, component in enumerate(tree.components):
+        value = node.slot(i).value
+        if value is None:
+            continue
+        if len(value) != (pages if component.spans else 1):
+            yield f"{node}: {component.name} has {len(value)} values for {pages} pages"
+        if value.base is not None or value.dtype != np.int32 or value.flags.writeable:
+            yield f"{node}: {component.name} must own a read-only int32 array"
+    if not node.children and not node.locks and any(slot.value is None for slot in node.others):
+        yield f"{node}: an unlocked leaf must be a stopping point for every component"
+    if node.hashes is not None:
+        prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
+        if node.hashes != page_hashes(node.key, page_bytes, prior):
+            yield f"{node}: its page hashes do not continue its parent's"
+
+
+def _order_problems(policy: LRU) -> Iterator[str]:
+    """The first component's recency order: what makes its oldest node a leaf."""
+    seen: set[Node] = set()
+    for node in policy:
+        seen.add(node)
+        if node.parent in seen:
+            yield f"{node}: younger than its parent in the recency order"
+
+
+def draw(tree: RadixTree, max_nodes: int = 200) -> str:
+    """The tree as text: one node a line, with its tokens, page ids and locks."""
+    lines: list[str] = []
+    for namespace, root in sorted(tree.roots.items()):
+        lines.append(f"namespace {namespace!r}")
+        todo = [(child, 1) for child in reversed(root.children.values())]
+        while todo:
+            node, depth = todo.pop()
+            lines.append("  " * depth + describe(tree, node))
+            todo += [(child, depth + 1) for child in reversed(node.children.values())]
+    if len(lines) > max_nodes:
+        lines[max_nodes:] = [f"... {len(lines) - max_nodes} more nodes"]
+    return "\n".join(lines) or "(empty)"
+
+
+def describe(tree: RadixTree, node: Node) -> str:
+    """One node in one line."""
+    tokens = np.frombuffer(node.key, "<i4")
+    shown = " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
+    parts = [f"[{node.start}:{node.end}] {shown}"]
+    for i, component in enumerate(tree.components):
+        slot = node.slot(i)
+        if slot.value is None:
+            what = "-"
+        else:
+            what = " ".join(map(str, slot.value[:8])) + (" ..." if len(slot.value) > 8 else "")
+        parts.append(f"{component.name}={what}" + (f" locks={slot.locks}" if slot.locks else ""))
+    return "  ".join(parts)

@@ -1,0 +1,186 @@
+"""Nodes, and the receipts that protect them. Data only: `tree.py` decides, this file remembers.
+
+    root (one a namespace)
+     └─ node   key = b"...", whole pages of packed tokens
+         │     value = [7 8 9], one page id a page   <- the first component lives in the node itself,
+         │     others = (Slot, ...)                     each further one in a Slot beside it
+         ├─ node
+         └─ node                 siblings differ within their first page
+
+Only the node, and its dict once it has children, are tracked by the garbage collector.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxcache.index.key import RadixKey
+    from jaxcache.index.tree import RadixTree
+
+
+class Slot:
+    """What one component keeps at one node.
+
+    Attributes:
+      value: int32 array, a page id a page (a spanning component) or one state id; None where it was let go (tombstone).
+      locks: Receipts that cover this value.
+    """
+
+    __slots__ = ("locks", "value")
+
+    def __init__(self, value: np.ndarray | None = None, locks: int = 0):
+        self.value = value
+        self.locks = locks
+
+
+class Node(Slot):
+    """A run of whole pages below its parent; itself the slot of the tree's first component.
+
+    Attributes:
+      key: Packed tokens of this run, a multiple of a page, never empty but for a root.
+      end: Tokens from the start of the sequence to the end of this run.
+      parent: None for a root and for a node that has left the tree.
+      children: By the bytes of their first page.
+      others: Slots of the tree's further components.
+      priority: Highest priority of the requests inserted through this node.
+      hashes: Chained digest of each page, kept only when the tree was asked to.
+    """
+
+    __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority")
+
+    def __init__(self, key: bytes, end: int, parent: Node | None, value: np.ndarray | None, others: tuple[Slot, ...]):
+        self.key = key
+        self.end = end
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}
+        self.value = value
+        self.locks = 0
+        self.others = others
+        self.priority = 0
+        self.hashes: list[bytes] | None = None
+
+    @property
+    def start(self) -> int:
+        """Tokens before this node."""
+        return self.end - len(self.key) // 4
+
+    def slot(self, component: int) -> Slot:
+        """The slot of the component with that index."""
+        return self.others[component - 1] if component else self
+
+    def __repr__(self) -> str:
+        return f"Node({self.start}:{self.end}, locks={self.locks}, children={len(self.children)})"
+
+
+class Root(Node):
+    """Top of one namespace. Holds nothing, is never locked, and goes when its last child goes."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: bytes):
+        super().__init__(b"", 0, None, None, ())
+        self.namespace = namespace
+
+
+class Match:
+    """Where a lookup ended: a position on a path, perhaps inside its last node.
+
+    Attributes:
+      key: The key that was looked up.
+      length: Tokens found, a multiple of the page size.
+      pages: int32 page id of each page found, read-only.
+      node: The node the match ends in or at; None when nothing was found.
+      structural_length: Tokens found before components cut the match back (equal to `length` with one component).
+    """
+
+    __slots__ = ("key", "length", "node", "pages", "path", "structural_length", "version")
+
+    def __init__(
+        self, key: RadixKey, length: int, structural_length: int, pages: np.ndarray, path: list[Node], version: int
+    ):
+        self.key = key
+        self.length = length
+        self.structural_length = structural_length
+        self.pages = pages
+        self.path = path
+        self.node = path[-1] if path else None
+        self.version = version
+
+    def __repr__(self) -> str:
+        return f"Match(length={self.length}, node={self.node!r})"
+
+
+class Receipt:
+    """Proof of a lock, to be given back exactly once.
+
+    It remembers token positions, and a split leaves the old object at the lower end, so no split can break it.
+
+    Attributes:
+      node: Deepest protected node; None for a lock on nothing.
+      length: Tokens protected.
+      since: For each component, the token position the lock reaches back to.
+      held: False once it was given back.
+    """
+
+    __slots__ = ("epoch", "held", "length", "node", "since", "tree")
+
+    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: tuple[int, ...], epoch: int):
+        self.tree = tree
+        self.node = node
+        self.length = length
+        self.since = since
+        self.epoch = epoch
+        self.held = True
+
+    def __repr__(self) -> str:
+        return f"Receipt(length={self.length}, held={self.held})"
+
+
+class Insertion:
+    """What an insert did.
+
+    Attributes:
+      node: The node that ends the key; None for a key shorter than a page.
+      length: Tokens of the key that are in the tree now (the key, cut to whole pages).
+      present: Tokens of them that were in the tree before.
+      kept: The tree's own page ids from where the caller's lock ends to `present`; they stand for what the caller
+        offered there.
+      spare: For each component, the offered values the tree did not take: the caller still owns them and frees them.
+      leaf: The node that was added, or None.
+    """
+
+    __slots__ = ("kept", "leaf", "length", "node", "present", "spare")
+
+    def __init__(
+        self,
+        node: Node | None,
+        leaf: Node | None,
+        length: int,
+        present: int,
+        kept: np.ndarray,
+        spare: tuple[np.ndarray, ...],
+    ):
+        self.node = node
+        self.leaf = leaf
+        self.length = length
+        self.present = present
+        self.kept = kept
+        self.spare = spare
+
+
+class Eviction:
+    """What an eviction let go of; the caller owns it now.
+
+    Attributes:
+      values: For each component, the values let go.
+      nodes: Nodes that left the tree, in order, with their keys and hashes but without values.
+    """
+
+    __slots__ = ("nodes", "values")
+
+    def __init__(self, values: tuple[np.ndarray, ...], nodes: list[Node]):
+        self.values = values
+        self.nodes = nodes

@@ -1,0 +1,491 @@
+"""The one radix tree behind every cache flavour. The only file that walks.
+
+    insert [1 2 3 4 5 6 7 8]          insert [1 2 3 4 9 9 9 9]         page_size 2; a letter is a page id
+                                                                          root
+      root                              root                               └─ 1 2 3 4   a b
+       └─ 1 2 3 4 5 6 7 8  a b c d       └─ ...  is split at 4:                ├─ 5 6 7 8   c d    (the old object)
+                                                                               └─ 9 9 9 9   g h    (its first pages
+                                                                                                    e f are spare)
+
+Three rules keep it simple:
+  * It frees nothing. `insert` and `evict` return what was not taken or was let go; the caller hands it to the allocator.
+  * A lookup changes no structure: a match may end inside a node. Only `insert` and `lock` split, and the old object
+    stays the LOWER half, so that whoever holds a node keeps holding its end.
+  * The walk knows tokens only. What a component has at the nodes of a path is looked at afterwards, along the path.
+
+Pure Python and NumPy. Time is a logical order of calls, so two ranks that make the same calls make the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxcache.errors import ArgumentError, ReceiptError
+from jaxcache.index.component import FULL, Component
+from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed, page_hashes
+from jaxcache.index.node import Eviction, Insertion, Match, Node, Receipt, Root, Slot
+from jaxcache.index.recency import Policy
+
+_NOTHING = np.empty(0, np.int32)
+_NOTHING.setflags(write=False)
+
+
+class RadixTree:
+    """Prefixes of token sequences and, for each component, what is cached for them.
+
+    Looking up: `match`. Changing: `insert`, `evict`, `reset`. Protecting: `lock`, `unlock`. Looking at: `nodes`,
+    `evictable`, `protected`, `len`.
+
+    Args:
+      page_size: Tokens a page, >= 1. Keys are cut to whole pages here, by nobody else.
+      components: What is kept for each prefix. The first one must reach to infinity and span: a node exists exactly
+        while it has its value.
+      policy: Eviction order, the same for every component.
+      with_hashes: Keep a chained digest of each page in the nodes (what events need).
+
+    Attributes:
+      evictable: For each component, values (pages or states) that no lock covers.
+      protected: For each component, values that a lock covers.
+
+    Raises:
+      ArgumentError: page_size < 1, or the first component does not reach to infinity.
+
+    Source: SGLang 0.5.2 radix_cache.py, swa_radix_cache.py; pymllm radix_cache and mamba_radix_cache.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        components: Sequence[Component] = (FULL,),
+        policy: Policy = Policy.LRU,
+        with_hashes: bool = False,
+    ):
+        if page_size < 1:
+            raise ArgumentError(f"page_size must be at least 1, got {page_size}")
+        if not components or components[0].reach != math.inf or not components[0].spans:
+            raise ArgumentError("components: the first one must span with infinite reach, it decides which nodes exist")
+        self.page_size = page_size
+        self.components = tuple(components)
+        self.policy = policy
+        self.with_hashes = with_hashes
+        self._page_bytes = TOKEN_BYTES * page_size
+        self._is_single = len(self.components) == 1
+        self._epoch = 0
+        self._version = 0
+        self.reset()
+
+    # ---- looking up ------------------------------------------------------------------------------------------
+
+    def match(self, key: RadixKey) -> Match:
+        """The longest cached prefix of `key` that every component can be continued from.
+
+        Counts as a use of the nodes it covers whole; a node it ends inside is used when a lock or insert splits it there.
+
+        Cost: O(nodes on the path) dict probes and memory compares; no loop over tokens.
+        """
+        path: list[Node] = []
+        root = self._roots.get(key.namespace)
+        if root is None:
+            return Match(key, 0, 0, _NOTHING, path, self._version)
+        packed = key.packed
+        reached = self._walk(packed, key.length // self.page_size * self._page_bytes, root, 0, path)
+        found = reached // TOKEN_BYTES
+        length = found if self._is_single else self._usable(path, found)
+        while path and path[-1].parent.end >= length:  # pyright: ignore[reportOptionalMemberAccess]
+            path.pop()
+        if not path:
+            return Match(key, 0, found, _NOTHING, path, self._version)
+        whole = path if path[-1].end == length else path[:-1]
+        for policy in self._policies:
+            policy.touch(whole)
+        return Match(key, length, found, self._values_to(path, length), path, self._version)
+
+    def _walk(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
+        """Descends from `node`, which ends at byte `offset`, along `packed[offset:end]`.
+
+        Appends every node entered to `path`; only the last can be entered in part. Returns the bytes matched, whole pages.
+        """
+        page_bytes = self._page_bytes
+        while offset < end:
+            child = node.children.get(packed[offset : offset + page_bytes])
+            if child is None:
+                return offset
+            path.append(child)
+            segment = child.key
+            if packed.startswith(segment, offset, end):
+                offset += len(segment)
+                node = child
+            else:
+                same = first_mismatch(segment, packed, offset, min(len(segment), end - offset))
+                return offset + same // page_bytes * page_bytes
+        return offset
+
+    def _usable(self, path: list[Node], found: int) -> int:
+        """Longest prefix length within the `found` tokens of `path` that satisfies every component."""
+        best = 0
+        runs = [math.inf] * len(self.components)  # tokens present right before the position, per component
+        for node in path:
+            end = min(node.end, found)
+            start = node.parent.end  # pyright: ignore[reportOptionalMemberAccess]
+            limit = end  # the furthest position inside this node that is usable
+            for i, component in enumerate(self.components):
+                is_live = node.slot(i).value is not None
+                if component.spans:
+                    runs[i] = runs[i] + (end - start) if is_live else 0
+                    if runs[i] < min(component.reach, end):
+                        limit = 0
+                else:
+                    runs[i] = 1 if is_live and end == node.end else 0
+                    if not runs[i]:
+                        limit = 0
+            best = max(best, limit)
+        return best
+
+    def _values_to(self, path: list[Node], length: int, component: int = 0) -> np.ndarray:
+        """Values of a path, cut at `length` tokens."""
+        last = path[-1]
+        tail = last.slot(component).value
+        if last.end != length:
+            tail = tail[: (length - last.parent.end) // self.page_size]  # type: ignore[index,union-attr]
+        if len(path) == 1:
+            return tail  # type: ignore[return-value]
+        return np.concatenate([node.slot(component).value for node in path[:-1]] + [tail])  # type: ignore[list-item]
+
+    # ---- changing --------------------------------------------------------------------------------------------
+
+    def insert(
+        self, key: RadixKey, values: Sequence[np.ndarray], held: Receipt | None = None, priority: int = 0
+    ) -> Insertion:
+        """Offers `values` for the whole pages of `key`; the tree takes what it lacks.
+
+        Args:
+          key: Tokens and namespace; cut to whole pages.
+          values: For each component an int32 array: a page id a page (a longer array is cut), or one state id.
+          held: The caller's lock on a prefix of `key`. What it covers is the tree's own: it is neither walked nor
+            offered nor returned.
+          priority: Raises the priority of the nodes on the path (see `Policy.PRIORITY`).
+
+        Returns:
+          What was added and what was not taken; see `Insertion`. The values taken belong to the tree.
+
+        Raises:
+          ArgumentError: Too few values for the key, or `held` is longer than the key.
+          ReceiptError: `held` is not a live receipt of this tree.
+        """
+        page_size = self.page_size
+        pages = key.length // page_size
+        length = pages * page_size
+        owned, node, path = self._begin_insert(key, length, held)
+        self._check_values(values, pages)
+        reached = self._walk(key.packed, TOKEN_BYTES * length, node, TOKEN_BYTES * owned, path) // TOKEN_BYTES
+        if path and path[-1].end != reached:
+            path[-1] = self._split(path[-1], reached)
+        present = max(reached, owned)
+        spare: list[np.ndarray] = [values[0][owned // page_size : present // page_size]]
+        kept = self._values_to(path, present) if present > owned else _NOTHING
+        for i in range(1, len(self.components)):
+            spare.append(self._heal(i, path, values[i]))
+        node = path[-1] if path else node
+        leaf = None
+        if present < length:
+            leaf = self._add_leaf(key, length, node, values, present // page_size)
+            path.append(leaf)
+            node = leaf
+        if not self._is_single:
+            self._offer_states(node, length, values, spare)
+            path = self._path_to(node)
+        if priority:
+            for step in self._path_to(node):
+                step.priority = max(step.priority, priority)
+        for policy in self._policies:
+            policy.touch(path)
+        return Insertion(node if length else None, leaf, length, present, kept, tuple(spare))
+
+    def _begin_insert(self, key: RadixKey, length: int, held: Receipt | None) -> tuple[int, Node, list[Node]]:
+        """Where the walk of an insert starts: the tokens already owned, the node there, and an empty path."""
+        if held is not None:
+            self._check_receipt(held)
+            if held.length > length:
+                raise ArgumentError(f"held: the lock covers {held.length} tokens, the key has {length} in whole pages")
+            if held.node is not None:
+                return held.length, held.node, []
+        root = self._roots.get(key.namespace)
+        if root is None:
+            root = Root(key.namespace)
+            if length:
+                self._roots[key.namespace] = root
+        return 0, root, []
+
+    def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
+        if len(values) != len(self.components):
+            raise ArgumentError(f"values: expected one array a component ({len(self.components)}), got {len(values)}")
+        for component, array in zip(self.components, values, strict=True):
+            need = pages if component.spans else min(pages, 1)
+            if len(array) < need:
+                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(array)}")
+
+    def _add_leaf(
+        self, key: RadixKey, length: int, parent: Node, values: Sequence[np.ndarray], first_page: int
+    ) -> Node:
+        start = TOKEN_BYTES * first_page * self.page_size
+        packed = key.packed[start : TOKEN_BYTES * length]
+        leaf = Node(packed, length, parent, None, tuple(Slot() for _ in self.components[1:]))
+        for i, component in enumerate(self.components):
+            if component.spans:
+                self._fill(i, leaf, values[i][first_page : length // self.page_size])
+        if self.with_hashes:
+            prior = parent.hashes[-1] if parent.hashes else namespace_seed(key.namespace)
+            leaf.hashes = page_hashes(packed, self._page_bytes, prior)
+        parent.children[packed[: self._page_bytes]] = leaf
+        self._version += 1
+        return leaf
+
+    def _heal(self, i: int, path: list[Node], offered: np.ndarray) -> np.ndarray:
+        """Fills the holes of a spanning component along `path`; returns what was not needed."""
+        if not self.components[i].spans:
+            return _NOTHING
+        spare = []
+        for node in path:
+            part = offered[node.start // self.page_size : node.end // self.page_size]
+            if node.slot(i).value is None:
+                self._fill(i, node, part)
+            else:
+                spare.append(part)
+        return np.concatenate(spare) if spare else _NOTHING
+
+    def _offer_states(self, node: Node, length: int, values: Sequence[np.ndarray], spare: list[np.ndarray]) -> None:
+        """Gives the end of the key its states, where it has none yet."""
+        for i, component in enumerate(self.components):
+            if component.spans or not len(values[i]):
+                continue
+            if length and node.slot(i).value is None:
+                self._fill(i, node, values[i])
+            else:
+                spare[i] = values[i]
+
+    def _fill(self, i: int, node: Node, value: np.ndarray) -> None:
+        """Component `i` of `node` takes a copy of `value`: a slice would keep the whole array behind it alive."""
+        slot = node.slot(i)
+        slot.value = _owned(value)
+        counts = self.protected if slot.locks else self.evictable
+        counts[i] += len(value)
+        if not slot.locks:
+            self._policies[i].add(node)
+
+    def _split(self, lower: Node, position: int) -> Node:
+        """Cuts `lower` at token `position`; returns the new upper half. The caller touches or locks the path next."""
+        cut = TOKEN_BYTES * (position - lower.start)
+        pages = cut // self._page_bytes
+        parent = lower.parent
+        upper = Node(lower.key[:cut], position, parent, None, tuple(Slot() for _ in self.components[1:]))
+        upper.priority = lower.priority
+        if lower.hashes is not None:
+            upper.hashes, lower.hashes = lower.hashes[:pages], lower.hashes[pages:]
+        parent.children[lower.key[: self._page_bytes]] = upper  # type: ignore[union-attr]
+        lower.key = lower.key[cut:]
+        lower.parent = upper
+        upper.children[lower.key[: self._page_bytes]] = lower
+        for i, component in enumerate(self.components):
+            if component.spans:
+                self._split_slot(i, upper, lower, pages)
+        self._version += 1
+        return upper
+
+    def _split_slot(self, i: int, upper: Node, lower: Node, pages: int) -> None:
+        top, bottom = upper.slot(i), lower.slot(i)
+        top.locks = bottom.locks
+        if bottom.value is not None:
+            top.value, bottom.value = _owned(bottom.value[:pages]), _owned(bottom.value[pages:])
+            if not top.locks:
+                self._policies[i].add(upper)
+
+    def evict(self, amount: int, component: int = 0) -> Eviction:
+        """Lets go of at least `amount` values of a component, unless fewer are evictable.
+
+        Whole nodes go, in the policy's order, so it overshoots by less than one node. Evicting the first component
+        removes leaves; another component leaves a hole (tombstone) where its node has children.
+
+        Cost: O(evicted), whatever the size of the tree.
+        """
+        policy = self._policies[component]
+        freed: list[list[np.ndarray]] = [[] for _ in self.components]
+        nodes: list[Node] = []
+        target = self.evictable[component] - amount
+        while self.evictable[component] > target and (node := policy.victim()) is not None:
+            if node.children:
+                self._drop(component, node, freed)
+            else:
+                self._remove(node, freed, nodes)
+        return Eviction(tuple(np.concatenate(part) if part else _NOTHING for part in freed), nodes)
+
+    def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
+        """Unlinks a leaf, then every ancestor that this left childless without being a stopping point."""
+        while True:
+            for i in range(len(self.components)):
+                self._drop(i, node, freed)
+            parent = node.parent
+            del parent.children[node.key[: self._page_bytes]]  # type: ignore[union-attr]
+            node.parent = None
+            nodes.append(node)
+            self._version += 1
+            if parent.children:  # type: ignore[union-attr]
+                return
+            if isinstance(parent, Root):
+                del self._roots[parent.namespace]
+                return
+            if parent.locks:  # type: ignore[union-attr]
+                return
+            if all(slot.value is not None for slot in parent.others):  # type: ignore[union-attr]
+                for i, policy in enumerate(self._policies):
+                    if parent in policy:
+                        policy.exposed(parent)  # type: ignore[arg-type]
+                return
+            node = parent  # type: ignore[assignment]
+
+    def _drop(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
+        slot = node.slot(i)
+        if slot.value is not None:
+            freed[i].append(slot.value)
+            self.evictable[i] -= len(slot.value)
+            slot.value = None
+            self._policies[i].discard(node)
+
+    def reset(self) -> None:
+        """Forgets everything, without freeing anything; receipts given out before are refused from now on."""
+        self._roots: dict[bytes, Root] = {}
+        self._policies = [self.policy.build(leaves_only=i == 0) for i in range(len(self.components))]
+        self.evictable = [0] * len(self.components)
+        self.protected = [0] * len(self.components)
+        self._epoch += 1
+        self._version += 1
+
+    # ---- protecting ------------------------------------------------------------------------------------------
+
+    def lock(self, where: Match | Insertion) -> Receipt:
+        """Protects what `where` found from eviction until the receipt is given back.
+
+        A match that ends inside a node splits it there. A match older than the tree's last change is looked up again.
+
+        Raises:
+          ReceiptError: What was matched is no longer in the tree: match again.
+        """
+        if isinstance(where, Insertion):
+            node, length = where.node, where.length
+            if node is not None and node.parent is None:
+                raise ReceiptError("where: the inserted prefix has been evicted since: insert again")
+        else:
+            length = where.length
+            path = where.path if where.version == self._version else self._path_again(where)
+            if path and path[-1].end != length:
+                node = self._split(path[-1], length)
+            else:
+                node = path[-1] if path else None
+        since = tuple(self._reach_back(component, node) for component in self.components) if node else ()
+        receipt = Receipt(self, node, length, since, self._epoch)
+        self._hold(receipt, 1)
+        return receipt
+
+    def unlock(self, receipt: Receipt) -> int:
+        """Takes a receipt back; returns the pages of the first component that became evictable.
+
+        Raises:
+          ReceiptError: It was given back before, is another tree's, or is from before a reset. Nothing changes.
+        """
+        self._check_receipt(receipt)
+        receipt.held = False
+        before = self.evictable[0]
+        self._hold(receipt, -1)
+        return self.evictable[0] - before
+
+    def _check_receipt(self, receipt: Receipt) -> None:
+        if receipt.tree is not self:
+            raise ReceiptError("receipt: it was issued by another tree; give it back there")
+        if receipt.epoch != self._epoch:
+            raise ReceiptError("receipt: it is from before the last reset, which released every lock; drop it")
+        if not receipt.held:
+            raise ReceiptError("receipt: it was given back already; a receipt releases its lock once")
+
+    def _path_again(self, match: Match) -> list[Node]:
+        """The path of an outdated match, if all of it is still there."""
+        path: list[Node] = []
+        root = self._roots.get(match.key.namespace)
+        end = TOKEN_BYTES * match.length
+        if root is not None and self._walk(match.key.packed, end, root, 0, path) == end:
+            if self._is_single or self._usable(path, match.length) == match.length:
+                return path
+        if not match.length:
+            return []
+        raise ReceiptError("where: the matched prefix has been evicted since: match again")
+
+    @staticmethod
+    def _reach_back(component: Component, node: Node) -> int:
+        """Token position a lock at the end of `node` reaches back to."""
+        if not component.spans:
+            return node.end - 1
+        if component.reach == math.inf:
+            return 0
+        top = node
+        while top.start > 0 and node.end - top.start < component.reach:
+            top = top.parent  # type: ignore[assignment]
+        return top.start
+
+    def _hold(self, receipt: Receipt, step: int) -> None:
+        for i, since in enumerate(receipt.since):
+            policy = self._policies[i]
+            moved = 0
+            node = receipt.node
+            while node.parent is not None and node.end > since:  # type: ignore[union-attr]
+                slot = node.slot(i)  # type: ignore[union-attr]
+                before = slot.locks
+                slot.locks = before + step
+                if slot.value is not None:
+                    if before == 0:
+                        policy.discard(node)  # type: ignore[arg-type]
+                        moved += len(slot.value)
+                    elif slot.locks == 0:
+                        policy.add(node)  # type: ignore[arg-type]
+                        moved -= len(slot.value)
+                node = node.parent  # type: ignore[union-attr]
+            self.evictable[i] -= moved
+            self.protected[i] += moved
+
+    # ---- looking at ------------------------------------------------------------------------------------------
+
+    @property
+    def roots(self) -> dict[bytes, Root]:
+        """The top of each namespace, by its encoding. Not to be changed."""
+        return self._roots
+
+    @property
+    def policies(self) -> Sequence:
+        """The eviction order of each component. Not to be changed."""
+        return self._policies
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents first. O(nodes)."""
+        todo: list[Node] = list(self._roots.values())
+        while todo:
+            node = todo.pop()
+            todo.extend(node.children.values())
+            if node.parent is not None:
+                yield node
+
+    def __len__(self) -> int:
+        """Pages cached for the first component. O(1)."""
+        return self.evictable[0] + self.protected[0]
+
+    def _path_to(self, node: Node) -> list[Node]:
+        path = []
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
+
+
+def _owned(value: np.ndarray) -> np.ndarray:
+    owned = np.array(value, np.int32)
+    owned.setflags(write=False)
+    return owned
