@@ -19,7 +19,7 @@ Pure Python and NumPy. Time is a logical order of calls, so two ranks that make 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -157,7 +157,12 @@ class RadixTree:
     # ---- changing --------------------------------------------------------------------------------------------
 
     def insert(
-        self, key: RadixKey, values: Sequence[np.ndarray], held: Receipt | None = None, priority: int = 0
+        self,
+        key: RadixKey,
+        values: Sequence[np.ndarray],
+        held: Receipt | None = None,
+        priority: int = 0,
+        claim: Callable[[np.ndarray], None] | None = None,
     ) -> Insertion:
         """Offers `values` for the whole pages of `key`; the tree takes what it lacks.
 
@@ -167,6 +172,8 @@ class RadixTree:
           held: The caller's lock on a prefix of `key`. What it covers is the tree's own: it is neither walked nor
             offered nor returned.
           priority: Raises the priority of the nodes on the path (see `Policy.PRIORITY`).
+          claim: Called with the values of the first component that the tree is about to take, before it takes anything;
+            what it raises refuses the insert.
 
         Returns:
           What was added and what was not taken; see `Insertion`. The values taken belong to the tree.
@@ -181,9 +188,11 @@ class RadixTree:
         owned, node, path = self._begin_insert(key, length, held)
         self._check_values(values, pages)
         reached = self._walk(key.packed, TOKEN_BYTES * length, node, TOKEN_BYTES * owned, path) // TOKEN_BYTES
+        if claim is not None and reached < length:
+            claim(values[0][reached // page_size : pages])
         if path and path[-1].end != reached:
             path[-1] = self._split(path[-1], reached)
-        present = max(reached, owned)
+        present = reached
         spare: list[np.ndarray] = [values[0][owned // page_size : present // page_size]]
         kept = self._values_to(path, present) if present > owned else _NOTHING
         for i in range(1, len(self.components)):
@@ -214,9 +223,7 @@ class RadixTree:
                 return held.length, held.node, []
         root = self._roots.get(key.namespace)
         if root is None:
-            root = Root(key.namespace)
-            if length:
-                self._roots[key.namespace] = root
+            root = Root(key.namespace)  # joins the tree with its first leaf
         return 0, root, []
 
     def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
@@ -239,6 +246,8 @@ class RadixTree:
         if self.with_hashes:
             prior = parent.hashes[-1] if parent.hashes else namespace_seed(key.namespace)
             leaf.hashes = page_hashes(packed, self._page_bytes, prior)
+        if isinstance(parent, Root):
+            self._roots[parent.namespace] = parent
         parent.children[packed[: self._page_bytes]] = leaf
         self._version += 1
         return leaf

@@ -1,0 +1,186 @@
+"""The request table: which page holds which part of which request. The host decides, the device follows.
+
+`ReqToTokenPool` is the truth, in NumPy. `RequestTable` is its twin on the device, a donated pytree. Only entries that
+changed travel; they are read from the host table when they leave, so the order of changes cannot matter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.pools.base import DevicePool
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RequestTable(DevicePool):
+    """Device twin of the request table: `pages[row, i]` holds tokens `[i * P, (i + 1) * P)` of the request in `row`.
+
+    Attributes:
+      pages: (rows, max_pages) int32.
+    """
+
+    pages: Int32[Array, "rows max_pages"]
+
+    def patched(self, index: Int32[Array, "entries"], page: Int32[Array, "entries"]) -> RequestTable:
+        """Overwrites entries by flat index; an index past the end is padding. In place where the table is donated."""
+        flat = self.pages.reshape(-1).at[index].set(page, mode="drop")
+        return RequestTable(flat.reshape(self.pages.shape))
+
+    def slots(
+        self, row: Int32[Array, "tokens"], position: Int32[Array, "tokens"], page_size: int
+    ) -> Int32[Array, "tokens"]:
+        """Slot of each (row, position). Positions past a request's end give stale slots: mask them."""
+        return self.pages[row, position // page_size] * page_size + position % page_size
+
+
+class ReqToTokenPool:
+    """Rows of the request table, on the host.
+
+    Args:
+      size: Requests that can run at once. Rows start at 0 and there is no padding row.
+      max_context_len: Longest request, in tokens.
+      page_size: Tokens an entry. With 1 it is SGLang's table of one slot a token.
+
+    Rows are handed out first in, first out. A freed row keeps its old entries; nobody may read them.
+
+    Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
+    """
+
+    def __init__(self, size: int, max_context_len: int, page_size: int = 1):
+        if min(size, max_context_len, page_size) < 1:
+            raise ArgumentError(
+                f"size, max_context_len and page_size must be at least 1, got {size}, {max_context_len}, {page_size}"
+            )
+        self.size = size
+        self.max_context_len = max_context_len
+        self.page_size = page_size
+        self.max_pages = -(-max_context_len // page_size)
+        if size * self.max_pages >= 2**31:
+            raise ArgumentError(f"size * max_pages = {size * self.max_pages} entries do not fit int32 indices")
+        self._pages = np.zeros((size, self.max_pages), np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Gives every row back. Entries stay as they are."""
+        self._free = deque(range(self.size))
+        self._is_free = np.ones(self.size, bool)
+        self._changed: list[tuple[int, int, int]] = []
+
+    def available_size(self) -> int:
+        """Free rows."""
+        return len(self._free)
+
+    @property
+    def req_to_token(self) -> Int32[np.ndarray, "rows max_context_len"]:
+        """The table with one slot a token, expanded. O(size * max_context_len): for looking, not for stepping."""
+        offsets = np.arange(self.page_size, dtype=np.int32)
+        slots = self._pages[:, :, None] * self.page_size + offsets
+        return slots.reshape(self.size, -1)[:, : self.max_context_len]
+
+    def alloc(self, need_size: int) -> list[int] | None:
+        """`need_size` rows, or None if fewer are free."""
+        if need_size < 0:
+            raise ArgumentError(f"need_size must not be negative, got {need_size}")
+        if need_size > len(self._free):
+            return None
+        rows = [self._free.popleft() for _ in range(need_size)]
+        self._is_free[rows] = False
+        return rows
+
+    def free(self, free_index: int | Sequence[int]) -> None:
+        """Gives rows back.
+
+        Raises:
+          ArgumentError: A row is out of range or named twice.
+          DoubleFreeError: A row is free already. Nothing changes.
+        """
+        rows = np.atleast_1d(np.asarray(free_index))
+        if rows.size == 0:
+            return
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
+            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {free_index!r}")
+        if len(set(rows.tolist())) != len(rows):
+            raise ArgumentError(f"free_index names a row twice: {free_index!r}")
+        if self._is_free[rows].any():
+            raise DoubleFreeError(f"free_index: row {rows[self._is_free[rows]][0]} is free already")
+        self._is_free[rows] = True
+        self._free.extend(rows.tolist())
+
+    def write(self, indices: tuple[int, slice], values: np.ndarray) -> None:
+        """SGLang's write: `values` are the slots of the tokens in `indices = (row, slice)`.
+
+        Raises:
+          ArgumentError: The slice does not start at a page, or the slots are not consecutive within pages.
+        """
+        row, columns = indices
+        start, stop, step = columns.indices(self.max_context_len)
+        values = np.asarray(values)
+        if step != 1 or len(values) != stop - start:
+            raise ArgumentError(f"values: {len(values)} slots do not fit columns {start}:{stop}:{step}")
+        size = self.page_size
+        pages = values[::size] // size
+        expanded = (pages[:, None] * size + np.arange(size)).reshape(-1)[: len(values)]
+        if start % size or not np.array_equal(expanded, values):
+            raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
+        self.write_pages(int(row), start // size, pages)
+
+    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, "pages"]) -> None:
+        """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
+
+        Raises:
+          ArgumentError: The row is not in use or the entries do not fit.
+        """
+        stop = first + len(pages)
+        if not 0 <= row < self.size or self._is_free[row]:
+            raise ArgumentError(f"row {row} is not in use: allocate it first")
+        if first < 0 or stop > self.max_pages:
+            raise ArgumentError(f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len")
+        if len(pages):
+            self._pages[row, first:stop] = pages
+            self._changed.append((row, first, stop))
+
+    def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, "pages"]:
+        """Entries `[first, stop)` of `row`, as a view that the next write changes."""
+        return self._pages[row, first:stop]
+
+    @property
+    def pages(self) -> Int32[np.ndarray, "rows max_pages"]:
+        """The whole host table, read-only."""
+        view = self._pages.view()
+        view.setflags(write=False)
+        return view
+
+    def num_changed(self) -> int:
+        """Entries waiting to be sent to the device."""
+        return sum(stop - first for _, first, stop in self._changed)
+
+    def take_changes(self, limit: int) -> tuple[Int32[np.ndarray, "entries"], Int32[np.ndarray, "entries"]]:
+        """At most `limit` changed entries as (flat index, page), and forgets them. Values are those of this moment."""
+        parts: list[np.ndarray] = []
+        while self._changed and limit > 0:
+            row, first, stop = self._changed.pop()
+            cut = min(stop, first + limit)
+            if cut < stop:
+                self._changed.append((row, cut, stop))
+            base = row * self.max_pages
+            parts.append(np.arange(base + first, base + cut, dtype=np.int32))
+            limit -= cut - first
+        index = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        return index, self._pages.reshape(-1)[index]
+
+    def device_table(self) -> RequestTable:
+        """A new device twin with all present entries."""
+        self._changed.clear()
+        return RequestTable(jnp.array(self._pages))

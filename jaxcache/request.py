@@ -1,0 +1,91 @@
+"""A request, as far as a cache needs to know it.
+
+    tokens  0 ......... lock.length ......... kv_len ......... len(row pages) * P
+            | the tree's pages  | the request's own pages, the last one perhaps in part |
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcache.errors import ArgumentError
+from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.node import Receipt
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+class RequestState(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"  # owns nothing
+    RUNNING = "running"  # owns a row, a lock and its private pages
+    RETRACTED = "retracted"  # gave everything back to make room; may hold a copy of its KV in host memory
+    DONE = "done"  # finished or aborted; owns nothing
+
+
+@dataclass(eq=False)
+class Request:
+    """One request and what it owns in the cache.
+
+    Attributes:
+      rid: Its name in messages.
+      origin_input_ids: Prompt tokens.
+      output_ids: Tokens sampled so far; the engine appends, nothing is ever taken back while the request runs.
+      extra_key: Namespace; KV is shared only inside one.
+      priority: Higher stays longer under `Policy.PRIORITY`.
+      logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
+      state: See `RequestState`.
+      req_pool_idx: Row in the request table; None unless running.
+      kv_len: Tokens whose KV is in the pool. The last sampled token never has KV.
+      lock: Receipt for the prefix that belongs to the tree.
+      cached_tokens: Tokens found in the cache when it was last admitted.
+      cpu_copy: KV kept in host memory across a retraction.
+    """
+
+    rid: str
+    origin_input_ids: Sequence[int] | Int32[np.ndarray, "tokens"]
+    extra_key: str | bytes | Namespace | None = None
+    priority: int = 0
+    logprob_start_len: int | None = None
+    output_ids: list[int] = field(default_factory=list)
+    state: RequestState = RequestState.WAITING
+    req_pool_idx: int | None = None
+    kv_len: int = 0
+    lock: Receipt | None = None
+    cached_tokens: int = 0
+    cpu_copy: Any = None
+
+    def __post_init__(self):
+        if not len(self.origin_input_ids):
+            raise ArgumentError(f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token")
+        self._key = RadixKey(self.origin_input_ids, self.extra_key)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and sampled tokens."""
+        return len(self.origin_input_ids) + len(self.output_ids)
+
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens that can have KV: all but the last one sampled."""
+        return len(self.origin_input_ids) + max(len(self.output_ids) - 1, 0)
+
+    @property
+    def key(self) -> RadixKey:
+        """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended."""
+        missing = self.num_tokens - self._key.length
+        if missing:
+            self._key = self._key.extended(self.output_ids[-missing:])
+        return self._key
+
+    @property
+    def protected_len(self) -> int:
+        """Tokens, from the start, whose pages belong to the tree."""
+        return self.lock.length if self.lock is not None else 0
