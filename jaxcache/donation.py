@@ -1,0 +1,164 @@
+"""The one door for donated steps outside the user's own jit.
+
+A step that updates a pool must own its buffers, or XLA copies the whole pool, silently. `donating(step)` jits a step so that
+every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool that an
+earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools.
+
+Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+
+import jax
+
+from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class DevicePool:
+    """Base of every pytree whose arrays live on the device and are updated by donation.
+
+    Subclasses are frozen dataclasses registered as pytrees: the arrays are the leaves, everything else is static. An update
+    returns a new pool and consumes the old one, whose arrays are gone from then on (`is_stale`).
+
+    The borrow mark belongs to the instance and is no part of the pytree: it changes no tree structure, causes no retrace, and
+    does not travel through a jit. Whoever hands a view of the arrays to another framework marks the pool for as long.
+    """
+
+    borrow_count: ClassVar[int] = 0  # an instance gets its own through object.__setattr__: the dataclass is frozen
+
+    @property
+    def is_stale(self) -> bool:
+        """True once a donated step consumed the arrays of this pool."""
+        return any(map(_is_deleted, jax.tree_util.tree_leaves(self)))
+
+    def require_live(self) -> None:
+        """Raises StalePoolError if a donated step consumed this pool."""
+        if self.is_stale:
+            raise StalePoolError(
+                f"this {type(self).__name__} was consumed by an earlier donated step and its arrays are gone: "
+                "use the pool which that step returned"
+            )
+
+    def mark_borrowed(self) -> None:
+        """Forbids donating this pool until `unmark_borrowed` was called as often. O(1)."""
+        object.__setattr__(self, "borrow_count", self.borrow_count + 1)
+
+    def unmark_borrowed(self) -> None:
+        """Takes one borrow mark back. Raises BorrowedError if there is none."""
+        if self.borrow_count == 0:
+            raise BorrowedError(
+                f"this {type(self).__name__} is not borrowed: call unmark_borrowed once for each mark_borrowed, "
+                "on the same pool object"
+            )
+        object.__setattr__(self, "borrow_count", self.borrow_count - 1)
+
+
+def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> DonatingStep[P, R]:
+    """Jits `step` so that every pool among its positional arguments is donated and updated in place.
+
+    Called with traced pools, inside somebody else's jit, the step is simply traced as a part of that jit, which then decides
+    what is donated.
+
+    Args:
+      step: A pure function that returns every pool it was given, updated or not.
+      static_argnames: Names of the arguments that are compiled in, as for `jax.jit`.
+
+    Returns:
+      A callable with the signature of `step`. The pools passed to it are consumed. Keep it: it holds the compiled steps.
+
+    Raises:
+      StalePoolError: (calling) if a pool was consumed before.
+      BorrowedError: (calling) if a pool is borrowed, or its memory is held by another framework.
+      ArgumentError: (calling) if there is no pool to donate, a pool is passed by keyword, two pools share a buffer, or a pool
+        is a constant of a function being traced.
+
+      In all these cases nothing is lost: every pool is as it was.
+
+    Cost: some microseconds a call beyond `jax.jit`; compiles once per set of argument shapes and of positions that hold pools.
+    """
+    names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+    return DonatingStep(step, names)
+
+
+class DonatingStep(Generic[P, R]):
+    """A step made by `donating`. Like a jitted function it can be called, or lowered to be looked at."""
+
+    def __init__(self, step: Callable[P, R], static_argnames: Sequence[str]):
+        functools.update_wrapper(self, step)
+        self._step = step
+        self._static_argnames = tuple(static_argnames)
+        self._jitted: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        positions = _pool_positions(args, kwargs)
+        leaves = [leaf for i in positions for leaf in jax.tree_util.tree_leaves(args[i])]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._step(*args, **kwargs)
+        _refuse_unsafe(args, positions, leaves)
+        try:
+            return self._jit(positions)(*args, **kwargs)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            # A GPU refuses to donate memory that a DLPack view holds; the arrays stay valid.
+            if "external reference" not in str(error):
+                raise
+            raise BorrowedError(
+                "a pool was to be donated while another framework holds a view of its memory: drop the view first"
+            ) from error
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
+        """Lowers the step as a call would, consuming nothing; the arrays may be `jax.ShapeDtypeStruct`s."""
+        return self._jit(_pool_positions(args, kwargs)).lower(*args, **kwargs)
+
+    def _jit(self, positions: tuple[int, ...]) -> Any:
+        jitted = self._jitted.get(positions)
+        if jitted is None:
+            jitted = jax.jit(self._step, donate_argnums=positions, static_argnames=self._static_argnames)
+            self._jitted[positions] = jitted
+        return jitted
+
+
+def _pool_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    for name, value in kwargs.items():
+        if isinstance(value, DevicePool):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__} passed by keyword, which cannot be donated: pass it by position"
+            )
+    positions = tuple(i for i, arg in enumerate(args) if isinstance(arg, DevicePool))
+    if not positions:
+        raise ArgumentError(
+            "a donating step needs at least one pool (DevicePool) as a positional argument, got none: pools inside lists, "
+            "tuples or dicts would be copied, so pass each one by itself"
+        )
+    return positions
+
+
+def _refuse_unsafe(args: tuple[Any, ...], positions: tuple[int, ...], leaves: list[Any]) -> None:
+    for i in positions:
+        pool: DevicePool = args[i]
+        pool.require_live()
+        if pool.borrow_count:
+            raise BorrowedError(
+                f"argument {i} ({type(pool).__name__}) is borrowed {pool.borrow_count} time(s), its memory must not change: "
+                "end the borrow first"
+            )
+    if len(set(map(id, leaves))) < len(leaves):
+        raise ArgumentError(
+            "one buffer stands twice in the pools of this step and can be donated only once: give each pool its own arrays"
+        )
+    if any(isinstance(arg, jax.core.Tracer) for arg in args):
+        raise ArgumentError(
+            "the pool is a constant of the function being traced, and would be copied at every call: "
+            "make it an argument of that function and donate it"
+        )
+
+
+def _is_deleted(leaf: Any) -> bool:
+    """True for an array whose memory is gone; tracers, shapes and NumPy arrays cannot be deleted."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()

@@ -1,0 +1,113 @@
+"""The static part of a KV pool: its sizes, its layers, and how its rows are stored.
+
+Source: SGLang 0.5.2 memory_pool.py, the constructor of KVCache.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxcache.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Shaped
+
+_POOL_DTYPES = tuple(
+    map(
+        np.dtype,
+        (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8, jnp.uint8),
+    )
+)
+_CPU_STORAGE = {2: np.dtype(np.uint16), 1: np.dtype(np.uint8)}
+
+
+def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
+    """The dtype of a pool's arrays on `platform` ("cpu", "gpu"), for rows of `dtype`.
+
+    XLA:CPU carries out a scatter into bfloat16 or float8 by converting the whole pool to float32 and back. There, floats of 16
+    and 8 bits are stored as unsigned integers of their width, and rows, never the pool, are bitcast.
+    """
+    dtype = np.dtype(dtype)
+    if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
+        return _CPU_STORAGE.get(dtype.itemsize, dtype)
+    return dtype
+
+
+def to_storage(rows: ArrayLike, dtype: DTypeLike, storage: DTypeLike) -> Shaped[Array, "*rows"]:
+    """Casts `rows` to the pool's `dtype`, rounding to nearest even, and reinterprets the bits as `storage`."""
+    return _bitcast(jnp.asarray(rows).astype(dtype), storage)
+
+
+def from_storage(rows: Shaped[Array, "*rows"], dtype: DTypeLike) -> Shaped[Array, "*rows"]:
+    """Reinterprets stored rows as the pool's `dtype`. A bitcast, which XLA fuses into what reads the rows."""
+    return _bitcast(rows, dtype)
+
+
+def _bitcast(rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return rows if rows.dtype == dtype else jax.lax.bitcast_convert_type(rows, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheConfig(abc.ABC):
+    """Sizes of a KV pool: the static part of its pytree.
+
+    Attributes:
+      size: Usable tokens: a positive multiple of `page_size`.
+      page_size: Tokens in a page.
+      dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller quantised.
+      layer_num: Layers that have KV here.
+      start_layer: Global id of the first of them (pipeline parallelism).
+      end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is refused.
+
+    Raises:
+      ArgumentError: on sizes that do not fit together, or more than 2**31 slots.
+    """
+
+    size: int
+    page_size: int
+    dtype: DTypeLike
+    layer_num: int
+    start_layer: int = 0
+    end_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "page_size", "layer_num"):
+            require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+        require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
+        require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
+        require(self.start_layer >= 0, "start_layer", "must not be negative", self.start_layer)
+        last = self.start_layer + self.layer_num - 1
+        rule = f"must be {last}, for {self.layer_num} layers from layer {self.start_layer} on, or None"
+        require(self.end_layer in (None, last), "end_layer", rule, self.end_layer)
+        dtype = np.dtype(self.dtype)
+        require(dtype in _POOL_DTYPES, "dtype", f"must be one of {', '.join(map(str, _POOL_DTYPES))}", dtype)
+        object.__setattr__(self, "end_layer", last)
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def rows(self) -> int:
+        """Rows of each layer: the usable tokens and the sink page."""
+        return self.size + self.page_size
+
+    @property
+    @abc.abstractmethod
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of a token's row in each array of the pool, in the order of the arrays."""
+
+    def abstract_buffers(self, platform: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and storage dtypes of the pool's arrays on `platform`."""
+        storage = storage_dtype(self.dtype, platform)
+        return tuple(jax.ShapeDtypeStruct((self.layer_num, self.rows, *row), storage) for row in self.row_shapes)
+
+
+def require(condition: bool, name: str, rule: str, value: Any) -> None:
+    """Raises ArgumentError with the argument, its rule and its value unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(f"{name} {rule}; got {value}")
