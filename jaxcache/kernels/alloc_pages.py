@@ -123,17 +123,15 @@ def alloc_decode(
 class RowPlan(NamedTuple):
     """What a token must know about its request to find its slot; one int32 entry a row.
 
-    A token at `t` of the result belongs to the last row with `start <= t`, and its position is `t + to_position`. Below
-    `boundary` its slot is `position + to_slot`, else it lies in page `new_pages[position // page_size + to_page]`.
+    Token `t` of the result belongs to the first row with `t < end`; its position is `t + to_position`. Below `boundary`
+    its slot is `position + to_slot`, else it lies in page `new_pages[position // page_size + to_page]`.
     """
 
-    start: jax.Array
+    end: jax.Array
     to_position: jax.Array
     boundary: jax.Array
     to_slot: jax.Array
     to_page: jax.Array
-    total: jax.Array
-    """Number of tokens of the batch, shape (1,)."""
 
 
 def row_plan(prefix_lens: jax.Array, seq_lens: jax.Array, last_loc: jax.Array, page_size: int) -> RowPlan:
@@ -141,28 +139,26 @@ def row_plan(prefix_lens: jax.Array, seq_lens: jax.Array, last_loc: jax.Array, p
     pages_before = -(-prefix_lens // page_size)
     taken = -(-seq_lens // page_size) - pages_before
     end = jnp.cumsum(seq_lens - prefix_lens, dtype=jnp.int32)
-    start = end - (seq_lens - prefix_lens)
     return RowPlan(
-        start=start,
-        to_position=prefix_lens - start,
+        end=end,
+        to_position=seq_lens - end,
         boundary=pages_before * page_size,
         to_slot=last_loc + 1 - prefix_lens,
         to_page=jnp.cumsum(taken, dtype=jnp.int32) - taken - pages_before,
-        total=end[-1:],
     )
 
 
 def _alloc_extend_reference(rows: RowPlan, new_pages: jax.Array, page_size: int, num_tokens: int) -> jax.Array:
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    # A row that starts where the next one does gets no token: the running count of starts lands on the last of them.
-    starts_here = jnp.zeros(num_tokens, jnp.int32).at[rows.start].add(1, mode="drop", indices_are_sorted=True)
-    row = jnp.cumsum(starts_here, dtype=jnp.int32) - 1
-    position = token + rows.to_position[row]
-    in_old_page = position < rows.boundary[row]
-    page = _page_at(new_pages, position // page_size + rows.to_page[row])
+    # The row of a token is the number of rows that end at or before it: a running count, no search.
+    ends_here = jnp.zeros(num_tokens, jnp.int32).at[rows.end].add(1, mode="drop", indices_are_sorted=True)
+    row = jnp.cumsum(ends_here, dtype=jnp.int32)
+    to_position, boundary, to_slot, to_page = (field.at[row].get(mode="clip") for field in rows[1:])
+    position = token + to_position
+    page = _page_at(new_pages, position // page_size + to_page)
     fresh = jnp.where(page == 0, SINK_SLOT, page * page_size + position % page_size)
-    slot = jnp.where(in_old_page, position + rows.to_slot[row], fresh)
-    return jnp.where(token < rows.total, slot, SINK_SLOT)
+    slot = jnp.where(position < boundary, position + to_slot, fresh)
+    return jnp.where(token < rows.end[-1], slot, SINK_SLOT)
 
 
 def _page_at(new_pages: jax.Array, ordinal: jax.Array) -> jax.Array:

@@ -17,9 +17,7 @@ def require_int32(**arrays: AnyArray) -> None:
     for name, array in arrays.items():
         require_array(name, array)
         if array.dtype != np.int32 or array.ndim != 1:
-            raise ArgumentError(
-                f"{name} must be a one-dimensional int32 array, got {array.dtype}{list(array.shape)}: use astype(np.int32)"
-            )
+            raise ArgumentError(f"{name} must be a one-dimensional int32 array, got {array.dtype}{list(array.shape)}")
 
 
 def require_same_length(**arrays: AnyArray) -> None:

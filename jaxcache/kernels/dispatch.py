@@ -64,15 +64,26 @@ _GPU_TABLE: Mapping[Op, Implementation] = MappingProxyType(
 def current_target() -> Target:
     """The device that a function traced now will run on.
 
-    In this order: the abstract device of the mesh in use (`jax.sharding.use_abstract_mesh`, the way to compile for a
-    GPU on a machine that has none), JAX's default device, the default backend. JAX keys its traces by all three, so a
-    cached trace never carries another target's choice.
+    In this order: `abstract_target()`, JAX's default device, the default backend. JAX keys its traces by all three, so
+    a cached trace never carries another target's choice.
     """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.platform is not None:
-        return Target(abstract.platform, abstract.device_kind)
+    abstract = abstract_target()
+    if abstract is not None:
+        return abstract
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    return Target(device.platform, device.device_kind)
+
+
+def abstract_target() -> Target | None:
+    """The abstract device of the mesh in use: how to compile for a GPU on a machine that has none.
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)): ...
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform is None:
+        return None
     return Target(device.platform, device.device_kind)
 
 

@@ -1,0 +1,118 @@
+"""Triton kernels of `alloc_pages`. Parameter order: see `triton_call`.
+
+SGLang launches one program a request, each summing all rows before its own and storing through a block as wide as the
+longest batch seen. Here the prefix sums are made once (`row_plan`), and a program owns a fixed stretch of the result:
+it finds the request of each token by bisection in the sums, which stay in L1.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from jaxcache.kernels.alloc_pages import RowPlan
+from jaxcache.kernels.triton_call import triton_call
+
+TOKENS_PER_PROGRAM = 512
+ROWS_PER_STEP = 1024
+
+
+def alloc_extend(rows: RowPlan, new_pages: jax.Array, *, page_size: int, num_tokens: int) -> jax.Array:
+    """See `alloc_pages.alloc_extend`; `num_tokens`, the batch and `new_pages` are not empty."""
+    (slots,) = triton_call(
+        alloc_extend_kernel,
+        (*rows, new_pages),
+        (rows.end.shape[0], new_pages.shape[0], num_tokens),
+        outputs=[jax.ShapeDtypeStruct((num_tokens,), jnp.int32)],
+        **alloc_extend_launch(rows.end.shape[0], num_tokens),
+        PAGE_SIZE=page_size,
+    )
+    return slots
+
+
+def alloc_decode(seq_lens: jax.Array, last_loc: jax.Array, new_pages: jax.Array, *, page_size: int) -> jax.Array:
+    """See `alloc_pages.alloc_decode`; the batch and `new_pages` are not empty."""
+    bs = seq_lens.shape[0]
+    (slots,) = triton_call(
+        alloc_decode_kernel,
+        (seq_lens, last_loc, new_pages),
+        (bs, new_pages.shape[0]),
+        outputs=[jax.ShapeDtypeStruct((bs,), jnp.int32)],
+        **alloc_decode_launch(bs),
+        PAGE_SIZE=page_size,
+    )
+    return slots
+
+
+def alloc_extend_launch(bs: int, num_tokens: int) -> dict:
+    """Grid and constexprs of `alloc_extend_kernel`."""
+    return dict(
+        grid=(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),),
+        num_warps=4,
+        BISECTIONS=bs.bit_length(),
+        BLOCK=TOKENS_PER_PROGRAM,
+    )
+
+
+def alloc_decode_launch(bs: int) -> dict:
+    """Grid and constexprs of `alloc_decode_kernel`: one program, because the rows that take pages must be counted."""
+    return dict(grid=(1,), num_warps=4, BLOCK=min(triton.next_power_of_2(bs), ROWS_PER_STEP))
+
+
+@triton.jit
+def alloc_extend_kernel(
+    end,  # (bs,) this and the next four: RowPlan
+    to_position,  # (bs,)
+    boundary,  # (bs,)
+    to_slot,  # (bs,)
+    to_page,  # (bs,)
+    new_pages,  # (num_pages,)
+    bs,
+    num_pages,
+    num_tokens,
+    slots,  # (num_tokens,) output
+    PAGE_SIZE: tl.constexpr,
+    BISECTIONS: tl.constexpr,  # bit length of bs
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.zeros([BLOCK], tl.int32)  # number of rows known to end at or before the token
+    for i in tl.static_range(BISECTIONS):  # pyright: ignore[reportGeneralTypeIssues]
+        probe = row + (1 << (BISECTIONS - 1 - i))
+        probe_end = tl.load(end + probe - 1, mask=probe <= bs, other=0x7FFFFFFF)
+        row = tl.where(probe_end <= token, probe, row)
+    in_batch = row < bs
+    position = token + tl.load(to_position + row, mask=in_batch, other=0)
+    in_old_page = in_batch & (position < tl.load(boundary + row, mask=in_batch, other=0))
+    old_slot = position + tl.load(to_slot + row, mask=in_old_page, other=0)
+    ordinal = position // PAGE_SIZE + tl.load(to_page + row, mask=in_batch, other=0)
+    takes_page = in_batch & (position >= 0) & (ordinal >= 0) & (ordinal < num_pages)
+    page = tl.load(new_pages + ordinal, mask=takes_page & ~in_old_page, other=0)
+    fresh = tl.where(page == 0, 0, page * PAGE_SIZE + position % PAGE_SIZE)
+    tl.store(slots + token, tl.where(in_old_page, old_slot, fresh), mask=token < num_tokens)
+
+
+@triton.jit
+def alloc_decode_kernel(
+    seq_lens,  # (bs,)
+    last_loc,  # (bs,)
+    new_pages,  # (num_pages,)
+    bs,
+    num_pages,
+    slots,  # (bs,) output
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    taken = 0
+    for first in range(0, bs, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        seq_len = tl.load(seq_lens + row, mask=row < bs, other=0)
+        starts_page = (seq_len > 0) & ((seq_len - 1) % PAGE_SIZE == 0)
+        takes = starts_page.to(tl.int32)
+        ordinal = taken + tl.cumsum(takes, 0) - takes
+        page = tl.load(new_pages + ordinal, mask=starts_page & (ordinal < num_pages), other=0)
+        old_slot = tl.load(last_loc + row, mask=(row < bs) & (seq_len > 0), other=-1) + 1
+        tl.store(slots + row, tl.where(starts_page, page * PAGE_SIZE, old_slot), mask=row < bs)
+        taken += tl.sum(takes, 0)  # pyright: ignore[reportOperatorIssue]

@@ -1,0 +1,90 @@
+"""Launches a Triton kernel from JAX through whichever jax-triton is installed.
+
+What differs between its versions, and what a kernel must look like to run under all of them and from PyTorch:
+
+| jax-triton | an array updated in place is | its kernel gets |
+|---|---|---|
+| 0.3.x | an input aliased with an output | the input pointer and, after all inputs, an output pointer (the same address) |
+| 0.4 and newer | a `jax.Ref` | the input pointer only |
+
+So the parameters of our kernels stand in this order: arrays, scalars, one `*_alias` per updated array, the outputs,
+constexprs. A kernel reads and writes through the input pointer; the `*_alias` parameters are never used, and are None
+except under 0.3.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxcache.errors import UnsupportedError
+from jaxcache.kernels.dispatch import abstract_target
+
+if TYPE_CHECKING:
+    from jaxcache.kernels.arguments import AnyArray
+
+_COMPUTE_CAPABILITY: Mapping[str, int] = MappingProxyType(
+    {"A100": 80, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100}
+)
+
+
+def triton_call(
+    kernel: Any,
+    arrays: Sequence[AnyArray],
+    scalars: Sequence[int] = (),
+    *,
+    updates: Mapping[int, str] = MappingProxyType({}),
+    outputs: Sequence[jax.ShapeDtypeStruct] = (),
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    **constexprs: Any,
+) -> tuple[jax.Array, ...]:
+    """Calls `kernel` inside a traced function.
+
+    Args:
+      kernel: A `triton.jit` function with its parameters in the order described above.
+      arrays: Array arguments.
+      scalars: Integer arguments, part of the compiled call: they must be static.
+      updates: Which of `arrays` the kernel updates in place: its index, and the name of its `*_alias` parameter. Inside
+        a jitted step this costs no copy when the step owns the array (donated, or a loop carry).
+      outputs: Shapes and dtypes of fresh outputs.
+      grid: Programs to launch along each axis.
+      num_warps: Warps a program.
+      **constexprs: Compile-time arguments of the kernel.
+
+    Returns:
+      The updated arrays in the order of `updates`, then the outputs.
+    """
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    arrays = [jax.numpy.asarray(array) for array in arrays]
+    options = dict(
+        kernel=kernel, grid=grid, num_warps=num_warps, compute_capability=_compute_capability(), **constexprs
+    )
+    if jax_triton.__version_info__ < (0, 4):
+        updated = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in updates]
+        aliases = {operand: output for output, operand in enumerate(updates)}
+        results = jax_triton.triton_call(
+            *arrays, *scalars, out_shape=[*updated, *outputs], input_output_aliases=aliases, **options
+        )
+        return tuple(results)
+    refs = {i: jax.new_ref(arrays[i]) for i in updates}
+    operands = [refs.get(i, array) for i, array in enumerate(arrays)]
+    unused = dict.fromkeys(updates.values())
+    results = jax_triton.triton_call(*operands, *scalars, out_type=list(outputs), **unused, **options)
+    return (*(jax.freeze(ref) for ref in refs.values()), *results)
+
+
+def _compute_capability() -> int | None:
+    """What to compile for: None lets jax-triton ask the GPU; an abstract device is looked up by its name."""
+    target = abstract_target()
+    if target is None:
+        return None
+    for word in target.device_kind.replace("-", " ").split():
+        if word in _COMPUTE_CAPABILITY:
+            return _COMPUTE_CAPABILITY[word]
+    known = ", ".join(_COMPUTE_CAPABILITY)
+    raise UnsupportedError(f"abstract device {target.device_kind!r} has no known compute capability; known: {known}")
