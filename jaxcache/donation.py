@@ -1,8 +1,8 @@
 """The one door for donated steps outside the user's own jit.
 
-A step that updates a pool must own its buffers, or XLA copies the whole pool, silently. `donating(step)` jits a step so that
-every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool that an
-earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools.
+A step that updates a pool must own its buffers, or XLA copies the whole pool, silently. `donating(step)` jits a step so
+that every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool
+that an earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools.
 
 Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import jax
+from jax.core import Tracer
 
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 
@@ -24,11 +25,12 @@ R = TypeVar("R")
 class DevicePool:
     """Base of every pytree whose arrays live on the device and are updated by donation.
 
-    Subclasses are frozen dataclasses registered as pytrees: the arrays are the leaves, everything else is static. An update
-    returns a new pool and consumes the old one, whose arrays are gone from then on (`is_stale`).
+    Subclasses are frozen dataclasses registered as pytrees: the arrays are the leaves, everything else is static. An
+    update returns a new pool and consumes the old one, whose arrays are gone from then on (`is_stale`).
 
-    The borrow mark belongs to the instance and is no part of the pytree: it changes no tree structure, causes no retrace, and
-    does not travel through a jit. Whoever hands a view of the arrays to another framework marks the pool for as long.
+    The borrow mark belongs to the instance and is no part of the pytree: it changes no tree structure, causes no
+    retrace, and does not travel through a jit. Whoever hands a view of the arrays to another framework marks the pool
+    for as long.
     """
 
     borrow_count: ClassVar[int] = 0  # an instance gets its own through object.__setattr__: the dataclass is frozen
@@ -63,25 +65,27 @@ class DevicePool:
 def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> DonatingStep[P, R]:
     """Jits `step` so that every pool among its positional arguments is donated and updated in place.
 
-    Called with traced pools, inside somebody else's jit, the step is simply traced as a part of that jit, which then decides
-    what is donated.
+    Called with traced pools, inside somebody else's jit, the step is simply traced as a part of that jit, which then
+    decides what is donated.
 
     Args:
       step: A pure function that returns every pool it was given, updated or not.
       static_argnames: Names of the arguments that are compiled in, as for `jax.jit`.
 
     Returns:
-      A callable with the signature of `step`. The pools passed to it are consumed. Keep it: it holds the compiled steps.
+      A callable with the signature of `step`. The pools passed to it are consumed. Keep it: it holds the compiled
+      steps.
 
     Raises:
       StalePoolError: (calling) if a pool was consumed before.
       BorrowedError: (calling) if a pool is borrowed, or its memory is held by another framework.
-      ArgumentError: (calling) if there is no pool to donate, a pool is passed by keyword, two pools share a buffer, or a pool
-        is a constant of a function being traced.
+      ArgumentError: (calling) if there is no pool to donate, a pool is passed by keyword, two pools share a buffer, or
+        a pool is a constant of a function being traced.
 
       In all these cases nothing is lost: every pool is as it was.
 
-    Cost: some microseconds a call beyond `jax.jit`; compiles once per set of argument shapes and of positions that hold pools.
+    Cost: some microseconds a call beyond `jax.jit`; compiles once per set of argument shapes and of positions that hold
+      pools.
     """
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     return DonatingStep(step, names)
@@ -99,7 +103,7 @@ class DonatingStep(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         positions = _pool_positions(args, kwargs)
         leaves = [leaf for i in positions for leaf in jax.tree_util.tree_leaves(args[i])]
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
         _refuse_unsafe(args, positions, leaves)
         try:
@@ -133,8 +137,8 @@ def _pool_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int,
     positions = tuple(i for i, arg in enumerate(args) if isinstance(arg, DevicePool))
     if not positions:
         raise ArgumentError(
-            "a donating step needs at least one pool (DevicePool) as a positional argument, got none: pools inside lists, "
-            "tuples or dicts would be copied, so pass each one by itself"
+            "a donating step needs at least one pool (DevicePool) as a positional argument, got none: "
+            "pools inside lists, tuples or dicts would be copied, so pass each one by itself"
         )
     return positions
 
@@ -145,14 +149,15 @@ def _refuse_unsafe(args: tuple[Any, ...], positions: tuple[int, ...], leaves: li
         pool.require_live()
         if pool.borrow_count:
             raise BorrowedError(
-                f"argument {i} ({type(pool).__name__}) is borrowed {pool.borrow_count} time(s), its memory must not change: "
-                "end the borrow first"
+                f"argument {i} ({type(pool).__name__}) is borrowed {pool.borrow_count} time(s), "
+                "its memory must not change: end the borrow first"
             )
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(
-            "one buffer stands twice in the pools of this step and can be donated only once: give each pool its own arrays"
+            "one buffer stands twice in the pools of this step and can be donated only once: "
+            "give each pool its own arrays"
         )
-    if any(isinstance(arg, jax.core.Tracer) for arg in args):
+    if any(isinstance(arg, Tracer) for arg in args):
         raise ArgumentError(
             "the pool is a constant of the function being traced, and would be copied at every call: "
             "make it an argument of that function and donate it"
@@ -161,4 +166,4 @@ def _refuse_unsafe(args: tuple[Any, ...], positions: tuple[int, ...], leaves: li
 
 def _is_deleted(leaf: Any) -> bool:
     """True for an array whose memory is gone; tracers, shapes and NumPy arrays cannot be deleted."""
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()

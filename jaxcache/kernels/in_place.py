@@ -1,9 +1,9 @@
 """The proof that a step updates its donated buffers in place.
 
-XLA never says that it copies a pool: a forgotten donation, a read of the old pool after the write or a scan over layers whose
-inputs and outputs are the pool cost one pool of memory and its whole bandwidth at every step, silently. This file compiles a
-step, executes nothing, and reads three things from the result: which donated buffers share memory with an output, which
-`copy` instructions are as large as a pool, and how much temporary memory the step takes.
+XLA never says that it copies a pool: a forgotten donation, a read of the old pool after the write or a scan over layers
+whose inputs and outputs are the pool cost one pool of memory and its whole bandwidth at every step, silently. This file
+compiles a step, executes nothing, and reads three things from the result: which donated buffers share memory with an
+output, which `copy` instructions are as large as a pool, and how much temporary memory the step takes.
 
     report = prove_in_place(step, pool, loc, k, v)     # a jitted step, or a plain one with donate_argnums=
     assert report.ok, report.why
@@ -91,7 +91,7 @@ class InPlaceReport:
         if complaints:
             return "not in place:\n" + "\n".join(f"- {complaint}" for complaint in complaints)
         total = sum(buffer.size_bytes for buffer in self.buffers)
-        return f"in place: {len(self.buffers)} donated buffers, {total:,} bytes; temporary memory {self.temp_bytes:,} bytes"
+        return f"in place: {len(self.buffers)} donated buffers of {total:,} bytes; {self.temp_bytes:,} bytes temporary"
 
     def _complaints(self) -> list[str]:
         if not self.buffers:
@@ -108,8 +108,8 @@ class InPlaceReport:
         ]
         if self.temp_bytes >= self.temp_limit_bytes:
             complaints.append(
-                f"the step takes {self.temp_bytes:,} bytes of temporary memory, and {self.temp_limit_bytes:,} or more may "
-                "hold a converted or transposed pool: if they are your activations, raise temp_limit_bytes"
+                f"the step takes {self.temp_bytes:,} bytes of temporary memory, and {self.temp_limit_bytes:,} or more "
+                "may hold a converted or transposed pool: if they are your activations, raise temp_limit_bytes"
             )
         return complaints
 
@@ -129,7 +129,8 @@ def prove_in_place(
       *args: The arguments of the step; arrays may be `jax.ShapeDtypeStruct`s. Nothing is consumed.
       donate_argnums: Jits `step` with these arguments donated.
       static_argnames: Goes with `donate_argnums`.
-      temp_limit_bytes: From how much temporary memory on to suspect a hidden copy; by default half the largest donated buffer.
+      temp_limit_bytes: From how much temporary memory on to suspect a hidden copy; by default half the largest donated
+        buffer.
       **kwargs: Keyword arguments of the step.
 
     Returns:
@@ -147,7 +148,7 @@ def prove_in_place(
 
 
 def inspect_compiled(compiled: jax.stages.Compiled, *, temp_limit_bytes: int | None = None) -> InPlaceReport:
-    """Like `prove_in_place`, for a step that is compiled already, on this machine or for a device that it does not have.
+    """Like `prove_in_place`, for a step that is compiled already, be it for a device that this machine lacks.
 
     Raises:
       NotInPlaceError: if the compiler tells nothing about its program.
@@ -167,7 +168,7 @@ def inspect_compiled(compiled: jax.stages.Compiled, *, temp_limit_bytes: int | N
 
 
 def assert_in_place(step: Callable[..., Any] | Lowerable, *args: Any, **kwargs: Any) -> InPlaceReport:
-    """`prove_in_place` with the same arguments, raising NotInPlaceError with the report's words unless all is in place."""
+    """`prove_in_place`, raising NotInPlaceError with the report's words unless all is in place."""
     report = prove_in_place(step, *args, **kwargs)
     if not report.ok:
         raise NotInPlaceError(report.why)

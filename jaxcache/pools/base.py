@@ -1,9 +1,9 @@
 """What the KV pools have in common: sizes, layers, storage, and everything that treats the rows of all layers alike.
 
-A pool is a frozen dataclass pytree. Its arrays are stacked over layers, `(layers, size + page_size, *row)`; the page beyond
-`size` is page 0, the sink of padding, which is never handed out, never written and stays zero. An update returns the new pool
-and consumes the old one. Inside a jitted step that owns the pool (donated, or carried by a loop) an update is in place;
-outside, every method is itself such a step (see `jaxcache.donation`).
+A pool is a frozen dataclass pytree. Its arrays are stacked over layers, `(layers, size + page_size, *row)`; the page
+beyond `size` is page 0, the sink of padding, which is never handed out, never written and stays zero. An update returns
+the new pool and consumes the old one. Inside a jitted step that owns the pool (donated, or carried by a loop) an update
+is in place; outside, every method is itself such a step (see `jaxcache.donation`).
 
 A pool never decides who owns a slot (`jaxcache.pages` does) and never looks at what a row holds.
 
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.donation import DevicePool, donating
@@ -31,18 +33,28 @@ from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
 
-__all__ = ["BufferInfo", "CpuCopy", "DevicePool", "KVCache", "KVCacheConfig", "from_storage", "storage_dtype", "to_storage"]
+    LayerId: TypeAlias = int | Int32[Array, ""]
+
+__all__ = [
+    "BufferInfo",
+    "CpuCopy",
+    "DevicePool",
+    "KVCache",
+    "KVCacheConfig",
+    "from_storage",
+    "storage_dtype",
+    "to_storage",
+]
 
 COPY_BUCKET_TOKENS = 2048
 """Tokens that one step of `get_cpu_copy` and `load_cpu_copy` moves: one compilation serves every length."""
 
-LayerId: TypeAlias = "int | Int32[Array, '']"
-K = TypeVar("K", bound="KVCache")
+PoolT = TypeVar("PoolT", bound="KVCache")
+
 
 @dataclass(frozen=True)
 class BufferInfo:
-    """Where the rows of one layer lie, for transfer engines. There is no pointer: a donated update may move nothing, but a
-    pointer that outlives its pool would be wrong without notice.
+    """Where the rows of one layer lie, for transfer engines. No pointer: one that outlives its pool would go unnoticed.
 
     Attributes:
       name: Field of the pool that holds the stacked array.
@@ -85,9 +97,9 @@ class CpuCopy:
 class KVCache(DevicePool, abc.ABC):
     """Base of the KV pools. Subclasses add one array field for each of `config.row_shapes`, in that order.
 
-    Slots: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything happens; an
-    array on the device, or traced, is not read back: there, slots outside the pool read as zeros and are not written. Slots
-    of one write must be distinct, except for the sink, slot 0, which is never written.
+    Slots: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything
+    happens; an array on the device, or traced, is not read back: there, slots outside the pool read as zeros and are
+    not written. Slots of one write must be distinct, except for the sink, slot 0, which is never written.
 
     Layers are global ids. A Python int is checked; a traced one out of range writes nothing.
     """
@@ -95,7 +107,12 @@ class KVCache(DevicePool, abc.ABC):
     config: KVCacheConfig
 
     @classmethod
-    def create(cls, config: KVCacheConfig, *, device: jax.Device | jax.sharding.Sharding | None = None) -> Self:
+    def create(
+        cls,
+        config: KVCacheConfig,
+        *,
+        device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> Self:
         """A pool of zeros on `device`, by default JAX's default device."""
         platform = next(iter(jnp.zeros((), device=device).devices())).platform
         return cls(config, *(jnp.zeros(b.shape, b.dtype, device=device) for b in config.abstract_buffers(platform)))
@@ -115,14 +132,14 @@ class KVCache(DevicePool, abc.ABC):
         return type(self)(self.config, *buffers)
 
     @abc.abstractmethod
-    def get_key_buffer(self, layer: LayerId) -> Shaped[Array, "slots *row"]:
+    def get_key_buffer(self, layer: LayerId) -> Shaped[Array, " slots *row"]:
         """Keys of a layer, in the pool's dtype. Copies the layer; attention should read `buffers`, or `gather`."""
 
     @abc.abstractmethod
-    def get_value_buffer(self, layer: LayerId) -> Shaped[Array, "slots *row"]:
+    def get_value_buffer(self, layer: LayerId) -> Shaped[Array, " slots *row"]:
         """Values of a layer, in the pool's dtype. Copies the layer; attention should read `buffers`, or `gather`."""
 
-    def get_kv_buffer(self, layer: LayerId) -> tuple[Shaped[Array, "slots *row"], Shaped[Array, "slots *row"]]:
+    def get_kv_buffer(self, layer: LayerId) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
 
@@ -134,8 +151,8 @@ class KVCache(DevicePool, abc.ABC):
           layer: Global id of one layer, or None for all of them.
 
         Returns:
-          `(n, *row)`, or `(layers, n, *row)` for all layers, in the pool's dtype: `(k, v)` for a pool of keys and values, one
-          array for an MLA pool.
+          `(n, *row)`, or `(layers, n, *row)` for all layers, in the pool's dtype: `(k, v)` for a pool of keys and
+          values, one array for an MLA pool.
 
         Raises:
           StalePoolError: if the pool was consumed.
@@ -172,7 +189,8 @@ class KVCache(DevicePool, abc.ABC):
         """Copies slot `src_loc[i]` to slot `tgt_loc[i]` in every layer, all at the same instant: the lists may overlap.
 
         Args:
-          tgt_loc: Slots to write, distinct but for 0. Lists on the host are padded to a power of two, so that few shapes compile.
+          tgt_loc: Slots to write, distinct but for 0. Lists on the host are padded to a power of two, so that few
+            shapes compile.
           src_loc: Slots to read, as many.
 
         Returns:
@@ -191,11 +209,11 @@ class KVCache(DevicePool, abc.ABC):
         if isinstance(tgt_loc, np.ndarray) and isinstance(src_loc, np.ndarray):
             _require_distinct("tgt_loc", tgt_loc)
             bucket = 1 << max(4, (len(tgt_loc) - 1).bit_length())
-            tgt_loc, src_loc = _pad(tgt_loc, bucket), _pad(src_loc, bucket)
+            return _move(self, _pad(tgt_loc, bucket), _pad(src_loc, bucket))
         return _move(self, tgt_loc, src_loc)
 
     def get_cpu_copy(self, indices: Int32[Array, " n"]) -> CpuCopy:
-        """Copies the rows of `n` slots of every layer to host memory, for a request that is retracted. Blocks until done.
+        """Copies the rows of `n` slots of every layer to host memory, as for a retracted request. Blocks until done.
 
         Raises:
           StalePoolError: if the pool was consumed.
@@ -215,7 +233,7 @@ class KVCache(DevicePool, abc.ABC):
         return CpuCopy(self.config, copies)
 
     def load_cpu_copy(self, copy: CpuCopy, indices: Int32[Array, " n"]) -> Self:
-        """Writes rows taken by `get_cpu_copy` to as many slots, the same or others, of this pool or one of the same kind.
+        """Writes rows taken by `get_cpu_copy` to as many slots, the same or others, of this pool or a like one.
 
         Args:
           copy: What `get_cpu_copy` returned. Stays valid.
@@ -264,7 +282,6 @@ class KVCache(DevicePool, abc.ABC):
 
     def maybe_get_custom_mem_pool(self) -> None:
         """None: XLA allocates the pool. Kept for callers of SGLang's name."""
-        return None
 
     def _layer_index(self, layer: LayerId) -> Any:
         """The index into the stack of a global layer id."""
@@ -275,7 +292,7 @@ class KVCache(DevicePool, abc.ABC):
         return layer - first
 
     def _checked_loc(self, name: str, loc: Any) -> Any:
-        """Slots as int32: checked, as a NumPy array, if they are on the host; unread if they are on the device or traced."""
+        """Slots as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""
         if isinstance(loc, jax.Array):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
@@ -293,7 +310,7 @@ class KVCache(DevicePool, abc.ABC):
 
     def _host_loc(self, name: str, indices: Any) -> np.ndarray:
         """`_checked_loc` of slots that are read back from the device if they are there."""
-        if isinstance(indices, jax.core.Tracer):
+        if isinstance(indices, Tracer):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
         return self._checked_loc(name, np.asarray(indices))
 
@@ -334,17 +351,17 @@ def _gather_stored(pool: KVCache, loc: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @donating
-def _scatter_stored(pool: K, loc: jax.Array, *rows: jax.Array) -> K:
+def _scatter_stored(pool: PoolT, loc: jax.Array, *rows: jax.Array) -> PoolT:
     return pool.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(pool.buffers, rows, strict=True)))
 
 
 @donating
-def _set_all_layers(pool: K, loc: jax.Array, *rows: ArrayLike) -> K:
+def _set_all_layers(pool: PoolT, loc: jax.Array, *rows: ArrayLike) -> PoolT:
     return _scatter_stored(pool, loc, *map(pool._stored, rows))
 
 
 @donating
-def _move(pool: K, tgt_loc: jax.Array, src_loc: jax.Array) -> K:
+def _move(pool: PoolT, tgt_loc: Any, src_loc: Any) -> PoolT:
     return pool.with_buffers(*(move_rows(buffer, tgt_loc, src_loc) for buffer in pool.buffers))
 
 

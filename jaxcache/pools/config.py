@@ -31,8 +31,8 @@ _CPU_STORAGE = {2: np.dtype(np.uint16), 1: np.dtype(np.uint8)}
 def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
     """The dtype of a pool's arrays on `platform` ("cpu", "gpu"), for rows of `dtype`.
 
-    XLA:CPU carries out a scatter into bfloat16 or float8 by converting the whole pool to float32 and back. There, floats of 16
-    and 8 bits are stored as unsigned integers of their width, and rows, never the pool, are bitcast.
+    XLA:CPU carries out a scatter into bfloat16 or float8 by converting the whole pool to float32 and back. There,
+    floats of 16 and 8 bits are stored as unsigned integers of their width, and rows, never the pool, are bitcast.
     """
     dtype = np.dtype(dtype)
     if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
@@ -61,10 +61,12 @@ class KVCacheConfig(abc.ABC):
     Attributes:
       size: Usable tokens: a positive multiple of `page_size`.
       page_size: Tokens in a page.
-      dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller quantised.
+      dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller
+        quantised.
       layer_num: Layers that have KV here.
       start_layer: Global id of the first of them (pipeline parallelism).
-      end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is refused.
+      end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is
+        refused.
 
     Raises:
       ArgumentError: on sizes that do not fit together, or more than 2**31 slots.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,15 @@ from jax.typing import ArrayLike
 
 from jaxcache.donation import donating
 from jaxcache.kernels.write_kv import write_kv
-from jaxcache.pools.base import KVCache, LayerId
+from jaxcache.pools.base import KVCache
 from jaxcache.pools.config import KVCacheConfig, require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
+
+    from jaxcache.pools.base import LayerId
+
+PoolT = TypeVar("PoolT", bound="MHATokenToKVPool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +87,11 @@ class MHATokenToKVPool(KVCache):
         Args:
           layer: Global layer id; may be traced.
           loc: Slot of each token.
-          k: Keys; cast to the pool's dtype. Values beyond the range of an fp8 dtype overflow as its cast says: scale them.
+          k: Keys; cast to the pool's dtype. Values beyond the range of an fp8 dtype overflow as its cast says: scale
+            them.
           v: Values, likewise.
-          k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree. A number, or an array that
-            broadcasts to `k`, such as `(heads, 1)`. The caller's arrays are untouched.
+          k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree. A number, or an array
+            that broadcasts to `k`, such as `(heads, 1)`. The caller's arrays are untouched.
           v_scale: The same for the values.
           layer_id_override: Takes the place of `layer` if given.
 
@@ -95,8 +100,8 @@ class MHATokenToKVPool(KVCache):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on a layer or slot outside the pool, wrong shapes, rows that are not floats for a pool of floats, or
-            a scale for a pool of integers.
+          ArgumentError: on a layer or slot outside the pool, wrong shapes, rows that are not floats for a pool of
+            floats, or a scale for a pool of integers.
 
         Cost: reads and writes `n` rows.
         """
@@ -129,6 +134,6 @@ class MHATokenToKVPool(KVCache):
 
 
 @donating
-def _write(pool: MHATokenToKVPool, index: Any, loc: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> MHATokenToKVPool:
+def _write(pool: PoolT, index: Any, loc: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> PoolT:
     rows = pool._stored(k, k_scale), pool._stored(v, v_scale)
     return pool.with_buffers(*write_kv(pool.k, pool.v, index, loc, *rows))

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 
 from jaxcache.donation import donating
 from jaxcache.kernels.write_kv import write_mla_kv
-from jaxcache.pools.base import KVCache, LayerId
+from jaxcache.pools.base import KVCache
 from jaxcache.pools.config import KVCacheConfig, require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
+
+    from jaxcache.pools.base import LayerId
+
+PoolT = TypeVar("PoolT", bound="MLATokenToKVPool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,8 @@ class MLATokenToKVPool(KVCache):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on a layer or slot outside the pool, wrong shapes, or rows that are not floats for a pool of floats.
+          ArgumentError: on a layer or slot outside the pool, wrong shapes, or rows that are not floats for a pool of
+            floats.
 
         Cost: reads and writes `n` rows.
         """
@@ -116,5 +121,5 @@ class MLATokenToKVPool(KVCache):
 
 
 @donating
-def _write(pool: MLATokenToKVPool, index: Any, loc: Any, nope: Any, rope: Any) -> MLATokenToKVPool:
+def _write(pool: PoolT, index: Any, loc: Any, nope: Any, rope: Any) -> PoolT:
     return pool.with_buffers(write_mla_kv(pool.kv, index, loc, pool._stored(nope), pool._stored(rope)))
