@@ -40,10 +40,12 @@ class Request:
       output_ids: Tokens sampled so far; the engine appends, nothing is ever taken back while the request runs.
       extra_key: Namespace; KV is shared only inside one.
       priority: Higher stays longer under `Policy.PRIORITY`.
+      tag: A number of the engine's own that its steps see, such as the index of an adapter.
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
       state: See `RequestState`.
       req_pool_idx: Row in the request table; None unless running.
       kv_len: Tokens whose KV is in the pool. The last sampled token never has KV.
+      num_pages: Pages in its row: those of `kv_len` tokens, and those taken for a step that has not run yet.
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
       cpu_copy: KV kept in host memory across a retraction.
@@ -53,11 +55,13 @@ class Request:
     origin_input_ids: Sequence[int] | Int32[np.ndarray, "tokens"]
     extra_key: str | bytes | Namespace | None = None
     priority: int = 0
+    tag: int = 0
     logprob_start_len: int | None = None
     output_ids: list[int] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
     req_pool_idx: int | None = None
     kv_len: int = 0
+    num_pages: int = 0
     lock: Receipt | None = None
     cached_tokens: int = 0
     cpu_copy: Any = None

@@ -168,22 +168,22 @@ class RadixCache(BasePrefixCache):
             self.tree.unlock(old)
 
     def cache_finished_req(self, req: Request) -> None:
-        """Shares what a request computed, frees its tail page and its row, and releases its lock.
+        """Shares what a request computed, frees the rest of its pages and its row, and releases its lock.
 
         Afterwards the request owns nothing; what it computed is evictable unless others lock it.
         """
         table, allocator = self._parts()
         row = _row_of(req)
-        stop = -(-req.kv_len // self.page_size)
-        if self.disable:
-            allocator.release(table.row_pages(row, 0, stop).copy(), PageState.PRIVATE)
-        else:
+        shared = 0
+        if not self.disable:
             self._insert_computed(req)
-            tail = table.row_pages(row, req.kv_len // self.page_size, stop)
-            if len(tail):
-                allocator.release(tail.copy(), PageState.PRIVATE)
+            shared = req.kv_len // self.page_size
+        tail = table.row_pages(row, shared, req.num_pages)
+        if len(tail):
+            allocator.release(tail.copy(), PageState.PRIVATE)
         table.free(row)
         req.req_pool_idx = None
+        req.num_pages = 0
         if req.lock is not None:
             self.tree.unlock(req.lock)
             req.lock = None

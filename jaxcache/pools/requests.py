@@ -45,6 +45,21 @@ class RequestTable(DevicePool):
         return self.pages[row, position // page_size] * page_size + position % page_size
 
 
+@dataclass(frozen=True, eq=False)
+class TableChanges:
+    """Entries of the host table on their way to the device.
+
+    Attributes:
+      index: int32 flat indices.
+      page: int32 values.
+      ranges: The same as (row, first, stop).
+    """
+
+    index: np.ndarray
+    page: np.ndarray
+    ranges: tuple[tuple[int, int, int], ...]
+
+
 class ReqToTokenPool:
     """Rows of the request table, on the host.
 
@@ -166,19 +181,23 @@ class ReqToTokenPool:
         """Entries waiting to be sent to the device."""
         return sum(stop - first for _, first, stop in self._changed)
 
-    def take_changes(self, limit: int) -> tuple[Int32[np.ndarray, "entries"], Int32[np.ndarray, "entries"]]:
-        """At most `limit` changed entries as (flat index, page), and forgets them. Values are those of this moment."""
-        parts: list[np.ndarray] = []
+    def take_changes(self, limit: int) -> TableChanges:
+        """At most `limit` changed entries with their values of this moment; they count as sent."""
+        taken: list[tuple[int, int, int]] = []
         while self._changed and limit > 0:
             row, first, stop = self._changed.pop()
             cut = min(stop, first + limit)
             if cut < stop:
                 self._changed.append((row, cut, stop))
-            base = row * self.max_pages
-            parts.append(np.arange(base + first, base + cut, dtype=np.int32))
+            taken.append((row, first, cut))
             limit -= cut - first
-        index = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        return index, self._pages.reshape(-1)[index]
+        starts = (np.arange(row * self.max_pages + first, row * self.max_pages + stop) for row, first, stop in taken)
+        index = np.concatenate([np.empty(0, np.int32), *starts]).astype(np.int32)
+        return TableChanges(index, self._pages.reshape(-1)[index], tuple(taken))
+
+    def give_back(self, changes: TableChanges) -> None:
+        """Changes that were taken and did not reach the device wait again."""
+        self._changed.extend(changes.ranges)
 
     def device_table(self) -> RequestTable:
         """A new device twin with all present entries."""

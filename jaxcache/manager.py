@@ -1,0 +1,453 @@
+"""What an engine calls: memory, set up from one record, and the life of a request in it.
+
+    WAITING ──admit──► RUNNING ──finish, abort──► DONE
+                       │     ▲
+                       │     └──admit── RETRACTED ◄──┐
+                       └──────────retract────────────┘
+
+    while running:   plan = extend(...) or decode(...)        take pages, write the table     (None: memory is short)
+                     out  = run(step, plan)                   dispatch, then commit what was computed
+
+Every acquisition is all or nothing: what fails, or comes back None, has changed nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcache.caches.base import expand_pages
+from jaxcache.caches.radix import RadixCache
+from jaxcache.donation import donating
+from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
+from jaxcache.index.recency import Policy
+from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.token import TokenToKVPoolAllocator
+from jaxcache.pools.base import KVCache, KVCacheConfig
+from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
+from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from jaxcache.pools.requests import ReqToTokenPool, RequestTable
+from jaxcache.request import Request, RequestState
+from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
+
+TABLE_PATCH_ENTRIES = 8192
+"""Table entries that travel by themselves when a step's bucket has no room for them."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Everything `init_memory_pool_and_cache` decides from.
+
+    Attributes:
+      kv: Sizes, layers and dtype of the KV pool; its kind chooses the pool class.
+      max_running: Requests that can run at once.
+      max_context_len: Longest request, in tokens.
+      chunk: Prompt tokens a step computes at most.
+      policy: Eviction order of the prefix cache.
+      disable_radix_cache: Share nothing between requests.
+      enable_kv_cache_events: Queue an event for each cached block.
+      need_sort: Hand out pages in ascending order where possible (contiguous transfers).
+    """
+
+    kv: KVCacheConfig
+    max_running: int
+    max_context_len: int
+    chunk: int = 8192
+    policy: Policy = Policy.LRU
+    disable_radix_cache: bool = False
+    enable_kv_cache_events: bool = False
+    need_sort: bool = False
+
+
+def init_memory_pool_and_cache(config: MemoryConfig) -> MemoryManager:
+    """Builds pool, allocator, request table and prefix cache as the scheduler would choose them.
+
+    Raises:
+      ArgumentError: Sizes do not fit together.
+
+    Source: SGLang 0.5.2 scheduler.py, init_memory_pool_and_cache.
+    """
+    kv = config.kv
+    if isinstance(kv, MHAConfig):
+        pool: KVCache = MHATokenToKVPool.create(kv)
+    elif isinstance(kv, MLAConfig):
+        pool = MLATokenToKVPool.create(kv)
+    else:
+        raise ArgumentError(f"kv must be an MHAConfig or MLAConfig, got {type(kv).__name__}")
+    if kv.page_size == 1:
+        allocator: BaseTokenToKVPoolAllocator = TokenToKVPoolAllocator(kv.size, need_sort=config.need_sort)
+    else:
+        allocator = PagedTokenToKVPoolAllocator(kv.size, kv.page_size, need_sort=config.need_sort)
+    table = ReqToTokenPool(config.max_running, config.max_context_len, kv.page_size)
+    cache = RadixCache(
+        table,
+        allocator,
+        kv.page_size,
+        disable=config.disable_radix_cache,
+        enable_kv_cache_events=config.enable_kv_cache_events,
+        policy=config.policy,
+    )
+    return MemoryManager(config, pool, allocator, table, cache)
+
+
+class MemoryManager:
+    """Owner of the pools and of every running request's share of them. See `init_memory_pool_and_cache`.
+
+    Attributes:
+      pool: The KV pool. Replaced by every `run`: never keep it across one.
+      table: Device twin of the request table; likewise replaced.
+      req_to_token_pool: Host request table.
+      allocator: Owner of the pages.
+      cache: The prefix cache.
+      buckets: Static shapes of steps.
+      running: Running requests by row.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        pool: KVCache,
+        allocator: BaseTokenToKVPoolAllocator,
+        req_to_token_pool: ReqToTokenPool,
+        cache: RadixCache,
+    ):
+        self.config = config
+        self.pool = pool
+        self.allocator = allocator
+        self.req_to_token_pool = req_to_token_pool
+        self.cache = cache
+        self.page_size = config.kv.page_size
+        self.table: RequestTable = req_to_token_pool.device_table()
+        self.buckets = default_buckets(config.max_running, config.chunk, self.page_size)
+        self.running: dict[int, Request] = {}
+        self._steps: dict[Callable, Callable] = {}
+        self._patch = donating(RequestTable.patched)
+
+    # ---- the life of a request -----------------------------------------------------------------------------------
+
+    def admit(self, request: Request) -> int | None:
+        """Starts or resumes a request: finds and locks its cached prefix and gives it a row.
+
+        The match leaves at least one token to compute, and respects `logprob_start_len`. A retracted request whose KV
+        is kept in host memory gets pages for it and has it loaded back.
+
+        Returns:
+          Tokens whose KV is there already, or None if no row, or no memory to load back into, is left.
+
+        Raises:
+          RequestStateError: It is running or done.
+          ArgumentError: It is longer than `max_context_len`.
+        """
+        if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
+            raise RequestStateError(f"request {request.rid} is {request.state.value}: only a waiting one can be admitted")
+        if request.num_tokens > self.config.max_context_len:
+            raise ArgumentError(
+                f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {self.config.max_context_len}"
+            )
+        if not self.req_to_token_pool.available_size():
+            return None
+        cap = request.num_tokens - 1
+        if request.logprob_start_len is not None:
+            cap = min(cap, request.logprob_start_len)
+        found = self.cache.match_prefix(request.key[:cap])
+        with contextlib.ExitStack() as undo:  # leaves with everything taken given back, unless `pop_all` keeps it
+            lock = self.cache.inc_lock_ref(found)
+            undo.callback(self.cache.dec_lock_ref, lock)
+            copied = request.cpu_copy.num_tokens if request.cpu_copy is not None else 0
+            kv_len = max(lock.length, copied)
+            fresh = self._take_pages([lock.length], [kv_len])
+            if fresh is None:
+                return None
+            undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
+            (row,) = self.req_to_token_pool.alloc(1) or (-1,)
+            undo.callback(self.req_to_token_pool.free, row)
+            self.req_to_token_pool.write_pages(row, 0, found.pages)
+            self.req_to_token_pool.write_pages(row, len(found.pages), fresh)
+            if len(fresh):
+                self._load_back(request.cpu_copy, lock.length, fresh)
+            undo.pop_all()
+        request.req_pool_idx, request.lock, request.state = row, lock, RequestState.RUNNING
+        request.num_pages = len(found.pages) + len(fresh)
+        request.cached_tokens = lock.length
+        request.kv_len = kv_len
+        request.cpu_copy = None
+        self.running[row] = request
+        if len(fresh):
+            self.cache.cache_unfinished_req(request)
+        return kv_len
+
+    def _load_back(self, copy: Any, start: int, fresh: np.ndarray) -> None:
+        """Writes the tokens from `start` on of a host copy into fresh pages."""
+        slots = expand_pages(fresh, self.page_size)[: copy.num_tokens - start]
+        rest = dataclasses.replace(copy, buffers=tuple(buffer[:, start:] for buffer in copy.buffers))
+        self.pool = self.pool.load_cpu_copy(rest, slots)
+
+    def finish(self, request: Request) -> None:
+        """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""
+        self._release(request, RequestState.DONE)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request in any state; whatever it computed is valid KV and stays for others."""
+        if request.state is RequestState.RUNNING:
+            self._release(request, RequestState.DONE)
+        request.cpu_copy = None
+        request.state = RequestState.DONE
+
+    def retract(self, request: Request, offload: bool = False) -> None:
+        """Takes a running request's memory to make room; `admit` resumes it.
+
+        What it computed becomes evictable and is found again if it is still there.
+
+        Args:
+          request: A running request.
+          offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
+        """
+        self._require_running(request)
+        if offload and request.kv_len:
+            pages = self.req_to_token_pool.row_pages(self._row(request), 0, self._pages_of(request.kv_len))
+            request.cpu_copy = self.pool.get_cpu_copy(expand_pages(pages, self.page_size)[: request.kv_len])
+        self._release(request, RequestState.RETRACTED)
+
+    def _release(self, request: Request, state: RequestState) -> None:
+        self._require_running(request)
+        row = self._row(request)
+        self.cache.cache_finished_req(request)
+        del self.running[row]
+        request.state = state
+        request.kv_len = 0
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
+        """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
+
+        Evicts what is short. None if memory is short all the same; nothing has changed then but the eviction.
+
+        Args:
+          work: Distinct running requests, each with a number of tokens >= 1 that it still has to compute.
+
+        Raises:
+          RequestStateError: A request is not running.
+          ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
+        """
+        prefix = [request.kv_len for request, _ in work]
+        target = [request.kv_len + n for request, n in work]
+        for (request, n), end in zip(work, target, strict=True):
+            if n < 1 or end > request.num_tokens:
+                raise ArgumentError(f"work: request {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
+        parts = [request.key.token_ids[start:end] for (request, _), start, end in zip(work, prefix, target, strict=True)]
+        return self._plan(StepKind.EXTEND, [request for request, _ in work], prefix, target, parts)
+
+    def decode(self, requests: Sequence[Request]) -> StepPlan | None:
+        """Plans a step that computes the last sampled token of each request. None if memory is short.
+
+        Raises:
+          RequestStateError: A request is not running.
+          ArgumentError: A request has more, or fewer, than one token to compute, or is named twice.
+        """
+        for request in requests:
+            if request.num_tokens - request.kv_len != 1:
+                raise ArgumentError(
+                    f"requests: {request.rid} has {request.num_tokens - request.kv_len} tokens to compute, decode takes one"
+                )
+        prefix = [request.kv_len for request in requests]
+        tokens = [[request.output_ids[-1] if request.output_ids else request.origin_input_ids[-1]] for request in requests]
+        return self._plan(StepKind.DECODE, list(requests), prefix, [length + 1 for length in prefix], tokens)
+
+    def _plan(
+        self, kind: StepKind, requests: list[Request], prefix: list[int], target: list[int], tokens: list
+    ) -> StepPlan | None:
+        for request in requests:
+            self._require_running(request)
+            if request.num_pages != self._pages_of(request.kv_len):
+                raise RequestStateError(f"request {request.rid} has a plan that has not run: run or cancel it first")
+        if len({id(request) for request in requests}) != len(requests) or not requests:
+            raise ArgumentError("requests: name each request once, and at least one")
+        counts = [self._pages_of(end) - request.num_pages for end, request in zip(target, requests, strict=True)]
+        num_tokens = sum(target) - sum(prefix)
+        bucket = smallest(self.buckets, kind, len(requests), num_tokens, sum(counts))
+        fresh = self._take_pages(prefix, target)
+        if fresh is None:
+            return None
+        last_loc = [self._last_loc(request) for request in requests]
+        start = 0
+        for request, count in zip(requests, counts, strict=True):
+            if count:
+                self.req_to_token_pool.write_pages(
+                    self._row(request), request.num_pages, fresh[start : start + count]
+                )
+                request.num_pages += count
+                start += count
+        return StepPlan(
+            bucket,
+            tuple(requests),
+            row=np.array([request.req_pool_idx for request in requests], np.int32),
+            prefix_len=np.array(prefix, np.int32),
+            seq_len=np.array(target, np.int32),
+            last_loc=np.array(last_loc, np.int32),
+            tag=np.array([request.tag for request in requests], np.int32),
+            tokens=np.concatenate(tokens).astype(np.int32, copy=False),
+            new_pages=fresh,
+        )
+
+    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
+        """Dispatches a step on the pools and commits what it computes.
+
+        The step is `step(pool, batch, *args) -> (pool, out)`, a pure function; it is jitted once a bucket, with pool and
+        request table donated. After an extend, whole pages are shared through the prefix cache.
+
+        Returns:
+          `out`, perhaps still being computed.
+        """
+        self._send_table_changes(plan.bucket.changes)
+        changes = self.req_to_token_pool.take_changes(plan.bucket.changes)
+        try:
+            packed = plan.pack(changes)
+            result = self._jitted(step)(self.pool, self.table, packed, *args, bucket=plan.bucket)
+        except BaseException:
+            self.req_to_token_pool.give_back(changes)
+            raise
+        self.pool, self.table, out = result
+        for request, length in zip(plan.requests, plan.seq_len.tolist(), strict=True):
+            request.kv_len = length
+        if plan.bucket.kind is StepKind.EXTEND:
+            for request in plan.requests:
+                self.cache.cache_unfinished_req(request, chunked=True)
+        return out
+
+    def cancel(self, plan: StepPlan) -> None:
+        """Gives the pages of a plan that will not run back."""
+        for request in plan.requests:
+            self._require_running(request)
+            keep = self._pages_of(request.kv_len)
+            extra = self.req_to_token_pool.row_pages(self._row(request), keep, request.num_pages)
+            if len(extra):
+                self.allocator.release(extra.copy(), PageState.PRIVATE)
+                request.num_pages = keep
+
+    def warm_up(self, step: Callable, *args: Any) -> None:
+        """Compiles `step` for every bucket, and the table patch, with batches of padding."""
+        for bucket in self.buckets:
+            self.run(step, StepPlan.empty(bucket), *args)
+        none = np.full(TABLE_PATCH_ENTRIES, np.iinfo(np.int32).max, np.int32)
+        self.table = self._patch(self.table, none, none)
+
+    def _jitted(self, step: Callable) -> Callable:
+        if step not in self._steps:
+            page_size = self.page_size
+
+            def whole_step(pool: KVCache, table: RequestTable, packed: Any, *args: Any, bucket: Bucket) -> Any:
+                batch = unpack(jnp.asarray(packed), bucket, table, page_size)
+                pool, out = step(pool, batch, *args)
+                return pool, batch.table, out
+
+            self._steps[step] = donating(whole_step, static_argnames=("bucket",))
+        return self._steps[step]
+
+    def _send_table_changes(self, room: int) -> None:
+        """Sends what a step has no room for ahead of it."""
+        while self.req_to_token_pool.num_changed() > room:
+            changes = self.req_to_token_pool.take_changes(TABLE_PATCH_ENTRIES)
+            index = np.full(TABLE_PATCH_ENTRIES, np.iinfo(np.int32).max, np.int32)
+            page = np.zeros(TABLE_PATCH_ENTRIES, np.int32)
+            index[: len(changes.index)] = changes.index
+            page[: len(changes.page)] = changes.page
+            self.table = self._patch(self.table, index, page)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def _take_pages(self, prefix: list[int], target: list[int]) -> np.ndarray | None:
+        """Fresh pages for a batch, evicting only what is short; None, with no page taken, if that is not enough."""
+        need = sum(map(self._pages_of, target)) - sum(map(self._pages_of, prefix))
+        short = need * self.page_size - self.allocator.available_size()
+        if short > 0:
+            self.cache.evict(short)
+        return self.allocator.alloc_pages(need)
+
+    def _pages_of(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _last_loc(self, request: Request) -> int:
+        if not request.kv_len:
+            return -1
+        page, offset = divmod(request.kv_len - 1, self.page_size)
+        return int(self.req_to_token_pool.row_pages(self._row(request), page, page + 1)[0]) * self.page_size + offset
+
+    def _row(self, request: Request) -> int:
+        if request.req_pool_idx is None:
+            raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
+        return request.req_pool_idx
+
+    def _require_running(self, request: Request) -> None:
+        if request.state is not RequestState.RUNNING or self.running.get(self._row(request)) is not request:
+            raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
+
+    def get_token_info(self) -> tuple[int, float, int, int]:
+        """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.
+
+        Source: SGLang 0.5.2 scheduler, _get_token_info.
+        """
+        available = self.allocator.available_size()
+        evictable = self.cache.evictable_size()
+        used = self.allocator.size - available - evictable
+        return used, used / self.allocator.size, available, evictable
+
+    def check_memory(self, read_device: bool = False) -> None:
+        """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
+
+        Args:
+          read_device: Also read the device table back and compare it with the host's.
+
+        Raises:
+          BrokenInvariant: says which book does not balance.
+
+        Cost: O(cached pages + pages of running requests). It checks identity, not counts, so leaks that cancel out show.
+        """
+        self.cache.check()
+        rows = [self.req_to_token_pool.row_pages(row, 0, request.num_pages) for row, request in self.running.items()]
+        private = [
+            pages[request.protected_len // self.page_size :]
+            for pages, request in zip(rows, self.running.values(), strict=True)
+        ]
+        owned = np.sort(np.concatenate([np.empty(0, np.int32), *private]))
+        states = self.allocator.states
+        expected = np.flatnonzero(states == PageState.PRIVATE)
+        if not np.array_equal(owned, expected):
+            odd = np.setxor1d(owned, expected)[:5]
+            raise BrokenInvariant(f"private pages: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}")
+        for (row, request), pages in zip(self.running.items(), rows, strict=True):
+            self._check_shared(row, request, pages)
+        if len(self.running) + self.req_to_token_pool.available_size() != self.req_to_token_pool.size:
+            raise BrokenInvariant(f"rows: {len(self.running)} running, {self.req_to_token_pool.available_size()} free")
+        if read_device:
+            self._check_device_table()
+
+    def _check_shared(self, row: int, request: Request, pages: np.ndarray) -> None:
+        """The part of a row that its lock covers must be the tree's pages for the request's own tokens."""
+        length = request.protected_len
+        path: list[np.ndarray] = []
+        node = request.lock.node if request.lock is not None else None
+        keys: list[bytes] = []
+        while node is not None and node.parent is not None:
+            path.append(node.value)  # type: ignore[arg-type]
+            keys.append(node.key)
+            node = node.parent
+        shared = np.concatenate(path[::-1]) if path else np.empty(0, np.int32)
+        is_same = np.array_equal(shared, pages[: length // self.page_size])
+        if not is_same or b"".join(reversed(keys)) != request.key.packed[: 4 * length]:
+            raise BrokenInvariant(f"row {row} of request {request.rid}: its first {length} tokens are not the tree's pages")
+
+    def _check_device_table(self) -> None:
+        self._send_table_changes(0)
+        device = np.asarray(self.table.pages)
+        for row, request in self.running.items():
+            host = self.req_to_token_pool.row_pages(row, 0, request.num_pages)
+            if not np.array_equal(device[row, : request.num_pages], host):
+                raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
