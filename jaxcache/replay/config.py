@@ -1,0 +1,148 @@
+"""Everything a replay can be told, checked before anything is built. Imports no JAX."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxcache.errors import ArgumentError
+from jaxcache.index.recency import Policy
+from jaxcache.replay.chat import generate_chat
+from jaxcache.replay.trace import TraceRequest, read_trace
+
+_GENERATED_REQUESTS = 200
+_MAX_SEED = (1 << 63) - 1
+
+
+class PoolKind(enum.Enum):
+    """Which device pool holds the KV."""
+
+    MHA = "mha"
+    MLA = "mla"
+
+
+class DType(enum.Enum):
+    """What a row of the pool is made of."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
+    FLOAT8_E5M2 = "float8_e5m2"
+
+
+class Fault(enum.Enum):
+    """A bug planted on purpose, to see that the replay notices it."""
+
+    FREE_EARLY = "free_early"
+    WRONG_PAGE = "wrong_page"
+    WRONG_NAMESPACE = "wrong_namespace"
+    OFF_BY_ONE_POSITION = "off_by_one_position"
+    SKIP_WRITE = "skip_write"
+    DOUBLE_OWN = "double_own"
+    LEAK = "leak"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The options of `jaxcache replay`. None means: chosen when the device is known (`for_platform`).
+
+    Attributes:
+      trace: File in Mooncake's format; None generates a chat trace from `requests` and `seed`.
+      requests: Replay only the first so many; None: the whole file, or 200 generated ones.
+      concurrency: Most requests that run at once.
+      chunk: Most prompt tokens of one step, over all requests in it.
+      page_size: Slots in a page.
+      device_tokens: Room of the pool in tokens, rounded down to whole pages.
+      pool: MHA or MLA.
+      layers: Layers of KV; None: as many as the memory of the device allows.
+      heads: KV heads (MHA).
+      head_dim: Width of a head (MHA).
+      rank: Width of the compressed part of a row (MLA).
+      rope_dim: Width of the positional part of a row (MLA).
+      dtype: Of the pool.
+      policy: Order of eviction.
+      seed: Of a generated trace, and of the output tokens.
+      verify: Read every hit and every finished row back and compare.
+      plant: A fault to plant.
+
+    Raises:
+      ArgumentError: on any value out of range.
+    """
+
+    trace: Path | None = None
+    requests: int | None = None
+    concurrency: int = 32
+    chunk: int = 8192
+    page_size: int = 16
+    device_tokens: int = 1_000_000
+    pool: PoolKind = PoolKind.MHA
+    layers: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    rank: int | None = None
+    rope_dim: int | None = None
+    dtype: DType | None = None
+    policy: Policy = Policy.LRU
+    seed: int = 0
+    verify: bool = True
+    plant: Fault | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every bound, so that nothing is built from a value that cannot work."""
+        bounds = {
+            "requests": (1, 10_000_000),
+            "concurrency": (1, 65_536),
+            "chunk": (1, 1 << 20),
+            "page_size": (1, 1 << 16),
+            "device_tokens": (1, (1 << 31) - (1 << 17)),  # slots are int32, and the sink page needs room
+            "layers": (1, 1024),
+            "heads": (1, 4096),
+            "head_dim": (1, 65_536),
+            "rank": (1, 65_536),
+            "rope_dim": (1, 65_536),
+            "seed": (0, _MAX_SEED),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ArgumentError(f"{_option(name)} must be in [{low}, {high}], got {value}")
+        if self.device_tokens < self.page_size:
+            raise ArgumentError(
+                f"--device-tokens must hold at least one page of {self.page_size} tokens, got {self.device_tokens}"
+            )
+        if not self.verify and self.plant is not None:
+            raise ArgumentError(f"--plant {self.plant.value} needs verification to be seen; leave --no-verify out")
+
+    @property
+    def pool_tokens(self) -> int:
+        """Usable tokens of the pool: whole pages only."""
+        return self.device_tokens // self.page_size * self.page_size
+
+    def for_platform(self, platform: str) -> ReplayConfig:
+        """This config with dtype and widths chosen: real ones on a "gpu", small ones on a "cpu". `layers` stays."""
+        real = platform == "gpu"
+        chosen = {
+            "dtype": DType.BFLOAT16 if real else DType.FLOAT32,
+            "heads": 8 if real else 1,
+            "head_dim": 128 if real else 8,
+            "rank": 512 if real else 12,
+            "rope_dim": 64 if real else 4,
+        }
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
+    def load_requests(self) -> list[TraceRequest]:
+        """The requests to replay, in order of arrival.
+
+        Raises:
+          TraceError: if the trace cannot be read or is malformed.
+        """
+        if self.trace is None:
+            return generate_chat(self.requests or _GENERATED_REQUESTS, self.seed)
+        return read_trace(self.trace, self.requests)
+
+
+def _option(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
