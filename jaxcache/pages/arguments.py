@@ -1,0 +1,72 @@
+"""Checks of what callers hand to an allocator. They run on every call, so each is a few vectorised operations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxcache.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+_INT32 = np.iinfo(np.int32)
+MAX_SLOTS = 2**31
+"""Slots and lengths are int32."""
+
+
+def int32_array(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
+    """`values` as a one-dimensional int32 array; the caller's own array where it is one already.
+
+    Any integer dtype, a list or a device array (which is waited for) will do, as long as every value fits.
+
+    Raises:
+      ArgumentError: if `values` is not one-dimensional, not of integers, or out of the range of int32.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:  # Ragged lists; tracers.
+        raise ArgumentError(f"{name} must be a one-dimensional integer array, got {type(values).__name__}") from error
+    if array.ndim != 1:
+        raise ArgumentError(f"{name} must be one-dimensional, got shape {array.shape}: ravel it")
+    if array.dtype == np.int32:
+        return array
+    if array.size == 0:
+        return np.zeros(0, np.int32)
+    if array.dtype.kind not in "iu":
+        raise ArgumentError(f"{name} must hold integers, got {array.dtype}: convert it with .astype(np.int32)")
+    low, high = array.min(), array.max()
+    if low < _INT32.min or high > _INT32.max:
+        raise ArgumentError(f"{name} must fit int32, got values in [{low}, {high}]: slots and lengths are int32")
+    return array.astype(np.int32)
+
+
+def as_count(name: str, value: int) -> int:
+    """`value` as a Python int.
+
+    Raises:
+      ArgumentError: if it is not an integer, or is negative.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise ArgumentError(f"{name} must be an int, got {type(value).__name__}: convert it with int()")
+    if value < 0:
+        raise ArgumentError(f"{name} must not be negative, got {value}")
+    return int(value)
+
+
+def require_same_length(**arrays: np.ndarray) -> None:
+    """Raises ArgumentError unless all arrays have one length."""
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ArgumentError(f"{', '.join(lengths)} must have one entry a request, got lengths {lengths}")
+
+
+def require_rows(holds: np.ndarray, rule: str, **arrays: np.ndarray) -> None:
+    """Raises ArgumentError naming `rule` and the values of the first row for which it does not hold."""
+    if holds.all():
+        return
+    row = int(holds.argmin())
+    values = ", ".join(f"{name} = {array[row]}" for name, array in arrays.items())
+    raise ArgumentError(f"{rule}; row {row} has {values}")
