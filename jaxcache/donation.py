@@ -102,10 +102,11 @@ class DonatingStep(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         positions = _pool_positions(args, kwargs)
-        leaves = [leaf for i in positions for leaf in jax.tree_util.tree_leaves(args[i])]
+        pools = [args[i] for i in positions]
+        leaves = jax.tree_util.tree_leaves(pools)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
-        _refuse_unsafe(args, positions, leaves)
+        _refuse_unsafe(pools, leaves, args)
         try:
             return self._jit(positions)(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -143,14 +144,13 @@ def _pool_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int,
     return positions
 
 
-def _refuse_unsafe(args: tuple[Any, ...], positions: tuple[int, ...], leaves: list[Any]) -> None:
-    for i in positions:
-        pool: DevicePool = args[i]
+def _refuse_unsafe(pools: Sequence[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
+    for pool in pools:
         pool.require_live()
         if pool.borrow_count:
             raise BorrowedError(
-                f"argument {i} ({type(pool).__name__}) is borrowed {pool.borrow_count} time(s), "
-                "its memory must not change: end the borrow first"
+                f"this {type(pool).__name__} is borrowed {pool.borrow_count} time(s) and its memory must not change: "
+                "end the borrow first"
             )
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(

@@ -1,0 +1,194 @@
+"""The one door for donated steps: what it consumes, what it refuses, and that a refusal loses nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcache.donation import DevicePool, donating
+from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counters(DevicePool):
+    """The smallest pool."""
+
+    values: jax.Array
+
+
+def counters(n: int = 4) -> Counters:
+    return Counters(jnp.zeros(n))
+
+
+@donating
+def bump(pool: Counters, by: float) -> Counters:
+    return Counters(pool.values + by)
+
+
+def test_the_pool_is_consumed_and_the_new_one_has_its_memory():
+    pool = counters(1024)
+    pointer = pool.values.unsafe_buffer_pointer()
+    new = bump(pool, 2.0)
+    assert new.values.unsafe_buffer_pointer() == pointer
+    assert pool.is_stale
+    assert not new.is_stale
+    assert new.values.sum() == 2048
+
+
+def test_a_consumed_pool_is_refused_before_the_other_pool_is_lost():
+    stale, live = counters(), counters()
+    bump(stale, 1.0)
+    swap = donating(lambda a, b: (b, a))
+    with pytest.raises(StalePoolError, match=r"Counters was consumed.*use the pool which that step returned"):
+        swap(live, stale)
+    assert live.values.sum() == 0
+
+
+def test_a_borrowed_pool_is_refused_until_every_borrow_ended():
+    pool = counters()
+    pool.mark_borrowed()
+    pool.mark_borrowed()
+    for _ in range(2):
+        with pytest.raises(BorrowedError, match="end the borrow first"):
+            bump(pool, 1.0)
+        assert pool.values.sum() == 0
+        pool.unmark_borrowed()
+    assert bump(pool, 1.0).values.sum() == 4
+
+
+def test_a_borrow_cannot_end_twice():
+    with pytest.raises(BorrowedError, match="not borrowed"):
+        counters().unmark_borrowed()
+
+
+def test_the_borrow_mark_is_no_part_of_the_tree_and_stays_with_its_pool():
+    traces = []
+
+    @donating
+    def step(pool):
+        traces.append(1)
+        return pool
+
+    other, pool = counters(), counters()
+    tree = jax.tree.structure(pool)
+    pool.mark_borrowed()
+    assert jax.tree.structure(pool) == tree
+    assert other.borrow_count == 0
+    step(other)
+    pool.unmark_borrowed()
+    assert step(pool).borrow_count == 0
+    assert len(traces) == 1
+
+
+def test_two_pools_that_share_a_buffer_are_refused():
+    pool = counters()
+    with pytest.raises(ArgumentError, match="donated only once"):
+        donating(lambda a, b: (a, b))(pool, Counters(pool.values))
+    assert not pool.is_stale
+
+
+@pytest.mark.parametrize("call", [lambda p: bump(pool=p, by=1.0), lambda p: donating(lambda x: x)([p])])
+def test_a_pool_that_could_not_be_donated_is_refused(call):
+    pool = counters()
+    with pytest.raises(ArgumentError, match="by position|at least one pool"):
+        call(pool)
+    assert not pool.is_stale
+
+
+def test_a_pool_that_a_jitted_function_closes_over_is_refused():
+    pool = counters()
+    with pytest.raises(ArgumentError, match="constant of the function being traced"):
+        jax.jit(lambda by: bump(pool, by))(1.0)
+    assert not pool.is_stale
+
+
+def test_inside_a_jit_the_step_is_a_part_of_that_jit():
+    pool = counters()
+    new = jax.jit(lambda pool: bump(bump(pool, 1.0), 2.0))(pool)
+    assert new.values.sum() == 12
+    assert not pool.is_stale  # that jit donated nothing
+    assert donating(lambda pool: bump(pool, 3.0))(pool).values.sum() == 12
+    assert pool.is_stale
+
+
+def test_every_pool_is_donated_wherever_it_stands():
+    @donating
+    def step(by, first, scale, second):
+        return Counters(first.values + by), Counters(second.values + by * scale)
+
+    pools = counters(), counters()
+    first, second = step(1.0, pools[0], 3.0, pools[1])
+    assert (first.values.sum(), second.values.sum()) == (4, 12)
+    assert all(pool.is_stale for pool in pools)
+
+
+def test_static_arguments_and_keywords_pass_through():
+    @donating
+    def plain(pool, *, by):
+        return Counters(pool.values + by)
+
+    def repeat(pool, times, by=1.0):
+        assert type(times) is int
+        for _ in range(times):
+            pool = Counters(pool.values + by)
+        return pool
+
+    assert plain(counters(), by=np.float32(2.0)).values.sum() == 8
+    assert donating(repeat, static_argnames="times")(counters(), 3, by=2.0).values.sum() == 24
+    assert donating(repeat, static_argnames=["times"])(counters(), times=2).values.sum() == 8
+
+
+def test_a_step_compiles_once_for_equal_shapes():
+    traces = []
+
+    @donating
+    def step(pool, x):
+        traces.append(1)
+        return Counters(pool.values + x)
+
+    pool = counters()
+    for x in (1.0, 2.0, 3.0):
+        pool = step(pool, x)
+    assert len(traces) == 1
+
+
+def test_lowering_consumes_nothing_and_needs_no_memory():
+    pool = counters()
+    assert bump.lower(pool, 1.0).compile() is not None
+    assert not pool.is_stale
+    assert bump.lower(Counters(jax.ShapeDtypeStruct((2**40,), jnp.float32)), 1.0) is not None
+
+
+def test_an_error_while_tracing_consumes_nothing():
+    def fail(pool):
+        raise ZeroDivisionError
+
+    pool = counters()
+    with pytest.raises(ZeroDivisionError):
+        donating(fail)(pool)
+    assert not pool.is_stale
+
+
+def test_the_wrapper_keeps_the_name_and_the_docstring():
+    def step(pool):
+        """What it does."""
+        return pool
+
+    assert donating(step).__name__ == "step"
+    assert donating(step).__doc__ == "What it does."
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="only a GPU refuses to donate memory that somebody holds")
+def test_memory_held_through_dlpack_is_a_borrow():
+    pool = counters()
+    capsule = pool.values.__dlpack__()
+    with pytest.raises(BorrowedError, match="drop the view"):
+        bump(pool, 1.0)
+    del capsule
+    assert bump(pool, 1.0).values.sum() == 4
