@@ -1,0 +1,118 @@
+"""What a replay measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jaxcache.errors import TraceError
+
+
+@dataclass
+class Sample:
+    """The state of a replay at one moment, for progress bars and plots."""
+
+    done_requests: int
+    prompt_tokens: int
+    hit_tokens: int
+    running: int
+    used_tokens: int
+    cached_tokens: int
+    wall_s: float
+
+
+@dataclass
+class ReplayResult:
+    """Totals of a replay. `as_json` gives the documented keys.
+
+    Attributes:
+      prompt_tokens, hit_tokens, hit_rate: Of first admissions; the rate is a fraction.
+      evicted_tokens: Tokens evicted from the prefix cache.
+      verified_slots: Slots read back and compared.
+      mismatched_slots: Slots among them that held something else.
+      leaked_slots: Slots without an owner, or with one too many, when all requests had ended.
+      max_running: Most requests that ran at once.
+      chunks, decode_steps: Extend and decode steps.
+      retractions: Requests that had to make room.
+      recompiles_after_warmup: XLA compilations of the process after the warm-up.
+      host_us: For match, admit, plan, insert and evict: p50, p99 and total_s of host time.
+      error: Message of the error that ended the replay, or None.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    hit_rate: float = 0.0
+    evicted_tokens: int = 0
+    verified_slots: int = 0
+    mismatched_slots: int = 0
+    leaked_slots: int = 0
+    max_running: int = 0
+    chunks: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    retractions: int = 0
+    recompiles_after_warmup: int = 0
+    warmup_s: float = 0.0
+    wall_s: float = 0.0
+    host_us: dict[str, dict[str, float]] = field(default_factory=dict)
+    page_size: int = 0
+    device_tokens: int = 0
+    concurrency: int = 0
+    policy: str = ""
+    pool: str = ""
+    pool_bytes: int = 0
+    layers: int = 0
+    dtype: str = ""
+    device: str = ""
+    jax_version: str = ""
+    python_version: str = ""
+    error: str | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Every slot held what it should, and the books balanced."""
+        return self.error is None and not self.mismatched_slots and not self.leaked_slots
+
+    def as_json(self) -> dict:
+        """The totals, without the samples."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "samples"}
+
+    def write_json(self, path: Path) -> None:
+        """Writes the totals.
+
+        Raises:
+          TraceError: The file cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+class Stopwatch:
+    """Host time of named operations."""
+
+    def __init__(self) -> None:
+        self._ns: dict[str, list[int]] = {}
+
+    def add(self, name: str, ns: int) -> None:
+        """One more call of `name`."""
+        self._ns.setdefault(name, []).append(ns)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """p50 and p99 in microseconds and the total in seconds, by name."""
+        return {
+            name: {
+                "p50": round(float(np.percentile(ns, 50)) / 1e3, 2),
+                "p99": round(float(np.percentile(ns, 99)) / 1e3, 2),
+                "total_s": round(sum(ns) / 1e9, 4),
+                "calls": len(ns),
+            }
+            for name, ns in self._ns.items()
+        }
