@@ -34,10 +34,10 @@ SINK_SLOT = 0
 
 
 def alloc_extend(
-    prefix_lens: Int32[Array, " bs"],
-    seq_lens: Int32[Array, " bs"],
-    last_loc: Int32[Array, " bs"],
-    new_pages: Int32[Array, " pages"],
+    prefix_lens: Int32[AnyArray, " bs"],
+    seq_lens: Int32[AnyArray, " bs"],
+    last_loc: Int32[AnyArray, " bs"],
+    new_pages: Int32[AnyArray, " pages"],
     *,
     page_size: int,
     num_tokens: int,
@@ -81,9 +81,9 @@ def alloc_extend(
 
 
 def alloc_decode(
-    seq_lens: Int32[Array, " bs"],
-    last_loc: Int32[Array, " bs"],
-    new_pages: Int32[Array, " pages"],
+    seq_lens: Int32[AnyArray, " bs"],
+    last_loc: Int32[AnyArray, " bs"],
+    new_pages: Int32[AnyArray, " pages"],
     *,
     page_size: int,
     implementation: Implementation | None = None,

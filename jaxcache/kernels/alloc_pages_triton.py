@@ -24,7 +24,7 @@ def alloc_extend(rows: RowPlan, new_pages: jax.Array, *, page_size: int, num_tok
     (slots,) = triton_call(
         alloc_extend_kernel,
         (*rows, new_pages),
-        (rows.end.shape[0], new_pages.shape[0], num_tokens),
+        (rows.end.shape[0], new_pages.shape[0]),
         outputs=[jax.ShapeDtypeStruct((num_tokens,), jnp.int32)],
         **alloc_extend_launch(rows.end.shape[0], num_tokens),
         PAGE_SIZE=page_size,
@@ -51,6 +51,7 @@ def alloc_extend_launch(bs: int, num_tokens: int) -> dict:
     return dict(
         grid=(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),),
         num_warps=4,
+        NUM_TOKENS=num_tokens,
         BISECTIONS=bs.bit_length(),
         BLOCK=TOKENS_PER_PROGRAM,
     )
@@ -71,8 +72,8 @@ def alloc_extend_kernel(
     new_pages,  # (num_pages,)
     bs,
     num_pages,
-    num_tokens,
-    slots,  # (num_tokens,) output
+    slots,  # (NUM_TOKENS,) output
+    NUM_TOKENS: tl.constexpr,  # a constant, so that whole vectors are stored
     PAGE_SIZE: tl.constexpr,
     BISECTIONS: tl.constexpr,  # bit length of bs
     BLOCK: tl.constexpr,
@@ -91,7 +92,7 @@ def alloc_extend_kernel(
     takes_page = in_batch & (position >= 0) & (ordinal >= 0) & (ordinal < num_pages)
     page = tl.load(new_pages + ordinal, mask=takes_page & ~in_old_page, other=0)
     fresh = tl.where(page == 0, 0, page * PAGE_SIZE + position % PAGE_SIZE)
-    tl.store(slots + token, tl.where(in_old_page, old_slot, fresh), mask=token < num_tokens)
+    tl.store(slots + token, tl.where(in_old_page, old_slot, fresh), mask=token < NUM_TOKENS)
 
 
 @triton.jit

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.kernels.arguments import require_int32, require_pool, require_rows, require_same_length
+from jaxcache.kernels.arguments import AnyArray, require_int32, require_pool, require_rows, require_same_length
 from jaxcache.kernels.write_kv import drop_sink
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
 
 
-def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[Array, " n"]) -> Shaped[Array, "layers n *row"]:
+def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[AnyArray, " n"]) -> Shaped[Array, "layers n *row"]:
     """Reads the rows of `n` slots in every layer.
 
     Args:
@@ -35,7 +35,7 @@ def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[Array, " n"
 
 
 def scatter_rows(
-    pool: Shaped[Array, "layers slots *row"], loc: Int32[Array, " n"], rows: Shaped[Array, "layers n *row"]
+    pool: Shaped[Array, "layers slots *row"], loc: Int32[AnyArray, " n"], rows: Shaped[AnyArray, "layers n *row"]
 ) -> Shaped[Array, "layers slots *row"]:
     """Writes rows to `n` slots in every layer: the inverse of `gather_rows`.
 
@@ -58,7 +58,7 @@ def scatter_rows(
 
 
 def move_rows(
-    pool: Shaped[Array, "layers slots *row"], tgt: Int32[Array, " n"], src: Int32[Array, " n"]
+    pool: Shaped[Array, "layers slots *row"], tgt: Int32[AnyArray, " n"], src: Int32[AnyArray, " n"]
 ) -> Shaped[Array, "layers slots *row"]:
     """Copies slot `src[i]` to slot `tgt[i]` in every layer, all at the same instant: overlapping lists are safe.
 

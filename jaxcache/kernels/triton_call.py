@@ -4,12 +4,12 @@ What differs between its versions, and what a kernel must look like to run under
 
 | jax-triton | an array updated in place is | its kernel gets |
 |---|---|---|
-| 0.3.x | an input aliased with an output | the input pointer and, after all inputs, an output pointer (the same address) |
+| 0.3.x | an input aliased with an output | the input pointer and, after all inputs, the same address as an output |
 | 0.4 and newer | a `jax.Ref` | the input pointer only |
 
-So the parameters of our kernels stand in this order: arrays, scalars, one `*_alias` per updated array, the outputs,
-constexprs. A kernel reads and writes through the input pointer; the `*_alias` parameters are never used, and are None
-except under 0.3.x.
+PyTorch passes a tensor. So the parameters of our kernels stand in this order: arrays, scalars, one `*_alias` per
+updated array, the outputs, constexprs. A kernel reads and writes through the input pointer; the `*_alias` parameters
+are never used, and are None except under 0.3.x.
 """
 
 from __future__ import annotations
@@ -76,6 +76,24 @@ def triton_call(
     unused = dict.fromkeys(updates.values())
     results = jax_triton.triton_call(*operands, *scalars, out_type=list(outputs), **unused, **options)
     return (*(jax.freeze(ref) for ref in refs.values()), *results)
+
+
+def torch_call(
+    kernel: Any,
+    arrays: Sequence[Any],
+    scalars: Sequence[int] = (),
+    *,
+    num_updates: int = 0,
+    outputs: Sequence[Any] = (),
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    **constexprs: Any,
+) -> None:
+    """Calls the same kernel on PyTorch tensors, on PyTorch's current stream. Updates and outputs are written in place.
+
+    Args are those of `triton_call`, but that `num_updates` counts the `*_alias` parameters and `outputs` are tensors.
+    """
+    kernel[grid](*arrays, *scalars, *[None] * num_updates, *outputs, num_warps=num_warps, **constexprs)
 
 
 def _compute_capability() -> int | None:

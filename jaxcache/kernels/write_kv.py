@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.alloc_pages import SINK_SLOT
-from jaxcache.kernels.arguments import require_array, require_int32, require_layer, require_pool, require_rows
+from jaxcache.kernels.arguments import AnyArray, require_array, require_int32, require_layer, require_pool, require_rows
 from jaxcache.kernels.dispatch import Implementation, Op, choose
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 def write_kv(
     k_pool: Shaped[Array, "layers slots heads k_dim"],
     v_pool: Shaped[Array, "layers slots heads v_dim"],
-    layer: int | Int32[Array, ""],
-    loc: Int32[Array, " n"],
-    k: Shaped[Array, "n heads k_dim"],
-    v: Shaped[Array, "n heads v_dim"],
+    layer: int | Int32[AnyArray, ""],
+    loc: Int32[AnyArray, " n"],
+    k: Shaped[AnyArray, "n heads k_dim"],
+    v: Shaped[AnyArray, "n heads v_dim"],
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Shaped[Array, "layers slots heads k_dim"], Shaped[Array, "layers slots heads v_dim"]]:
@@ -76,10 +76,10 @@ def write_kv(
 
 def write_mla_kv(
     pool: Shaped[Array, "layers slots rank+rope"],
-    layer: int | Int32[Array, ""],
-    loc: Int32[Array, " n"],
-    nope: Shaped[Array, "n rank"],
-    rope: Shaped[Array, "n rope"],
+    layer: int | Int32[AnyArray, ""],
+    loc: Int32[AnyArray, " n"],
+    nope: Shaped[AnyArray, "n rank"],
+    rope: Shaped[AnyArray, "n rope"],
     *,
     implementation: Implementation | None = None,
 ) -> Shaped[Array, "layers slots rank+rope"]:
@@ -115,12 +115,12 @@ def write_mla_kv(
     return _put_rows(pool, layer, loc, jnp.concatenate([nope, rope], axis=-1))
 
 
-def drop_sink(loc: Int32[Array, " n"], slots: int) -> Int32[Array, " n"]:
+def drop_sink(loc: Int32[AnyArray, " n"], slots: int) -> Int32[Array, " n"]:
     """`loc` with the sink moved past the end of the pool, where a scatter with mode "drop" ignores it."""
     return jnp.where(jnp.asarray(loc) == SINK_SLOT, slots, loc)
 
 
-def _put_rows(pool: jax.Array, layer: int | jax.Array, loc: jax.Array, rows: jax.Array) -> jax.Array:
+def _put_rows(pool: jax.Array, layer: int | AnyArray, loc: AnyArray, rows: AnyArray) -> jax.Array:
     # With the sink gone the slots are unique, and XLA needs that promise to scatter rows in parallel on a GPU.
     return pool.at[layer, drop_sink(loc, pool.shape[1])].set(
         rows, mode="drop", unique_indices=True, wrap_negative_indices=False

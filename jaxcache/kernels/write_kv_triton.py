@@ -87,7 +87,7 @@ def _rows_of_program(layer, loc, n, layers, slots, ROWS: tl.constexpr):
     """Token ids of this program, their rows in the stack, and which of them are written. All int64 but the mask."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(loc + token, mask=token < n, other=0).to(tl.int64)
-    which = tl.load(layer).to(tl.int64)
+    which = tl.load(layer).to(tl.int64) + tl.zeros([ROWS], tl.int64)  # a vector: the interpreter splats no booleans
     keep = (slot > 0) & (slot < slots) & (which >= 0) & (which < layers)
     return token, which * slots + slot, keep
 

@@ -1,0 +1,113 @@
+"""Every implementation of an op stands the same tests: each takes NumPy arrays and gives NumPy arrays."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcache.kernels import alloc_pages, write_kv
+from jaxcache.kernels.dispatch import Implementation
+
+HAS_GPU = jax.default_backend() == "gpu"
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+
+class JaxRunner:
+    """The public ops, jitted, with one implementation forced."""
+
+    def __init__(self, implementation: Implementation):
+        self.options = {"implementation": implementation}
+        self.write = jax.jit(write_kv.write_kv, static_argnames="implementation", donate_argnums=(0, 1))
+        self.write_mla = jax.jit(write_kv.write_mla_kv, static_argnames="implementation", donate_argnums=0)
+
+    def alloc_extend(self, *rows_and_pages, page_size: int, num_tokens: int):
+        static = ("page_size", "num_tokens", "implementation")
+        op = jax.jit(alloc_pages.alloc_extend, static_argnames=static)
+        return np.asarray(op(*rows_and_pages, page_size=page_size, num_tokens=num_tokens, **self.options))
+
+    def alloc_decode(self, *rows_and_pages, page_size: int):
+        op = jax.jit(alloc_pages.alloc_decode, static_argnames=("page_size", "implementation"))
+        return np.asarray(op(*rows_and_pages, page_size=page_size, **self.options))
+
+    def write_kv(self, k_pool, v_pool, layer, loc, k, v):
+        k_pool, v_pool = jax.numpy.array(k_pool), jax.numpy.array(v_pool)
+        return tuple(map(np.asarray, self.write(k_pool, v_pool, np.int32(layer), loc, k, v, **self.options)))
+
+    def write_mla_kv(self, pool, layer, loc, nope, rope):
+        return np.asarray(self.write_mla(jax.numpy.array(pool), np.int32(layer), loc, nope, rope, **self.options))
+
+
+class InterpretedRunner:
+    """The Triton source on CPU, run by Triton's interpreter on torch tensors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.torch = pytest.importorskip("torch")
+        pytest.importorskip("triton")
+        from jaxcache.kernels import alloc_pages_triton, write_kv_torch, write_kv_triton
+
+        if type(write_kv_triton.write_kv_kernel).__name__ != "InterpretedFunction":
+            pytest.fail("Triton was imported before TRITON_INTERPRET was set")
+        self.alloc, self.kv = alloc_pages_triton, write_kv_torch
+        # Small tiles: several programs, several rows a program and several column tiles also on small inputs.
+        monkeypatch.setattr(alloc_pages_triton, "TOKENS_PER_PROGRAM", 64)
+        monkeypatch.setattr(alloc_pages_triton, "ROWS_PER_STEP", 8)
+        monkeypatch.setattr(write_kv_triton, "MAX_BLOCK", 64)
+        monkeypatch.setattr(write_kv_triton, "FULL_GRID", 4)
+
+    def tensor(self, array):
+        array = np.array(array)
+        if array.dtype.kind == "V" or array.dtype.name not in ("float32", "int32", "uint8"):
+            array = array.view({1: np.uint8, 2: np.int16}[array.dtype.itemsize])  # the kernels copy bits
+        return self.torch.from_numpy(array)
+
+    def alloc_extend(self, prefix_lens, seq_lens, last_loc, new_pages, *, page_size: int, num_tokens: int):
+        from jaxcache.kernels.triton_call import torch_call
+
+        rows = alloc_pages.row_plan(*map(jax.numpy.asarray, (prefix_lens, seq_lens, last_loc)), page_size)
+        out = self.torch.full((num_tokens,), -7, dtype=self.torch.int32)
+        torch_call(
+            self.alloc.alloc_extend_kernel,
+            [self.tensor(x) for x in (*rows, new_pages)],
+            (len(seq_lens), len(new_pages)),
+            outputs=[out],
+            **self.alloc.alloc_extend_launch(len(seq_lens), num_tokens),
+            PAGE_SIZE=page_size,
+        )
+        return out.numpy()
+
+    def alloc_decode(self, seq_lens, last_loc, new_pages, *, page_size: int):
+        from jaxcache.kernels.triton_call import torch_call
+
+        out = self.torch.full((len(seq_lens),), -7, dtype=self.torch.int32)
+        torch_call(
+            self.alloc.alloc_decode_kernel,
+            [self.tensor(x) for x in (seq_lens, last_loc, new_pages)],
+            (len(seq_lens), len(new_pages)),
+            outputs=[out],
+            **self.alloc.alloc_decode_launch(len(seq_lens)),
+            PAGE_SIZE=page_size,
+        )
+        return out.numpy()
+
+    def write_kv(self, k_pool, v_pool, layer, loc, k, v):
+        arrays = (k_pool, v_pool, np.full(1, layer, np.int32), loc, k, v)
+        pools_and_rows = [self.tensor(array) for array in arrays]
+        self.kv.write_kv(*pools_and_rows)
+        return pools_and_rows[0].numpy().view(k_pool.dtype), pools_and_rows[1].numpy().view(v_pool.dtype)
+
+    def write_mla_kv(self, pool, layer, loc, nope, rope):
+        tensors = [self.tensor(array) for array in (pool, np.full(1, layer, np.int32), loc, nope, rope)]
+        self.kv.write_mla_kv(*tensors)
+        return tensors[0].numpy().view(pool.dtype)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def run(request, monkeypatch):
+    """The ops of one implementation. Triton runs on the GPU where there is one, else interpreted."""
+    if request.param == "reference":
+        return JaxRunner(Implementation.REFERENCE)
+    return JaxRunner(Implementation.TRITON) if HAS_GPU else InterpretedRunner(monkeypatch)

@@ -1,0 +1,70 @@
+"""The choice of an implementation, its reason, and what the module must not import."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxcache.errors import UnsupportedError
+from jaxcache.kernels import dispatch
+from jaxcache.kernels.dispatch import Implementation, Op, choose
+
+
+def pretend_installed(monkeypatch, *modules):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        dispatch.importlib.util,
+        "find_spec",
+        lambda name: object() if name in modules else (None if name in ("triton", "jax_triton") else real(name)),
+    )
+
+
+@pytest.mark.parametrize("op", Op)
+def test_cpu_runs_the_reference(op):
+    choice = choose(op, platform="cpu")
+    assert choice.implementation is Implementation.REFERENCE and op.value in choice.why
+
+
+def test_gpu_runs_triton_if_it_is_there(monkeypatch):
+    pretend_installed(monkeypatch, "triton", "jax_triton")
+    assert choose(Op.WRITE_KV, platform="gpu").implementation is Implementation.TRITON
+    pretend_installed(monkeypatch, "triton")
+    choice = choose(Op.WRITE_KV, platform="cuda")
+    assert choice.implementation is Implementation.REFERENCE and "jax-triton" in choice.why
+
+
+def test_insisting(monkeypatch):
+    pretend_installed(monkeypatch, "triton", "jax_triton")
+    assert choose(Op.WRITE_KV, platform="gpu", implementation=Implementation.REFERENCE).why == "the caller asked for it"
+    with pytest.raises(UnsupportedError, match="need an NVIDIA GPU, and the platform is 'cpu'"):
+        choose(Op.WRITE_KV, platform="cpu", implementation=Implementation.TRITON)
+    pretend_installed(monkeypatch)
+    with pytest.raises(UnsupportedError, match="'triton', which is not installed"):
+        choose(Op.WRITE_KV, platform="gpu", implementation=Implementation.TRITON)
+
+
+def test_the_abstract_device_decides(monkeypatch):
+    pretend_installed(monkeypatch, "triton", "jax_triton")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.current_target() == dispatch.Target("gpu", "NVIDIA H200")
+        assert choose(Op.ALLOC_DECODE).implementation is Implementation.TRITON
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about a process with no GPU")
+def test_the_default_device_decides():
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        assert choose(Op.WRITE_KV).implementation is Implementation.REFERENCE
+    assert dispatch.current_target().platform == "cpu"
+
+
+def test_importing_the_ops_imports_no_triton():
+    code = (
+        "import sys, jaxcache.kernels.dispatch, jaxcache.kernels.write_kv, jaxcache.kernels.alloc_pages, "
+        "jaxcache.kernels.copy_kv; print({'triton', 'jax_triton', 'torch'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
