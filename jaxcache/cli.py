@@ -1,7 +1,7 @@
 """The door of the `jaxcache` command: what goes wrong becomes one line on stderr and an exit code.
 
-0: done, and everything was right. 1: a replay found something wrong. 2: wrong use (options, trace files, missing extras).
-The commands themselves are in `commands.py`, which needs the extra `cli`.
+0: done, and everything was right. 1: a replay found something wrong. 2: wrong use (options, trace files, a missing
+extra). The commands themselves are in `commands.py`, which needs the extra `cli`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return _complain(f"the command line needs {' and '.join(missing)}; install the extra: pip install 'jaxcache[cli]'")
+        return _complain(f"the command line needs {' and '.join(missing)}: pip install 'jaxcache[cli]'")
     from jaxcache.commands import app
 
     try:

@@ -1,7 +1,7 @@
 """The commands of `jaxcache`, on top of everything. Needs the extra `cli`; nothing imports this but `cli.py`."""
 
 # No `from __future__ import annotations` here: typer reads the annotations as objects.
-import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
+from jaxcache.replay.result import Sample
 from jaxcache.replay.trace import write_trace
 
 FOUND_WRONG = 1
@@ -65,23 +66,26 @@ def replay(
 
     from jaxcache.replay.run import run_replay
 
-    console = Console(stderr=True)
-    with _progress(console) as bar:
+    with _progress() as bar:
         task = bar.add_task("replay", total=len(requests_to_replay), hit_rate=0.0, rate=0.0)
 
-        def advance(done: int, hit_rate: float) -> None:
-            bar.update(task, completed=done, hit_rate=hit_rate, rate=done / max(bar.tasks[0].elapsed or 0.0, 1e-9))
+        def advance(sample: Sample, _total: int) -> None:
+            hit_rate = sample.hit_tokens / max(sample.prompt_tokens, 1)
+            rate = sample.done_requests / max(sample.wall_s, 1e-9)
+            bar.update(task, completed=sample.done_requests, hit_rate=hit_rate, rate=rate)
 
         result = run_replay(config, progress=advance, requests=requests_to_replay)
-    figures = result.to_json()
-    Console().print(_table(figures))
+        bar.update(task, completed=result.requests, hit_rate=result.hit_rate)
+    Console().print(_table(result.as_json()))
     if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        result.write_json(json_path)
     if report is not None:
         from jaxcache.replay.report import write_html
 
         write_html(result, report)
-    if not result.ok:
+    if result.error is not None:
+        print(f"jaxcache: {result.error}", file=sys.stderr)
+    if not result.is_clean:
         raise typer.Exit(FOUND_WRONG)
 
 
@@ -113,7 +117,7 @@ def _check_writable(path: Path | None) -> None:
         raise ArgumentError(f"{path}: cannot be written: it must be a file in a folder that exists")
 
 
-def _progress(console: Console) -> Progress:
+def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,7 +125,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[rate]:.1f} requests/s"),
         TextColumn("hit rate {task.fields[hit_rate]:.1%}"),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
     )
 
 
@@ -140,6 +144,8 @@ def _table(figures: dict[str, Any]) -> Table:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         return "  ".join(f"{name} {_shown(part)}" for name, part in value.items())
     if isinstance(value, float):

@@ -223,8 +223,8 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 def _streams(state: np.ndarray, length: int) -> np.ndarray:
     """`length` tokens in [0, 2^30) for each uint64 state: int32[len(state), length].
 
-    Each state is a start and an odd stride of a 32-bit counter, whose values are then scrambled: half the memory traffic
-    of 64-bit mixing, which is what a replay of a hundred million tokens pays for.
+    Each state is a start and an odd stride of a 32-bit counter, whose values are then scrambled: half the memory
+    traffic of 64-bit mixing, which is what a replay of a hundred million tokens pays for.
     """
     start = state.astype(np.uint32)[:, None]
     stride = (state >> np.uint64(32)).astype(np.uint32)[:, None] | np.uint32(1)

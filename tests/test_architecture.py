@@ -1,0 +1,292 @@
+"""The rules of the house that a parser can hold: who imports whom, what no file may contain, what every file says.
+
+Each rule is a function from source to findings; it is run over the package, which must have none, and over a planted
+breach, which it must find.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
+
+_LEAVES = {"errors"}
+_STACK = {"errors", "donation", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
+# A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": _LEAVES,
+    "donation": _LEAVES,
+    "index": _LEAVES | {"config"},
+    "kernels": _LEAVES | {"config"},
+    "observe": _LEAVES | {"config", "index"},
+    "pages": _LEAVES | {"config", "kernels"},
+    "pools": _LEAVES | {"config", "kernels", "donation"},
+    "request": _LEAVES | {"config", "index"},
+    "step": _LEAVES | {"config", "kernels", "pools", "request"},
+    "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
+    "manager": _STACK | {"config"},
+    "replay": _STACK | {"config", "manager"},
+    "commands": _STACK | {"config", "manager", "replay"},
+    "cli": {"errors", "commands"},
+    "__main__": {"cli"},
+    "__init__": _STACK | {"config", "manager"},
+    "torch_bridge": _STACK | {"config", "manager"},
+}
+EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
+NO_JAX = {"errors", "index", "cli", "__main__"}
+# Third parties that only some places may name: package -> (unit, end of the file's name).
+ONLY_IN = {
+    "torch": {("torch_bridge", ".py"), ("kernels", "_torch.py")},
+    "triton": {("kernels", "_triton.py"), ("kernels", "_torch.py"), ("kernels", "triton_call.py")},
+    "jax_triton": {("kernels", "triton_call.py")},
+    "typer": {("commands", ".py")},
+    "rich": {("commands", ".py"), ("observe", "draw.py"), ("replay", "report.py")},
+    "plotly": {("observe", "draw.py"), ("replay", "report.py")},
+    "IPython": {("observe", "draw.py")},
+    "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
+}
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
+UNSAFE_CALLS = {"eval", "exec", "__import__"}
+CATCH_ALL = {"Exception", "BaseException"}
+MAX_FILE_LINES = 600  # about 400 is the habit; this is where a file has stopped being one idea
+MAX_FUNCTION_LINES = 100
+
+
+def unit_of(path: Path) -> str:
+    """The folder or top-level module that a file belongs to."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "torch_bridge" else parts[1]
+
+
+def modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every module that is imported anywhere, also inside functions; `from a import b` counts as a and as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def wrong_directions(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Imports against the flow, relative imports, and third parties where they must not be."""
+    unit = unit_of(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield f"{node.lineno}: relative import"
+    for line, module in modules(tree):
+        top, _, rest = module.partition(".")
+        if top == "jaxcache":
+            target = rest.partition(".")[0]
+            if target in MAY_IMPORT and target != unit and target not in MAY_IMPORT[unit]:
+                yield f"{line}: {unit} must not import {target}"
+        elif top == "jax" and unit in NO_JAX:
+            yield f"{line}: {unit} must not import jax"
+        elif top in ONLY_IN and not any(unit == u and path.name.endswith(end) for u, end in ONLY_IN[top]):
+            yield f"{line}: {path.name} must not import {top}"
+        elif top == "torch_bridge" and unit != "torch_bridge":
+            yield f"{line}: jaxcache must not import torch_bridge"
+
+
+def foreign_packages(tree: ast.AST) -> Iterator[str]:
+    """Third parties that nobody declared."""
+    known = EVERYWHERE | set(ONLY_IN) | {"jaxcache", "torch_bridge", "jaxlib", "ml_dtypes"}
+    for line, module in modules(tree):
+        top = module.partition(".")[0]
+        if top not in known and top not in sys.stdlib_module_names:
+            yield f"{line}: {top} is no dependency"
+
+
+def forbidden(tree: ast.AST) -> Iterator[str]:
+    """What can run foreign data, hide an error, or vanish under -O."""
+    for line, module in modules(tree):
+        if module.partition(".")[0] in UNSAFE_MODULES:
+            yield f"{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            yield f"{node.lineno}: assert"
+        elif isinstance(node, ast.ExceptHandler):
+            caught = [ast.unparse(name) for name in _caught(node)]
+            undoes = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None  # rolls back and raises on
+            if not undoes and (not caught or CATCH_ALL & set(caught)):
+                yield f"{node.lineno}: catches everything"
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            pickles = any(keyword.arg == "allow_pickle" for keyword in node.keywords)
+            if name in UNSAFE_CALLS or name in {"torch.load", "hasattr"} or pickles:
+                yield f"{node.lineno}: calls {name}"
+        elif isinstance(node, ast.Global):
+            yield f"{node.lineno}: global"
+
+
+def _caught(handler: ast.ExceptHandler) -> list[ast.expr]:
+    if handler.type is None:
+        return []
+    return handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+
+
+def undocumented(tree: ast.Module, inherited: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The module itself, public functions and classes, and the public methods of public classes without a docstring.
+
+    Not asked of what has its contract elsewhere: methods in `inherited`, protocols, and jitted Triton kernels.
+    """
+    if tree.body and not ast.get_docstring(tree):
+        yield "1: module"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node) and not {"triton.jit", "overload"} & _decorators(node):
+                yield f"{node.lineno}: {node.name}"
+            for method in _public_methods(node):
+                if not ast.get_docstring(method) and method.name not in inherited:
+                    yield f"{method.lineno}: {node.name}.{method.name}"
+
+
+def _public_methods(node: ast.stmt) -> list[ast.FunctionDef]:
+    if not isinstance(node, ast.ClassDef) or any("Protocol" in ast.unparse(base) for base in node.bases):
+        return []
+    methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+    return [m for m in methods if not m.name.startswith("_") and not {"setter", "overload"} & _decorators(m)]
+
+
+def _decorators(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
+    names = {ast.unparse(decorator) for decorator in node.decorator_list}
+    return names | {name.rpartition(".")[2] for name in names}
+
+
+def _documented_methods() -> frozenset[str]:
+    """Names of methods that some class of the package documents: an override says nothing that its base does not."""
+    classes = [node for path in FILES for node in _parsed(path).body if isinstance(node, ast.ClassDef)]
+    return frozenset(m.name for node in classes for m in _public_methods(node) if ast.get_docstring(m))
+
+
+def too_long(tree: ast.AST) -> Iterator[str]:
+    """Functions that nobody reads in one go, docstring not counted."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = _lines(node) - (_lines(node.body[0]) if ast.get_docstring(node) else 0)
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.lineno}: {node.name} has {length} lines"
+
+
+def _lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def test_rolling_back_is_no_catching() -> None:
+    assert not list(forbidden(ast.parse("try:\n    pass\nexcept BaseException:\n    undo()\n    raise")))
+
+
+def _findings(rule: Callable[..., Iterator[str]], *, with_path: bool = False) -> list[str]:
+    found = []
+    for path in FILES:
+        arguments = (_parsed(path), path) if with_path else (_parsed(path),)
+        found += [f"{path.relative_to(ROOT)}:{finding}" for finding in rule(*arguments)]
+    return found
+
+
+def test_every_folder_and_module_has_its_place_in_the_table() -> None:
+    assert {unit_of(path) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_the_table_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        free = {unit for unit in set(MAY_IMPORT) - done if MAY_IMPORT[unit] <= done}
+        assert free, f"a cycle among {set(MAY_IMPORT) - done}"
+        done |= free
+
+
+def test_imports_go_down_the_flow() -> None:
+    assert _findings(wrong_directions, with_path=True) == []
+
+
+def test_no_undeclared_dependency() -> None:
+    assert _findings(foreign_packages) == []
+
+
+def test_no_forbidden_code() -> None:
+    assert _findings(forbidden) == []
+
+
+def test_every_public_name_is_documented() -> None:
+    inherited = _documented_methods()
+    assert _findings(lambda tree: undocumented(tree, inherited)) == []
+
+
+def test_files_and_functions_stay_readable() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    print("over 400 lines:", {name: length for name, length in lengths.items() if length > 400} or "none")
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
+    assert _findings(too_long) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("jaxcache/index/tree.py", "import jax"),
+        ("jaxcache/index/tree.py", "from jaxcache.pages.base import X"),
+        ("jaxcache/index/tree.py", "from jaxcache import kernels"),
+        ("jaxcache/kernels/op.py", "def f():\n    import jaxcache.pools.mha"),
+        ("jaxcache/kernels/op.py", "import torch"),
+        ("jaxcache/kernels/op.py", "import triton.language as tl"),
+        ("jaxcache/pages/base.py", "from jaxcache.caches.radix import RadixCache"),
+        ("jaxcache/pools/mha.py", "from ..pages import base"),
+        ("jaxcache/caches/radix.py", "from jaxcache.manager import MemoryManager"),
+        ("jaxcache/replay/run.py", "from jaxcache.cli import main"),
+        ("jaxcache/replay/run.py", "import typer"),
+        ("jaxcache/manager.py", "import torch_bridge"),
+    ],
+)
+def test_planted_imports_are_found(place: str, source: str) -> None:
+    assert list(wrong_directions(ast.parse(source), ROOT / place))
+
+
+def test_planted_dependency_is_found() -> None:
+    assert list(foreign_packages(ast.parse("import requests")))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "eval('1')",
+        "exec(text)",
+        "np.load(path, allow_pickle=True)",
+        "torch.load(path)",
+        "assert x",
+        "try:\n    pass\nexcept:\n    pass",
+        "try:\n    pass\nexcept (OSError, Exception):\n    pass",
+        "try:\n    pass\nexcept BaseException as error:\n    raise ValueError from error",
+        "hasattr(x, 'y')",
+        "def f():\n    global x\n    x = 1",
+    ],
+)
+def test_planted_code_is_found(source: str) -> None:
+    assert list(forbidden(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 1",
+        '"""M."""\ndef f(): ...',
+        '"""M."""\nclass C: ...',
+        '"""M."""\nclass C:\n    """C."""\n    def f(self): ...',
+    ],
+)
+def test_planted_silence_is_found(source: str) -> None:
+    assert list(undocumented(ast.parse(source)))
+
+
+def test_planted_length_is_found() -> None:
+    assert list(too_long(ast.parse("def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES + 1))))
