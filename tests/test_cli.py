@@ -1,0 +1,152 @@
+"""The command line: exit codes, messages on stderr, and nothing written when something is wrong."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxcache.cli import main
+from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
+from jaxcache.replay.trace import read_trace
+
+JSON_KEYS = """requests prompt_tokens hit_tokens hit_rate evicted_tokens verified_slots mismatched_slots leaked_slots
+    max_running chunks decode_steps retractions recompiles_after_warmup wall_s host_us page_size device_tokens policy pool
+    device jax_version"""
+SMALL = ["--device-tokens", "60000", "--layers", "1", "--chunk", "2048", "--concurrency", "4"]
+HOST_CALLS = {"match", "admit", "plan", "insert", "evict"}
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """A short generated trace."""
+    path = tmp_path / "chats.jsonl"
+    assert main(["trace", "--requests", "12", "--out", str(path)]) == 0
+    return path
+
+
+def test_trace_writes_what_replay_reads(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = read_trace(chats)
+    assert main(["trace", "--requests", "12", "--out", str(chats)]) == 0
+    assert read_trace(chats) == before and len(before) == 12
+    out, err = capsys.readouterr()
+    assert "12 requests" in out and not err
+
+
+def test_trace_depends_on_its_seed(chats: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    assert main(["trace", "--requests", "12", "--out", str(other), "--seed", "1"]) == 0
+    assert other.read_text() != chats.read_text()
+
+
+def test_replay_proves_a_trace_and_writes_its_figures(chats: Path, tmp_path: Path, capsys) -> None:
+    figures_path = tmp_path / "figures.json"
+    assert main(["replay", str(chats), *SMALL, "--json", str(figures_path)]) == 0
+    figures = json.loads(figures_path.read_text())
+    assert figures.keys() >= set(JSON_KEYS.split())
+    assert figures["host_us"].keys() == HOST_CALLS
+    assert all(timing.keys() >= {"p50", "p99", "total_s"} for timing in figures["host_us"].values())
+    assert figures["requests"] == 12
+    assert figures["prompt_tokens"] == sum(request.input_length for request in read_trace(chats))
+    assert figures["verified_slots"] >= figures["prompt_tokens"]
+    assert figures["mismatched_slots"] == figures["leaked_slots"] == figures["recompiles_after_warmup"] == 0
+    out, err = capsys.readouterr()
+    assert "verified_slots" in out and "12/12" in err
+
+
+def test_a_planted_fault_is_exit_code_one(chats: Path) -> None:
+    assert main(["replay", str(chats), *SMALL, "--plant", "skip_write"]) == 1
+
+
+BAD_COMMANDS = {
+    "a missing trace": ("replay nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+    "a directory": ("replay .", "is a directory"),
+    "a malformed trace": ("replay bad.jsonl", "bad.jsonl:2: hash_ids must cover input_length"),
+    "an unknown option": ("replay chats.jsonl --pages 3", "--pages"),
+    "an unknown command": ("play", "play"),
+    "no number": ("replay chats.jsonl --page-size many", "--page-size"),
+    "page size 0": ("replay chats.jsonl --page-size 0", "--page-size must be in [1, "),
+    "negative page size": ("replay chats.jsonl --page-size -16", "--page-size must be in [1, "),
+    "no requests": ("replay chats.jsonl --requests 0", "--requests must be in [1, "),
+    "no concurrency": ("replay chats.jsonl --concurrency 0", "--concurrency must be in [1, "),
+    "no chunk": ("replay chats.jsonl --chunk 0", "--chunk must be in [1, "),
+    "no room": ("replay chats.jsonl --device-tokens 0", "--device-tokens must be in [1, "),
+    "more slots than int32": ("replay chats.jsonl --device-tokens 3000000000", "--device-tokens must be in [1, "),
+    "less than a page": ("replay chats.jsonl --device-tokens 8", "must hold at least one page of 16 tokens, got 8"),
+    "no layer": ("replay chats.jsonl --layers 0", "--layers must be in [1, "),
+    "layers in words": ("replay chats.jsonl --layers many", "--layers must be a positive number or auto"),
+    "no head": ("replay chats.jsonl --heads 0", "--heads must be in [1, "),
+    "negative seed": ("replay chats.jsonl --seed -1", "--seed must be in [0, "),
+    "an unknown pool": ("replay chats.jsonl --pool gqa", "--pool"),
+    "an unknown dtype": ("replay chats.jsonl --dtype int4", "--dtype"),
+    "an unknown policy": ("replay chats.jsonl --policy random", "--policy"),
+    "an unknown fault": ("replay chats.jsonl --plant gremlin", "--plant"),
+    "a fault nobody looks for": ("replay chats.jsonl --plant leak --no-verify", "--plant leak needs verification"),
+    "figures into nowhere": ("replay chats.jsonl --json no/figures.json", "no/figures.json: cannot be written"),
+    "figures into a folder": ("replay chats.jsonl --json .", "cannot be written"),
+    "a report into nowhere": ("replay chats.jsonl --report no/report.html", "no/report.html: cannot be written"),
+    "a trace of nothing": ("trace --requests 0 --out new.jsonl", "requests must be in [1, "),
+    "a trace into nowhere": ("trace --requests 3 --out no/new.jsonl", "no/new.jsonl: cannot be written"),
+    "a trace without a place": ("trace --requests 3", "--out"),
+    "a trace with a negative seed": ("trace --requests 3 --seed -2 --out new.jsonl", "seed must not be negative"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMANDS)
+def test_bad_input_is_exit_code_two_and_changes_nothing(name: str, chats: Path, capsys, monkeypatch) -> None:
+    command, message = BAD_COMMANDS[name]
+    monkeypatch.chdir(chats.parent)
+    monkeypatch.setenv("COLUMNS", "400")
+    lines = chats.read_text().splitlines()
+    Path("bad.jsonl").write_text("\n".join([lines[0], json.dumps({**json.loads(lines[1]), "hash_ids": []})]))
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err and not out
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_python_m_jaxcache() -> None:
+    done = subprocess.run([sys.executable, "-m", "jaxcache", "replay", "nowhere.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("jaxcache: nowhere.jsonl: cannot be read") and len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_both_commands(capsys) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "replay" in out and "trace" in out
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_missing_extra_is_named(package: str, monkeypatch, capsys) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    assert main(["replay"]) == 2
+    assert f"needs {package}: pip install 'jaxcache[cli]'" in capsys.readouterr().err
+
+
+def test_config_defaults_follow_the_device() -> None:
+    cpu, gpu = ReplayConfig().for_platform("cpu"), ReplayConfig().for_platform("gpu")
+    assert (cpu.dtype, gpu.dtype) == (DType.FLOAT32, DType.BFLOAT16)
+    assert (gpu.heads, gpu.head_dim, gpu.rank, gpu.rope_dim) == (8, 128, 512, 64)
+    chosen = ReplayConfig(dtype=DType.FLOAT16, heads=3, pool=PoolKind.MLA).for_platform("gpu")
+    assert (chosen.dtype, chosen.heads, chosen.pool) == (DType.FLOAT16, 3, PoolKind.MLA)
+
+
+def test_config_rounds_the_pool_down_to_whole_pages() -> None:
+    assert ReplayConfig(device_tokens=1000, page_size=64).pool_tokens == 960
+
+
+def test_config_generates_a_trace_when_none_is_given() -> None:
+    assert len(ReplayConfig(requests=7).load_requests()) == 7
+    assert len(ReplayConfig().load_requests()) == 200
+
+
+def test_every_documented_fault_can_be_planted() -> None:
+    documented = "free_early wrong_page wrong_namespace off_by_one_position skip_write double_own leak"
+    assert {fault.value for fault in Fault} == set(documented.split())
