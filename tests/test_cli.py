@@ -13,8 +13,8 @@ from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.trace import read_trace
 
 JSON_KEYS = """requests prompt_tokens hit_tokens hit_rate evicted_tokens verified_slots mismatched_slots leaked_slots
-    max_running chunks decode_steps retractions recompiles_after_warmup wall_s host_us page_size device_tokens policy pool
-    device jax_version"""
+    max_running chunks decode_steps retractions recompiles_after_warmup wall_s host_us page_size device_tokens policy
+    pool device jax_version"""
 SMALL = ["--device-tokens", "60000", "--layers", "1", "--chunk", "2048", "--concurrency", "4"]
 HOST_CALLS = {"match", "admit", "plan", "insert", "evict"}
 
