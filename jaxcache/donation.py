@@ -101,14 +101,13 @@ class DonatingStep(Generic[P, R]):
         self._jitted: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        positions = _pool_positions(args, kwargs)
-        pools = [args[i] for i in positions]
-        leaves = jax.tree_util.tree_leaves(pools)
+        pools = _pools_by_position(args, kwargs)
+        leaves = jax.tree_util.tree_leaves(list(pools.values()))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
-        _refuse_unsafe(pools, leaves, args)
+        _refuse_unsafe(pools.values(), leaves, args)
         try:
-            return self._jit(positions)(*args, **kwargs)
+            return self._jit(tuple(pools))(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # A GPU refuses to donate memory that a DLPack view holds; the arrays stay valid.
             if "external reference" not in str(error):
@@ -119,7 +118,7 @@ class DonatingStep(Generic[P, R]):
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
         """Lowers the step as a call would, consuming nothing; the arrays may be `jax.ShapeDtypeStruct`s."""
-        return self._jit(_pool_positions(args, kwargs)).lower(*args, **kwargs)
+        return self._jit(tuple(_pools_by_position(args, kwargs))).lower(*args, **kwargs)
 
     def _jit(self, positions: tuple[int, ...]) -> Any:
         jitted = self._jitted.get(positions)
@@ -129,22 +128,22 @@ class DonatingStep(Generic[P, R]):
         return jitted
 
 
-def _pool_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+def _pools_by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DevicePool]:
     for name, value in kwargs.items():
         if isinstance(value, DevicePool):
             raise ArgumentError(
                 f"{name} is a {type(value).__name__} passed by keyword, which cannot be donated: pass it by position"
             )
-    positions = tuple(i for i, arg in enumerate(args) if isinstance(arg, DevicePool))
-    if not positions:
+    pools = {i: arg for i, arg in enumerate(args) if isinstance(arg, DevicePool)}
+    if not pools:
         raise ArgumentError(
             "a donating step needs at least one pool (DevicePool) as a positional argument, got none: "
             "pools inside lists, tuples or dicts would be copied, so pass each one by itself"
         )
-    return positions
+    return pools
 
 
-def _refuse_unsafe(pools: Sequence[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
+def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
     for pool in pools:
         pool.require_live()
         if pool.borrow_count:

@@ -102,6 +102,9 @@ class KVCache(DevicePool, abc.ABC):
     not written. Slots of one write must be distinct, except for the sink, slot 0, which is never written.
 
     Layers are global ids. A Python int is checked; a traced one out of range writes nothing.
+
+    Inside a jit, read from the pool that the last update returned. A step that reads the old pool beside the new one
+    makes XLA keep both: on the CPU a copy of the pool, even if the read comes first in the program.
     """
 
     config: KVCacheConfig

@@ -91,7 +91,8 @@ class MHATokenToKVPool(KVCache):
             them.
           v: Values, likewise.
           k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree. A number, or an array
-            that broadcasts to `k`, such as `(heads, 1)`. The caller's arrays are untouched.
+            that broadcasts to `k`, such as `(heads, 1)`. The caller's arrays are untouched. XLA may multiply by the
+            reciprocal, which is within one unit in the last place of float32.
           v_scale: The same for the values.
           layer_id_override: Takes the place of `layer` if given.
 

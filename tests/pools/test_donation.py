@@ -95,7 +95,7 @@ def test_two_pools_that_share_a_buffer_are_refused():
 @pytest.mark.parametrize("call", [lambda p: bump(pool=p, by=1.0), lambda p: donating(lambda x: x)([p])])
 def test_a_pool_that_could_not_be_donated_is_refused(call):
     pool = counters()
-    with pytest.raises(ArgumentError, match="by position|at least one pool"):
+    with pytest.raises(ArgumentError, match=r"by position|at least one pool"):
         call(pool)
     assert not pool.is_stale
 
