@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: typer reads the annotations as objects.
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,8 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
-from jaxcache.replay.result import Sample
+from jaxcache.replay.report import figure_rows, write_html
+from jaxcache.replay.result import ReplayResult, Sample
 from jaxcache.replay.trace import write_trace
 
 FOUND_WRONG = 1
@@ -76,12 +77,10 @@ def replay(
 
         result = run_replay(config, progress=advance, requests=requests_to_replay)
         bar.update(task, completed=result.requests, hit_rate=result.hit_rate)
-    Console().print(_table(result.as_json()))
+    Console().print(_table(result))
     if json_path is not None:
         result.write_json(json_path)
     if report is not None:
-        from jaxcache.replay.report import write_html
-
         write_html(result, report)
     if result.error is not None:
         print(f"jaxcache: {result.error}", file=sys.stderr)
@@ -129,27 +128,10 @@ def _progress() -> Progress:
     )
 
 
-def _table(figures: dict[str, Any]) -> Table:
-    """The figures, one a line; nested ones (host_us) as a line for each operation."""
+def _table(result: ReplayResult) -> Table:
     table = Table(title="replay", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            for part, timing in value.items():
-                table.add_row(f"{name} {part}", _shown(timing))
-        else:
-            table.add_row(name, _shown(value))
+    for name, value in figure_rows(result):
+        table.add_row(name, value)
     return table
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {_shown(part)}" for name, part in value.items())
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)

@@ -42,8 +42,9 @@ def test_trace_depends_on_its_seed(chats: Path, tmp_path: Path) -> None:
 
 
 def test_replay_proves_a_trace_and_writes_its_figures(chats: Path, tmp_path: Path, capsys) -> None:
-    figures_path = tmp_path / "figures.json"
-    assert main(["replay", str(chats), *SMALL, "--json", str(figures_path)]) == 0
+    figures_path, page_path = tmp_path / "figures.json", tmp_path / "page.html"
+    assert main(["replay", str(chats), *SMALL, "--json", str(figures_path), "--report", str(page_path)]) == 0
+    assert "12 requests" in page_path.read_text()
     figures = json.loads(figures_path.read_text())
     assert figures.keys() >= set(JSON_KEYS.split())
     assert figures["host_us"].keys() == HOST_CALLS
