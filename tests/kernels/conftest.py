@@ -10,10 +10,13 @@ import pytest
 
 from jaxcache.kernels import alloc_pages, write_kv
 from jaxcache.kernels.dispatch import Implementation
+from tests.kernels import h200
 
 HAS_GPU = jax.default_backend() == "gpu"
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+# A process either interprets Triton source or compiles it: Triton reads this variable when it is imported.
+INTERPRETS = not HAS_GPU and h200.missing() is not None
+if INTERPRETS:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class JaxRunner:
@@ -67,7 +70,8 @@ class InterpretedRunner:
     def alloc_extend(self, prefix_lens, seq_lens, last_loc, new_pages, *, page_size: int, num_tokens: int):
         from jaxcache.kernels.triton_call import torch_call
 
-        rows = alloc_pages.row_plan(*map(jax.numpy.asarray, (prefix_lens, seq_lens, last_loc)), page_size)
+        prefix_lens, seq_lens, last_loc = map(jax.numpy.asarray, (prefix_lens, seq_lens, last_loc))
+        rows = alloc_pages.row_plan(prefix_lens, seq_lens, last_loc, page_size)
         out = self.torch.full((num_tokens,), -7, dtype=self.torch.int32)
         torch_call(
             self.alloc.alloc_extend_kernel,
@@ -110,4 +114,8 @@ def run(request, monkeypatch):
     """The ops of one implementation. Triton runs on the GPU where there is one, else interpreted."""
     if request.param == "reference":
         return JaxRunner(Implementation.REFERENCE)
-    return JaxRunner(Implementation.TRITON) if HAS_GPU else InterpretedRunner(monkeypatch)
+    if HAS_GPU:
+        return JaxRunner(Implementation.TRITON)
+    if not INTERPRETS:
+        pytest.skip("this process compiles Triton source for an H200 (test_compiled_for_h200.py)")
+    return InterpretedRunner(monkeypatch)

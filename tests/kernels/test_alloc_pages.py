@@ -49,7 +49,7 @@ def test_extend_is_the_three_part_rule(run, bs, page_size):
 @pytest.mark.parametrize("bs", [1, 2, 7, 33])
 def test_decode_is_the_rule(run, bs, page_size):
     rng = np.random.default_rng(bs * 100 + page_size)
-    prefix, seq, last, pages = oracles.random_batch(rng, bs, page_size, max_len=40, decode=True)
+    _, seq, last, pages = oracles.random_batch(rng, bs, page_size, max_len=40, decode=True)
     padded = np.where(rng.random(bs) < 0.3, 0, seq).astype(np.int32)
     got = run.alloc_decode(padded, last, np.append(pages, i32([10**6])), page_size=page_size)
     np.testing.assert_array_equal(got, oracles.decode(padded, last, np.append(pages, i32([10**6])), page_size))

@@ -1,0 +1,100 @@
+"""Every kernel compiles for an H200, and the writes touch the pool in place: no copy, no temporary. No GPU needed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.kernels.copy_kv import move_rows, scatter_rows
+from jaxcache.kernels.dispatch import Implementation
+from jaxcache.kernels.in_place import inspect_compiled
+from jaxcache.kernels.write_kv import write_kv, write_mla_kv
+from tests.kernels import h200
+
+pytestmark = pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", Implementation)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float32, jnp.uint8],
+    ids=lambda d: d.__name__,
+)
+
+
+def shape(*dims: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def is_triton(compiled: jax.stages.Compiled) -> bool:
+    return "triton_kernel_call" in (compiled.as_text() or "")
+
+
+def check_in_place(compiled: jax.stages.Compiled, implementation: Implementation) -> None:
+    report = inspect_compiled(compiled)
+    assert report.ok, report.why
+    assert is_triton(compiled) == (implementation is Implementation.TRITON)
+
+
+@IMPLEMENTATIONS
+@DTYPES
+def test_write_kv(implementation, dtype):
+    pools = shape(4, 4096, 8, 128, dtype=dtype), shape(4, 4096, 8, 96, dtype=dtype)
+    rows = shape(512, 8, 128, dtype=dtype), shape(512, 8, 96, dtype=dtype)
+    step = partial(write_kv, implementation=implementation)
+    check_in_place(h200.compile_for_h200(step, *pools, shape(), shape(512), *rows, donate=(0, 1)), implementation)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (96, 33)])
+def test_write_mla_kv(implementation, rank, rope):
+    pool = shape(4, 4096, rank + rope, dtype=jnp.bfloat16)
+    rows = shape(7, rank, dtype=jnp.bfloat16), shape(7, rope, dtype=jnp.bfloat16)
+    step = partial(write_mla_kv, implementation=implementation)
+    check_in_place(h200.compile_for_h200(step, pool, shape(), shape(7), *rows, donate=(0,)), implementation)
+
+
+@IMPLEMENTATIONS
+def test_a_scan_over_layers_carries_the_stack(implementation):
+    def step(k_pool, v_pool, loc, k, v):
+        def write_layer(pools, layer):
+            return write_kv(pools[0], pools[1], layer, loc, k, v, implementation=implementation), None
+
+        return jax.lax.scan(write_layer, (k_pool, v_pool), jnp.arange(4, dtype=jnp.int32))[0]
+
+    pool, rows = shape(4, 4096, 8, 128, dtype=jnp.bfloat16), shape(512, 8, 128, dtype=jnp.bfloat16)
+    check_in_place(h200.compile_for_h200(step, pool, pool, shape(512), rows, rows, donate=(0, 1)), implementation)
+
+
+def test_a_forgotten_donation_is_noticed():
+    pool, rows = shape(4, 4096, 64, dtype=jnp.bfloat16), shape(8, 32, dtype=jnp.bfloat16)
+    compiled = h200.compile_for_h200(write_mla_kv, pool, shape(), shape(8), rows, rows)
+    assert not inspect_compiled(compiled).ok
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("bs", [1, 64])
+def test_alloc(implementation, bs):
+    rows, pages = [shape(bs)] * 3, shape(4096)
+    extend = partial(alloc_extend, page_size=16, num_tokens=4096, implementation=implementation)
+    decode = partial(alloc_decode, page_size=16, implementation=implementation)
+    assert is_triton(h200.compile_for_h200(extend, *rows, pages)) == (implementation is Implementation.TRITON)
+    assert is_triton(h200.compile_for_h200(decode, *rows[:2], pages)) == (implementation is Implementation.TRITON)
+
+
+def test_triton_is_the_choice_on_a_gpu():
+    compiled = h200.compile_for_h200(partial(alloc_decode, page_size=16), shape(8), shape(8), shape(8))
+    assert is_triton(compiled)
+
+
+@DTYPES
+def test_row_copies_compute_nothing(dtype):
+    """XLA moves 8- and 16-bit floats as they are; a detour through float32 would change the bits of NaNs."""
+    pool, rows = shape(4, 4096, 2, 64, dtype=dtype), shape(4, 64, 2, 64, dtype=dtype)
+    for compiled in (
+        h200.compile_for_h200(scatter_rows, pool, shape(64), rows, donate=(0,)),
+        h200.compile_for_h200(move_rows, pool, shape(64), shape(64), donate=(0,)),
+    ):
+        assert dtype is jnp.float32 or " f32[" not in (compiled.as_text() or "")
+        assert all(buffer.aliased for buffer in inspect_compiled(compiled).buffers)
