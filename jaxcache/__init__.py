@@ -1,0 +1,65 @@
+"""KV-cache memory for JAX inference engines: paged pools, prefix sharing, and steps that update memory in place.
+
+The names below stand in the order of the flow: request, prefix match, page allocation, KV write, insert and evict, and
+the manager that drives it all.
+"""
+
+from jaxcache.errors import ArgumentError as ArgumentError
+from jaxcache.errors import BorrowedError as BorrowedError
+from jaxcache.errors import BrokenInvariant as BrokenInvariant
+from jaxcache.errors import CacheError as CacheError
+from jaxcache.errors import DoubleFreeError as DoubleFreeError
+from jaxcache.errors import NotInPlaceError as NotInPlaceError
+from jaxcache.errors import OwnershipError as OwnershipError
+from jaxcache.errors import ReceiptError as ReceiptError
+from jaxcache.errors import RequestStateError as RequestStateError
+from jaxcache.errors import SnapshotError as SnapshotError
+from jaxcache.errors import StalePoolError as StalePoolError
+from jaxcache.errors import TraceError as TraceError
+from jaxcache.errors import UnsupportedError as UnsupportedError
+
+# ruff: isort: split
+from jaxcache.request import Request as Request
+from jaxcache.request import RequestState as RequestState
+
+# ruff: isort: split
+from jaxcache.index.component import FULL as FULL
+from jaxcache.index.component import Component as Component
+from jaxcache.index.key import Namespace as Namespace
+from jaxcache.index.key import RadixKey as RadixKey
+from jaxcache.index.recency import Policy as Policy
+from jaxcache.index.tree import RadixTree as RadixTree
+
+# ruff: isort: split
+from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
+from jaxcache.pages.base import PageState as PageState
+from jaxcache.pages.paged import PagedTokenToKVPoolAllocator as PagedTokenToKVPoolAllocator
+from jaxcache.pages.state import PageAllocatorState as PageAllocatorState
+from jaxcache.pages.token import TokenToKVPoolAllocator as TokenToKVPoolAllocator
+
+# ruff: isort: split
+from jaxcache.donation import donating as donating
+from jaxcache.kernels.in_place import assert_in_place as assert_in_place
+from jaxcache.kernels.in_place import prove_in_place as prove_in_place
+from jaxcache.pools.base import KVCache as KVCache
+from jaxcache.pools.mha import MHAConfig as MHAConfig
+from jaxcache.pools.mha import MHATokenToKVPool as MHATokenToKVPool
+from jaxcache.pools.mla import MLAConfig as MLAConfig
+from jaxcache.pools.mla import MLATokenToKVPool as MLATokenToKVPool
+from jaxcache.pools.requests import ReqToTokenPool as ReqToTokenPool
+from jaxcache.pools.requests import RequestTable as RequestTable
+
+# ruff: isort: split
+from jaxcache.caches.base import BasePrefixCache as BasePrefixCache
+from jaxcache.caches.base import MatchResult as MatchResult
+from jaxcache.caches.radix import RadixCache as RadixCache
+from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared
+from jaxcache.observe.events import BlockRemoved as BlockRemoved
+from jaxcache.observe.events import BlockStored as BlockStored
+
+# ruff: isort: split
+from jaxcache.manager import MemoryConfig as MemoryConfig
+from jaxcache.manager import MemoryManager as MemoryManager
+from jaxcache.manager import init_memory_pool_and_cache as init_memory_pool_and_cache
+from jaxcache.step import Batch as Batch
+from jaxcache.step import StepPlan as StepPlan

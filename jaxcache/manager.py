@@ -146,11 +146,12 @@ class MemoryManager:
           ArgumentError: It is longer than `max_context_len`.
         """
         if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
-            raise RequestStateError(f"request {request.rid} is {request.state.value}: only a waiting one can be admitted")
-        if request.num_tokens > self.config.max_context_len:
-            raise ArgumentError(
-                f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {self.config.max_context_len}"
+            raise RequestStateError(
+                f"request {request.rid} is {request.state.value}: only a waiting one can be admitted"
             )
+        if request.num_tokens > self.config.max_context_len:
+            limit = self.config.max_context_len
+            raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
         if not self.req_to_token_pool.available_size():
             return None
         cap = request.num_tokens - 1
@@ -241,8 +242,12 @@ class MemoryManager:
         target = [request.kv_len + n for request, n in work]
         for (request, n), end in zip(work, target, strict=True):
             if n < 1 or end > request.num_tokens:
-                raise ArgumentError(f"work: request {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
-        parts = [request.key.token_ids[start:end] for (request, _), start, end in zip(work, prefix, target, strict=True)]
+                raise ArgumentError(
+                    f"work: request {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}"
+                )
+        parts = [
+            request.key.token_ids[start:end] for (request, _), start, end in zip(work, prefix, target, strict=True)
+        ]
         return self._plan(StepKind.EXTEND, [request for request, _ in work], prefix, target, parts)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
@@ -254,11 +259,10 @@ class MemoryManager:
         """
         for request in requests:
             if request.num_tokens - request.kv_len != 1:
-                raise ArgumentError(
-                    f"requests: {request.rid} has {request.num_tokens - request.kv_len} tokens to compute, decode takes one"
-                )
+                left = request.num_tokens - request.kv_len
+                raise ArgumentError(f"requests: {request.rid} has {left} tokens to compute, decode computes one")
         prefix = [request.kv_len for request in requests]
-        tokens = [[request.output_ids[-1] if request.output_ids else request.origin_input_ids[-1]] for request in requests]
+        tokens = [request.output_ids[-1:] or request.origin_input_ids[-1:] for request in requests]
         return self._plan(StepKind.DECODE, list(requests), prefix, [length + 1 for length in prefix], tokens)
 
     def _plan(
@@ -280,9 +284,7 @@ class MemoryManager:
         start = 0
         for request, count in zip(requests, counts, strict=True):
             if count:
-                self.req_to_token_pool.write_pages(
-                    self._row(request), request.num_pages, fresh[start : start + count]
-                )
+                self.req_to_token_pool.write_pages(self._row(request), request.num_pages, fresh[start : start + count])
                 request.num_pages += count
                 start += count
         return StepPlan(
@@ -300,8 +302,8 @@ class MemoryManager:
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
 
-        The step is `step(pool, batch, *args) -> (pool, out)`, a pure function; it is jitted once a bucket, with pool and
-        request table donated. After an extend, whole pages are shared through the prefix cache.
+        The step is `step(pool, batch, *args) -> (pool, out)`, a pure function; it is jitted once a bucket, with pool
+        and request table donated. After an extend, whole pages are shared through the prefix cache.
 
         Returns:
           `out`, perhaps still being computed.
@@ -408,7 +410,7 @@ class MemoryManager:
         Raises:
           BrokenInvariant: says which book does not balance.
 
-        Cost: O(cached pages + pages of running requests). It checks identity, not counts, so leaks that cancel out show.
+        Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
         rows = [self.req_to_token_pool.row_pages(row, 0, request.num_pages) for row, request in self.running.items()]
@@ -421,7 +423,9 @@ class MemoryManager:
         expected = np.flatnonzero(states == PageState.PRIVATE)
         if not np.array_equal(owned, expected):
             odd = np.setxor1d(owned, expected)[:5]
-            raise BrokenInvariant(f"private pages: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}")
+            raise BrokenInvariant(
+                f"private pages: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}"
+            )
         for (row, request), pages in zip(self.running.items(), rows, strict=True):
             self._check_shared(row, request, pages)
         if len(self.running) + self.req_to_token_pool.available_size() != self.req_to_token_pool.size:
@@ -436,13 +440,15 @@ class MemoryManager:
         node = request.lock.node if request.lock is not None else None
         keys: list[bytes] = []
         while node is not None and node.parent is not None:
-            path.append(node.value)  # type: ignore[arg-type]
+            path.append(node.value)
             keys.append(node.key)
             node = node.parent
         shared = np.concatenate(path[::-1]) if path else np.empty(0, np.int32)
         is_same = np.array_equal(shared, pages[: length // self.page_size])
         if not is_same or b"".join(reversed(keys)) != request.key.packed[: 4 * length]:
-            raise BrokenInvariant(f"row {row} of request {request.rid}: its first {length} tokens are not the tree's pages")
+            raise BrokenInvariant(
+                f"row {row} of request {request.rid}: its first {length} tokens are not the tree's pages"
+            )
 
     def _check_device_table(self) -> None:
         self._send_table_changes(0)

@@ -1,7 +1,7 @@
 """A request, as far as a cache needs to know it.
 
-    tokens  0 ......... lock.length ......... kv_len ......... len(row pages) * P
-            | the tree's pages  | the request's own pages, the last one perhaps in part |
+tokens  0 ......... lock.length ......... kv_len ......... len(row pages) * P
+        | the tree's pages  | the request's own pages, the last one perhaps in part |
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Request:
     """
 
     rid: str
-    origin_input_ids: Sequence[int] | Int32[np.ndarray, "tokens"]
+    origin_input_ids: Sequence[int] | Int32[np.ndarray, " tokens"]
     extra_key: str | bytes | Namespace | None = None
     priority: int = 0
     tag: int = 0
@@ -68,7 +68,9 @@ class Request:
 
     def __post_init__(self):
         if not len(self.origin_input_ids):
-            raise ArgumentError(f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token")
+            raise ArgumentError(
+                f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
+            )
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
 
     @property

@@ -99,7 +99,7 @@ class StepPlan:
         none = np.empty(0, np.int32)
         return cls(bucket, (), none, none, none, none, none, none, none)
 
-    def pack(self, changes: TableChanges) -> Int32[np.ndarray, "size"]:
+    def pack(self, changes: TableChanges) -> Int32[np.ndarray, " size"]:
         """The one array that is uploaded, table changes included.
 
         Padding is 0; padding of table changes is out of range, which drops them.
@@ -136,19 +136,19 @@ class Batch:
       table: The request table, this step's changes included.
     """
 
-    tokens: Int32[Array, "tokens"]
-    positions: Int32[Array, "tokens"]
-    slots: Int32[Array, "tokens"]
-    request: Int32[Array, "tokens"]
-    valid: Bool[Array, "tokens"]
-    row: Int32[Array, "requests"]
-    prefix_len: Int32[Array, "requests"]
-    seq_len: Int32[Array, "requests"]
-    tag: Int32[Array, "requests"]
+    tokens: Int32[Array, " tokens"]
+    positions: Int32[Array, " tokens"]
+    slots: Int32[Array, " tokens"]
+    request: Int32[Array, " tokens"]
+    valid: Bool[Array, " tokens"]
+    row: Int32[Array, " requests"]
+    prefix_len: Int32[Array, " requests"]
+    seq_len: Int32[Array, " requests"]
+    tag: Int32[Array, " requests"]
     table: RequestTable
 
 
-def unpack(packed: Int32[Array, "size"], bucket: Bucket, table: RequestTable, page_size: int) -> Batch:
+def unpack(packed: Int32[Array, " size"], bucket: Bucket, table: RequestTable, page_size: int) -> Batch:
     """The batch in a packed plan, with slots computed. For use inside a jitted step; the table is consumed.
 
     Cost: O(tokens + changes).

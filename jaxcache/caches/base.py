@@ -54,7 +54,7 @@ class MatchResult:
         return self.last_device_node
 
     @property
-    def device_indices(self) -> Int32[np.ndarray, "prefix_len"]:
+    def device_indices(self) -> Int32[np.ndarray, " prefix_len"]:
         """One slot a token, expanded on demand. O(prefix_len)."""
         return expand_pages(self.pages, self.page_size)
 
@@ -62,7 +62,7 @@ class MatchResult:
         return f"MatchResult(prefix_len={self.prefix_len})"
 
 
-def expand_pages(pages: Int32[np.ndarray, "pages"], page_size: int) -> Int32[np.ndarray, "slots"]:
+def expand_pages(pages: Int32[np.ndarray, " pages"], page_size: int) -> Int32[np.ndarray, " slots"]:
     """The slots of `pages`, in order."""
     if page_size == 1:
         return pages

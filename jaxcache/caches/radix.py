@@ -59,7 +59,9 @@ class RadixCache(BasePrefixCache):
     ):
         for name, part in (("req_to_token_pool", req_to_token_pool), ("allocator", token_to_kv_pool_allocator)):
             if part is not None and part.page_size != page_size:
-                raise ArgumentError(f"page_size is {page_size}, but that of {name} is {part.page_size}: use one for all")
+                raise ArgumentError(
+                    f"page_size is {page_size}, but that of {name} is {part.page_size}: use one for all"
+                )
         self.req_to_token_pool = req_to_token_pool
         self.token_to_kv_pool_allocator = token_to_kv_pool_allocator
         self.page_size = page_size
@@ -86,12 +88,12 @@ class RadixCache(BasePrefixCache):
         return MatchResult(self.tree.match(key[:0] if self.disable else key), self.page_size)
 
     def insert(
-        self, key: RadixKey | np.ndarray | Sequence[int], value: Int32[np.ndarray, "slots"] | None = None
+        self, key: RadixKey | np.ndarray | Sequence[int], value: Int32[np.ndarray, " slots"] | None = None
     ) -> int:
         """Caches `key` under the slots in `value`; returns the tokens that were cached already.
 
-        The tree keeps its own pages for those: the caller frees its duplicates, `value[:returned]`. The rest now belongs
-        to the tree.
+        The tree keeps its own pages for those: the caller frees its duplicates, `value[:returned]`. The rest belongs to
+        the tree from now on.
 
         Args:
           key: Tokens, cut to whole pages.
@@ -109,7 +111,7 @@ class RadixCache(BasePrefixCache):
             pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages)
 
-    def insert_pages(self, key: RadixKey, pages: Int32[np.ndarray, "pages"]) -> int:
+    def insert_pages(self, key: RadixKey, pages: Int32[np.ndarray, " pages"]) -> int:
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
         if self.disable:
             return 0
@@ -226,7 +228,7 @@ class RadixCache(BasePrefixCache):
         """Cached tokens that a lock covers. O(1)."""
         return self.tree.protected[0] * self.page_size
 
-    def all_values_flatten(self) -> Int32[np.ndarray, "slots"]:
+    def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
         """Every cached slot, node by node. O(cached)."""
         values = [node.value for node in self.tree.nodes() if node.value is not None]
         return expand_pages(np.concatenate(values) if values else np.empty(0, np.int32), self.page_size)
@@ -239,8 +241,8 @@ class RadixCache(BasePrefixCache):
     def _stored(self, leaf: Node) -> BlockStored:
         parent = leaf.parent
         root = parent
-        while root.parent is not None:  # type: ignore[union-attr]
-            root = root.parent  # type: ignore[union-attr]
+        while root.parent is not None:
+            root = root.parent
         return BlockStored(
             block_hashes=[block_name(digest) for digest in leaf.hashes or ()],
             parent_block_hash=block_name(parent.hashes[-1]) if parent is not None and parent.hashes else None,
@@ -271,8 +273,8 @@ class RadixCache(BasePrefixCache):
 
 
 def slots_to_pages(
-    slots: Int32[np.ndarray, "slots"], num_pages: int, page_size: int
-) -> Int32[np.ndarray, "num_pages"]:
+    slots: Int32[np.ndarray, " slots"], num_pages: int, page_size: int
+) -> Int32[np.ndarray, " num_pages"]:
     """Page ids of the first `num_pages` pages of `slots`.
 
     Raises:

@@ -98,7 +98,7 @@ class RadixKey:
         return key
 
     @property
-    def token_ids(self) -> Int32[np.ndarray, "tokens"]:
+    def token_ids(self) -> Int32[np.ndarray, " tokens"]:
         """The tokens, as a read-only view."""
         return np.frombuffer(self.packed, "<i4", self.length)
 

@@ -12,7 +12,7 @@ Only the node, and its dict once it has children, are tracked by the garbage col
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,9 +31,9 @@ class Slot:
 
     __slots__ = ("locks", "value")
 
-    def __init__(self, value: np.ndarray | None = None, locks: int = 0):
-        self.value = value
-        self.locks = locks
+    def __init__(self) -> None:
+        self.value: Any = None  # an array in all code that has checked, or that asks the first component
+        self.locks = 0
 
 
 class Node(Slot):
@@ -51,13 +51,12 @@ class Node(Slot):
 
     __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority")
 
-    def __init__(self, key: bytes, end: int, parent: Node | None, value: np.ndarray | None, others: tuple[Slot, ...]):
+    def __init__(self, key: bytes, end: int, parent: Node | None, others: tuple[Slot, ...]):
+        super().__init__()
         self.key = key
         self.end = end
-        self.parent = parent
+        self.parent: Any = parent  # a Node in all code that has met a node inside the tree
         self.children: dict[bytes, Node] = {}
-        self.value = value
-        self.locks = 0
         self.others = others
         self.priority = 0
         self.hashes: list[bytes] | None = None
@@ -81,7 +80,7 @@ class Root(Node):
     __slots__ = ("namespace",)
 
     def __init__(self, namespace: bytes):
-        super().__init__(b"", 0, None, None, ())
+        super().__init__(b"", 0, None, ())
         self.namespace = namespace
 
 

@@ -8,7 +8,7 @@
                                                                                                     e f are spare)
 
 Three rules keep it simple:
-  * It frees nothing. `insert` and `evict` return what was not taken or was let go; the caller hands it to the allocator.
+  * It frees nothing. `insert` and `evict` return what was not taken or was let go; the caller hands it on.
   * A lookup changes no structure: a match may end inside a node. Only `insert` and `lock` split, and the old object
     stays the LOWER half, so that whoever holds a node keeps holding its end.
   * The walk knows tokens only. What a component has at the nodes of a path is looked at afterwards, along the path.
@@ -82,7 +82,7 @@ class RadixTree:
     def match(self, key: RadixKey) -> Match:
         """The longest cached prefix of `key` that every component can be continued from.
 
-        Counts as a use of the nodes it covers whole; a node it ends inside is used when a lock or insert splits it there.
+        Counts as a use of the nodes it covers whole; one it ends inside is used when a lock or insert splits it there.
 
         Cost: O(nodes on the path) dict probes and memory compares; no loop over tokens.
         """
@@ -94,7 +94,7 @@ class RadixTree:
         reached = self._walk(packed, key.length // self.page_size * self._page_bytes, root, 0, path)
         found = reached // TOKEN_BYTES
         length = found if self._is_single else self._usable(path, found)
-        while path and path[-1].parent.end >= length:  # pyright: ignore[reportOptionalMemberAccess]
+        while path and path[-1].parent.end >= length:
             path.pop()
         if not path:
             return Match(key, 0, found, _NOTHING, path, self._version)
@@ -106,7 +106,8 @@ class RadixTree:
     def _walk(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
         """Descends from `node`, which ends at byte `offset`, along `packed[offset:end]`.
 
-        Appends every node entered to `path`; only the last can be entered in part. Returns the bytes matched, whole pages.
+        Appends every node entered to `path`; only the last can be entered in part. Returns the bytes matched, in whole
+        pages.
         """
         page_bytes = self._page_bytes
         while offset < end:
@@ -129,7 +130,7 @@ class RadixTree:
         runs = [math.inf] * len(self.components)  # tokens present right before the position, per component
         for node in path:
             end = min(node.end, found)
-            start = node.parent.end  # pyright: ignore[reportOptionalMemberAccess]
+            start = node.parent.end
             limit = end  # the furthest position inside this node that is usable
             for i, component in enumerate(self.components):
                 is_live = node.slot(i).value is not None
@@ -149,10 +150,10 @@ class RadixTree:
         last = path[-1]
         tail = last.slot(component).value
         if last.end != length:
-            tail = tail[: (length - last.parent.end) // self.page_size]  # type: ignore[index,union-attr]
+            tail = tail[: (length - last.parent.end) // self.page_size]
         if len(path) == 1:
-            return tail  # type: ignore[return-value]
-        return np.concatenate([node.slot(component).value for node in path[:-1]] + [tail])  # type: ignore[list-item]
+            return tail
+        return np.concatenate([node.slot(component).value for node in path[:-1]] + [tail])
 
     # ---- changing --------------------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ class RadixTree:
     ) -> Node:
         start = TOKEN_BYTES * first_page * self.page_size
         packed = key.packed[start : TOKEN_BYTES * length]
-        leaf = Node(packed, length, parent, None, tuple(Slot() for _ in self.components[1:]))
+        leaf = Node(packed, length, parent, tuple(Slot() for _ in self.components[1:]))
         for i, component in enumerate(self.components):
             if component.spans:
                 self._fill(i, leaf, values[i][first_page : length // self.page_size])
@@ -289,11 +290,11 @@ class RadixTree:
         cut = TOKEN_BYTES * (position - lower.start)
         pages = cut // self._page_bytes
         parent = lower.parent
-        upper = Node(lower.key[:cut], position, parent, None, tuple(Slot() for _ in self.components[1:]))
+        upper = Node(lower.key[:cut], position, parent, tuple(Slot() for _ in self.components[1:]))
         upper.priority = lower.priority
         if lower.hashes is not None:
             upper.hashes, lower.hashes = lower.hashes[:pages], lower.hashes[pages:]
-        parent.children[lower.key[: self._page_bytes]] = upper  # type: ignore[union-attr]
+        parent.children[lower.key[: self._page_bytes]] = upper
         lower.key = lower.key[cut:]
         lower.parent = upper
         upper.children[lower.key[: self._page_bytes]] = lower
@@ -336,23 +337,23 @@ class RadixTree:
             for i in range(len(self.components)):
                 self._drop(i, node, freed)
             parent = node.parent
-            del parent.children[node.key[: self._page_bytes]]  # type: ignore[union-attr]
+            del parent.children[node.key[: self._page_bytes]]
             node.parent = None
             nodes.append(node)
             self._version += 1
-            if parent.children:  # type: ignore[union-attr]
+            if parent.children:
                 return
             if isinstance(parent, Root):
                 del self._roots[parent.namespace]
                 return
-            if parent.locks:  # type: ignore[union-attr]
+            if parent.locks:
                 return
-            if all(slot.value is not None for slot in parent.others):  # type: ignore[union-attr]
-                for i, policy in enumerate(self._policies):
+            if all(slot.value is not None for slot in parent.others):
+                for policy in self._policies:
                     if parent in policy:
-                        policy.exposed(parent)  # type: ignore[arg-type]
+                        policy.exposed(parent)
                 return
-            node = parent  # type: ignore[assignment]
+            node = parent
 
     def _drop(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
         slot = node.slot(i)
@@ -388,10 +389,9 @@ class RadixTree:
         else:
             length = where.length
             path = where.path if where.version == self._version else self._path_again(where)
-            if path and path[-1].end != length:
-                node = self._split(path[-1], length)
-            else:
-                node = path[-1] if path else None
+            node = path[-1] if path else None
+            if node is not None and node.end != length:
+                node = self._split(node, length)
         since = tuple(self._reach_back(component, node) for component in self.components) if node else ()
         receipt = Receipt(self, node, length, since, self._epoch)
         self._hold(receipt, 1)
@@ -422,9 +422,9 @@ class RadixTree:
         path: list[Node] = []
         root = self._roots.get(match.key.namespace)
         end = TOKEN_BYTES * match.length
-        if root is not None and self._walk(match.key.packed, end, root, 0, path) == end:
-            if self._is_single or self._usable(path, match.length) == match.length:
-                return path
+        is_there = root is not None and self._walk(match.key.packed, end, root, 0, path) == end
+        if is_there and (self._is_single or self._usable(path, match.length) == match.length):
+            return path
         if not match.length:
             return []
         raise ReceiptError("where: the matched prefix has been evicted since: match again")
@@ -438,7 +438,7 @@ class RadixTree:
             return 0
         top = node
         while top.start > 0 and node.end - top.start < component.reach:
-            top = top.parent  # type: ignore[assignment]
+            top = top.parent
         return top.start
 
     def _hold(self, receipt: Receipt, step: int) -> None:
@@ -446,18 +446,18 @@ class RadixTree:
             policy = self._policies[i]
             moved = 0
             node = receipt.node
-            while node.parent is not None and node.end > since:  # type: ignore[union-attr]
-                slot = node.slot(i)  # type: ignore[union-attr]
+            while node is not None and node.parent is not None and node.end > since:
+                slot = node.slot(i)
                 before = slot.locks
                 slot.locks = before + step
                 if slot.value is not None:
                     if before == 0:
-                        policy.discard(node)  # type: ignore[arg-type]
+                        policy.discard(node)
                         moved += len(slot.value)
                     elif slot.locks == 0:
-                        policy.add(node)  # type: ignore[arg-type]
+                        policy.add(node)
                         moved -= len(slot.value)
-                node = node.parent  # type: ignore[union-attr]
+                node = node.parent
             self.evictable[i] -= moved
             self.protected[i] += moved
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxcache.errors import ArgumentError, DoubleFreeError
 from jaxcache.pools.base import DevicePool
@@ -33,14 +34,14 @@ class RequestTable(DevicePool):
 
     pages: Int32[Array, "rows max_pages"]
 
-    def patched(self, index: Int32[Array, "entries"], page: Int32[Array, "entries"]) -> RequestTable:
+    def patched(self, index: Int32[ArrayLike, " entries"], page: Int32[ArrayLike, " entries"]) -> RequestTable:
         """Overwrites entries by flat index; an index past the end is padding. In place where the table is donated."""
         flat = self.pages.reshape(-1).at[index].set(page, mode="drop")
         return RequestTable(flat.reshape(self.pages.shape))
 
     def slots(
-        self, row: Int32[Array, "tokens"], position: Int32[Array, "tokens"], page_size: int
-    ) -> Int32[Array, "tokens"]:
+        self, row: Int32[Array, " tokens"], position: Int32[Array, " tokens"], page_size: int
+    ) -> Int32[Array, " tokens"]:
         """Slot of each (row, position). Positions past a request's end give stale slots: mask them."""
         return self.pages[row, position // page_size] * page_size + position % page_size
 
@@ -151,7 +152,7 @@ class ReqToTokenPool:
             raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
         self.write_pages(int(row), start // size, pages)
 
-    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, "pages"]) -> None:
+    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"]) -> None:
         """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
 
         Raises:
@@ -161,12 +162,14 @@ class ReqToTokenPool:
         if not 0 <= row < self.size or self._is_free[row]:
             raise ArgumentError(f"row {row} is not in use: allocate it first")
         if first < 0 or stop > self.max_pages:
-            raise ArgumentError(f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len")
+            raise ArgumentError(
+                f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len"
+            )
         if len(pages):
             self._pages[row, first:stop] = pages
             self._changed.append((row, first, stop))
 
-    def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, "pages"]:
+    def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
         return self._pages[row, first:stop]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.pools.mla import MLATokenToKVPool
@@ -34,8 +35,8 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def token_seed(
-    tag: Int32[Array, "tokens"], token: Int32[Array, "tokens"], position: Int32[Array, "tokens"]
-) -> Shaped[Array, "tokens"]:
+    tag: Int32[Array, " tokens"], token: Int32[Array, " tokens"], position: Int32[Array, " tokens"]
+) -> Shaped[Array, " tokens"]:
     """What the elements of one token's row derive from, uint32."""
     seed = _mix(tag.astype(jnp.uint32) + jnp.uint32(0x9E3779B9))
     seed = _mix(seed ^ token.astype(jnp.uint32))
@@ -43,8 +44,8 @@ def token_seed(
 
 
 def row_content(
-    seed: Shaped[Array, "tokens"], layer: int | jax.Array, plane: int, shape: tuple[int, ...], dtype: np.dtype
-) -> Shaped[Array, "tokens *shape"]:
+    seed: Shaped[Array, " tokens"], layer: int | jax.Array, plane: int, shape: tuple[int, ...], dtype: DTypeLike
+) -> Shaped[Array, " tokens *shape"]:
     """Rows of one layer and plane (0 = K or latent, 1 = V) for tokens of those seeds."""
     width = int(np.prod(shape))
     lane = jnp.arange(width, dtype=jnp.uint32) + jnp.asarray(2 * layer + plane).astype(jnp.uint32) * jnp.uint32(width)
@@ -70,14 +71,16 @@ def write_rows(pool: Pool, batch: Batch, slots: jax.Array, positions: jax.Array)
     first = pool.config.start_layer
 
     def one_layer(i: jax.Array, carried: Pool) -> Pool:
-        planes = [row_content(seed, i, plane, shape, pool.config.dtype) for plane, shape in enumerate(pool.config.row_shapes)]
+        planes = [
+            row_content(seed, i, plane, shape, pool.config.dtype) for plane, shape in enumerate(pool.config.row_shapes)
+        ]
         return carried.set_kv_buffer(first + i, slots, *planes)
 
     return jax.lax.fori_loop(0, pool.config.layer_num, one_layer, pool)
 
 
 def count_mismatches(
-    pool: Pool, table: RequestTable, packed: Int32[Array, "size"], mismatched: Int32[Array, ""]
+    pool: Pool, table: RequestTable, packed: Int32[Array, " size"], mismatched: Int32[Array, ""]
 ) -> Int32[Array, ""]:
     """Reads rows of one request back through the device table and adds the slots that are wrong.
 
@@ -107,4 +110,3 @@ def count_mismatches(
 
 def _planes(stored: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return stored if isinstance(stored, tuple) else (stored,)
-

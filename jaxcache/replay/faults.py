@@ -42,7 +42,9 @@ def _is_rare(batch: Batch) -> jax.Array:
 
 def step_for(fault: Fault | None) -> Callable:
     """The step that a replay runs: the right one, or one that is wrong in the way asked for."""
-    return {Fault.OFF_BY_ONE_POSITION: off_by_one_step, Fault.SKIP_WRITE: skipping_step}.get(fault, write_step)
+    if fault is Fault.OFF_BY_ONE_POSITION:
+        return off_by_one_step
+    return skipping_step if fault is Fault.SKIP_WRITE else write_step
 
 
 class Saboteur:

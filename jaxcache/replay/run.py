@@ -330,7 +330,9 @@ class Replay:
         manager.warm_up(self.step)
         for room in READ_BACK_TOKENS:
             self.read_back(manager.pool, manager.table, self._packed(room), self.mismatched)
-        manager.pool = manager.pool.load_cpu_copy(manager.pool.get_cpu_copy(np.zeros(1, np.int32)), np.zeros(1, np.int32))
+        manager.pool = manager.pool.load_cpu_copy(
+            manager.pool.get_cpu_copy(np.zeros(1, np.int32)), np.zeros(1, np.int32)
+        )
         jax.block_until_ready(manager.pool)
 
     def _time_host_calls(self) -> None:
@@ -396,7 +398,8 @@ def _count_compilations() -> Iterator[list[str]]:
     """Every XLA compilation of the process while the block runs."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == COMPILE_EVENT:
             seen.append(event)
 

@@ -71,7 +71,10 @@ class Driver:
         spare = self.model.insert(key.namespace, tokens, values, receipt.length)
         assert [sorted(part.tolist()) for part in done.spare] == [sorted(part) for part in spare]
         assert (done.length, done.present) == (length, present)
-        assert done.kept.tolist() == self.model.pages(key.namespace, tokens, present)[receipt.length // self.tree.page_size :]
+        assert (
+            done.kept.tolist()
+            == self.model.pages(key.namespace, tokens, present)[receipt.length // self.tree.page_size :]
+        )
         self.recent = [*self.recent[-9:], (tokens, space)]
         if release:
             self.tree.unlock(receipt)
