@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "donation": _LEAVES,
     "index": _LEAVES | {"config"},
     "kernels": _LEAVES | {"config"},
-    "observe": _LEAVES | {"config", "index"},
+    "observe": _LEAVES | {"config", "index", "pages"},
     "pages": _LEAVES | {"config", "kernels"},
     "pools": _LEAVES | {"config", "kernels", "donation"},
     "request": _LEAVES | {"config", "index"},
@@ -45,9 +45,8 @@ ONLY_IN = {
     "triton": {("kernels", "_triton.py"), ("kernels", "_torch.py"), ("kernels", "triton_call.py")},
     "jax_triton": {("kernels", "triton_call.py")},
     "typer": {("commands", ".py")},
-    "rich": {("commands", ".py"), ("observe", "draw.py"), ("replay", "report.py")},
-    "plotly": {("observe", "draw.py"), ("replay", "report.py")},
-    "IPython": {("observe", "draw.py")},
+    "rich": {("commands", ".py"), ("observe", "draw.py"), ("replay", "terminal.py")},
+    "plotly": {("observe", "draw.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
