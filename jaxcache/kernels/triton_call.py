@@ -14,8 +14,9 @@ are never used, and are None except under 0.3.x.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -58,8 +59,7 @@ def triton_call(
     Returns:
       The updated arrays in the order of `updates`, then the outputs.
     """
-    import jax_triton  # pyright: ignore[reportMissingImports]
-
+    jax_triton = _import_jax_triton()
     arrays = [jax.numpy.asarray(array) for array in arrays]
     options = dict(
         kernel=kernel, grid=grid, num_warps=num_warps, compute_capability=_compute_capability(), **constexprs
@@ -94,6 +94,18 @@ def torch_call(
     Args are those of `triton_call`, but that `num_updates` counts the `*_alias` parameters and `outputs` are tensors.
     """
     kernel[grid](*arrays, *scalars, *[None] * num_updates, *outputs, num_warps=num_warps, **constexprs)
+
+
+def _import_jax_triton() -> ModuleType:
+    """jax-triton without its side effect: it changes TRITON_CACHE_DIR, and 0.3 so that PyTorch can launch no kernel."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if before is not None:
+        os.environ["TRITON_CACHE_DIR"] = before
+    else:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    return jax_triton
 
 
 def _compute_capability() -> int | None:

@@ -1,11 +1,14 @@
 """Every kernel compiles for an H200, and the writes touch the pool in place: no copy, no temporary. No GPU needed."""
 
+import os
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxcache.kernels import triton_call
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import move_rows, scatter_rows
 from jaxcache.kernels.dispatch import Implementation
@@ -86,6 +89,18 @@ def test_alloc(implementation, bs):
 def test_triton_is_the_choice_on_a_gpu():
     compiled = h200.compile_for_h200(partial(alloc_decode, page_size=16), shape(8), shape(8), shape(8))
     assert is_triton(compiled)
+
+
+@pytest.mark.parametrize("chosen", [None, "/somewhere"])
+def test_the_triton_cache_of_the_process_stays_where_it_was(monkeypatch, chosen):
+    """jax-triton changes the variable when it is imported; PyTorch needs it as the user left it."""
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if chosen:
+        monkeypatch.setenv("TRITON_CACHE_DIR", chosen)
+    for name in [name for name in sys.modules if name.startswith("jax_triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    triton_call._import_jax_triton()
+    assert os.environ.get("TRITON_CACHE_DIR") == chosen
 
 
 @DTYPES

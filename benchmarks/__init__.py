@@ -1,0 +1,1 @@
+"""Measurements. Every number in the documentation comes from one of these commands."""

@@ -1,0 +1,162 @@
+"""Bit-exactness on the present device: every implementation of every op, and every pool op, against NumPy.
+
+The oracles are those of the tests, so this runs from a checkout. A difference raises; nothing is timed before all
+agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.kernels.copy_kv import gather_rows, move_rows, scatter_rows
+from jaxcache.kernels.dispatch import Implementation, Op, choose
+from jaxcache.kernels.write_kv import write_kv, write_mla_kv
+from jaxcache.pools.mha import MHATokenToKVPool
+from jaxcache.pools.mla import MLATokenToKVPool
+from tests.kernels import oracles
+from tests.pools import numpy_pool
+
+
+def implementations(op: Op) -> list[Implementation]:
+    """The implementations of `op` that run here: the reference, and the table's choice."""
+    return list(dict.fromkeys([Implementation.REFERENCE, choose(op).implementation]))
+
+
+def check_everything(*, huge: bool) -> Iterator[str]:
+    """Yields a line for each thing that agreed, else raises AssertionError. `huge` adds a pool past 2^31 elements."""
+    for implementation in implementations(Op.ALLOC_EXTEND):
+        yield f"alloc_extend {implementation.value}: {check_alloc_extend(implementation)} batches"
+    for implementation in implementations(Op.ALLOC_DECODE):
+        yield f"alloc_decode {implementation.value}: {check_alloc_decode(implementation)} batches"
+    for implementation in implementations(Op.WRITE_KV):
+        yield f"write_kv {implementation.value}: {check_write_kv(implementation)} pools"
+    for implementation in implementations(Op.WRITE_MLA_KV):
+        yield f"write_mla_kv {implementation.value}: {check_write_mla_kv(implementation)} pools"
+    yield f"gather, scatter and move of rows: {check_copies()} pools"
+    yield f"MHA and MLA pools, every op: {check_pools()} pools"
+    if huge:
+        for implementation in implementations(Op.WRITE_KV):
+            yield f"write_kv {implementation.value}: past 2^31 elements, {check_huge_pool(implementation):,} bytes"
+
+
+def check_alloc_extend(implementation: Implementation) -> int:
+    cases = [(bs, page_size) for bs in (1, 7, 64, 300) for page_size in (1, 3, 16, 64)]
+    for seed, (bs, page_size) in enumerate(cases):
+        rng = np.random.default_rng(seed)
+        prefix, seq, last, pages = oracles.random_batch(rng, bs, page_size, max_len=200)
+        num_tokens = int((seq - prefix).sum()) + seed
+        for given in (pages, pages[: len(pages) // 2]):
+            options = {"page_size": page_size, "num_tokens": num_tokens, "implementation": implementation}
+            op = jax.jit(partial(alloc_extend, **options))
+            want = oracles.extend(prefix, seq, last, given, page_size, num_tokens)
+            np.testing.assert_array_equal(op(prefix, seq, last, given), want)
+    return 2 * len(cases)
+
+
+def check_alloc_decode(implementation: Implementation) -> int:
+    cases = [(bs, page_size) for bs in (1, 7, 256, 3000) for page_size in (1, 16)]
+    for seed, (bs, page_size) in enumerate(cases):
+        rng = np.random.default_rng(seed)
+        _, seq, last, pages = oracles.random_batch(rng, bs, page_size, max_len=200, decode=True)
+        seq = np.where(rng.random(bs) < 0.2, 0, seq).astype(np.int32)
+        op = jax.jit(partial(alloc_decode, page_size=page_size, implementation=implementation))
+        np.testing.assert_array_equal(op(seq, last, pages), oracles.decode(seq, last, pages, page_size))
+    return len(cases)
+
+
+def check_write_kv(implementation: Implementation) -> int:
+    shapes = [(3, 64, 2, 8, 8, 40), (2, 33, 3, 5, 7, 50), (2, 9000, 8, 128, 96, 5000), (1, 40, 5, 1000, 8, 20)]
+    for seed, (layers, slots, heads, k_dim, v_dim, n) in enumerate(shapes):
+        for dtype in oracles.STORAGE_DTYPES:
+            rng = np.random.default_rng(seed)
+            pools = [oracles.random_bits(rng, (layers, slots, heads, dim), dtype) for dim in (k_dim, v_dim)]
+            rows = [oracles.random_bits(rng, (n, heads, dim), dtype) for dim in (k_dim, v_dim)]
+            loc, layer = oracles.random_loc(rng, n, slots), np.int32(layers - 1)
+            step = jax.jit(partial(write_kv, implementation=implementation), donate_argnums=(0, 1))
+            got = step(*map(jnp.array, pools), layer, loc, *rows)
+            for pool, row, result in zip(pools, rows, got, strict=True):
+                same_bits(result, oracles.put_rows(pool, int(layer), loc, row))
+    return len(shapes) * len(oracles.STORAGE_DTYPES)
+
+
+def check_write_mla_kv(implementation: Implementation) -> int:
+    shapes = [(2, 40, 96, 33, 21), (2, 9000, 512, 64, 5000), (1, 20, 1, 1, 30), (2, 50, 130, 64, 40)]
+    for seed, (layers, slots, rank, rope, n) in enumerate(shapes):
+        for dtype in oracles.STORAGE_DTYPES:
+            rng = np.random.default_rng(seed)
+            pool = oracles.random_bits(rng, (layers, slots, rank + rope), dtype)
+            rows = oracles.random_bits(rng, (n, rank + rope), dtype)
+            loc = oracles.random_loc(rng, n, slots)
+            step = jax.jit(partial(write_mla_kv, implementation=implementation), donate_argnums=0)
+            got = step(jnp.array(pool), np.int32(0), loc, rows[:, :rank], rows[:, rank:])
+            same_bits(got, oracles.put_rows(pool, 0, loc, rows))
+    return len(shapes) * len(oracles.STORAGE_DTYPES)
+
+
+def check_copies() -> int:
+    for dtype in oracles.STORAGE_DTYPES:
+        rng = np.random.default_rng(0)
+        pool = oracles.random_bits(rng, (3, 500, 2, 24), dtype)
+        order = (1 + rng.permutation(499)).astype(np.int32)
+        src, tgt = order[:300], order[100:400]
+        rows = jax.jit(gather_rows)(jnp.array(pool), src)
+        same_bits(rows, pool[:, src])
+        want = pool.copy()
+        want[:, tgt] = pool[:, src]
+        same_bits(jax.jit(scatter_rows, donate_argnums=0)(jnp.array(pool), tgt, rows), want)
+        same_bits(jax.jit(move_rows, donate_argnums=0)(jnp.array(pool), tgt, src), want)
+    return len(oracles.STORAGE_DTYPES)
+
+
+def check_pools() -> int:
+    makers: tuple[Any, ...] = (numpy_pool.mha_config, numpy_pool.mla_config)
+    configs = [make(dtype) for make in makers for dtype in numpy_pool.DTYPES]
+    for config in configs:
+        pool, oracle = numpy_pool.filled_pool(config)
+        rng, loc = np.random.default_rng(1), [5, 27, 4, 0]
+        rows = [jnp.array(numpy_pool.random_rows(rng, config.dtype, (4, *row))) for row in config.row_shapes]
+        if isinstance(pool, MHATokenToKVPool):
+            pool = pool.set_kv_buffer(1, slots(loc), *rows)
+        elif isinstance(pool, MLATokenToKVPool):
+            rank = pool.config.kv_lora_rank
+            pool = pool.set_mla_kv_buffer(1, slots(loc), rows[0][..., :rank], rows[0][..., rank:])
+        oracle.write(1, loc, [np.asarray(array) for array in rows])
+        oracle.expect(pool)
+        pool = pool.move_kv_cache(slots([8, 9, 10]), slots([9, 10, 8]))
+        oracle.move([8, 9, 10], [9, 10, 8])
+        oracle.expect(pool)
+        copy = pool.get_cpu_copy(slots([12, 13]))
+        pool = pool.load_cpu_copy(copy, slots([20, 21]))
+        oracle.move([20, 21], [12, 13])
+        oracle.expect(pool)
+    return len(configs)
+
+
+def check_huge_pool(implementation: Implementation) -> int:
+    """Rows at the far end of a pool of more than 2^31 elements arrive there, and nothing else changes."""
+    layers, slots, heads, dim, n = 8, 300_000, 8, 128, 1000
+    pools = [jnp.zeros((layers, slots, heads, dim), jnp.uint8) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 256, (n, heads, dim), dtype=np.uint8) for _ in range(2)]
+    loc = (slots - 1 - rng.permutation(5 * n)[:n]).astype(np.int32)
+    step = jax.jit(partial(write_kv, implementation=implementation), donate_argnums=(0, 1))
+    for pool, row in zip(step(*pools, np.int32(layers - 1), loc, *rows), rows, strict=True):
+        same_bits(jax.jit(lambda pool: pool[layers - 1].at[loc].get())(pool), row)
+        touched = jax.jit(lambda pool: jnp.sum(jnp.any(pool != 0, axis=(2, 3)), dtype=jnp.int32))(pool)
+        assert int(touched) == n, f"{int(touched)} rows of the pool are not zero, {n} were written"
+    return layers * slots * heads * dim
+
+
+def same_bits(got: jax.Array, want: np.ndarray) -> None:
+    np.testing.assert_array_equal(oracles.bits(got), oracles.bits(want))
+
+
+def slots(values: list[int]) -> jax.Array:
+    return jnp.array(values, jnp.int32)
