@@ -111,11 +111,13 @@ class RadixCache(BasePrefixCache):
             pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages)
 
-    def insert_pages(self, key: RadixKey, pages: Int32[np.ndarray, " pages"]) -> int:
+    def insert_pages(
+        self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"]
+    ) -> int:
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
         if self.disable:
             return 0
-        inserted = self.tree.insert(key, (pages,), claim=self._claim)
+        inserted = self.tree.insert(as_key(key), (pages,), claim=self._claim)
         self._tell(inserted)
         return inserted.present
 

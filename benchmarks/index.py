@@ -1,0 +1,252 @@
+"""The prefix index beside SGLang 0.5.2's Python RadixCache, on a request trace, one request at a time, on one core.
+
+    python -m benchmarks.index TRACE --sglang DIR --json OUT.json
+
+Both run in this process and take turns, each on the same requests. Of each step of each request the median over the
+turns counts: what another process on the machine does to one turn is not measured. `in all` is match + evict + insert.
+SGLang is given what it takes natively (lists, int64 slots) and an allocator that costs nothing; ours is the real one,
+and checks every page's owner when it is inserted and when it is evicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.index_drivers import Driver, ListKeys, NumPyKeys, Packed, SGLang, Slots
+from benchmarks.index_scale import EVICTED_PAGES, measure_scale
+from benchmarks.sglang_tree import HOW_TO_GET_IT, find_sglang, load_radix_cache, version_of
+from jaxcache.errors import ArgumentError, CacheError
+from jaxcache.replay.chat import generate_chat
+from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens, read_trace
+
+PEER = "SGLang"
+CASES: dict[str, type[Packed]] = {
+    "packed keys": Packed,
+    "NumPy keys": NumPyKeys,
+    "slots expanded": Slots,
+    "Python lists": ListKeys,
+}
+STEPS = ("match", "evict", "allocate", "insert", "free")
+
+
+@dataclass
+class Run:
+    """One pass over the trace.
+
+    Attributes:
+      nanoseconds: int64 (requests, steps).
+      hits: int64 (requests,), tokens matched.
+      first_eviction: The first request that had to evict; the number of requests if none had.
+    """
+
+    nanoseconds: np.ndarray
+    hits: np.ndarray
+    first_eviction: int
+
+
+def run_once(driver: Driver, requests: Sequence[TraceRequest]) -> Run:
+    """Drives every request through the cache, and times each step."""
+    clock = time.perf_counter_ns
+    nanoseconds = np.zeros((len(requests), len(STEPS)), np.int64)
+    hits = np.zeros(len(requests), np.int64)
+    first_eviction = len(requests)
+    for i, request in enumerate(requests):
+        prompt = prompt_tokens(request)
+        driver.prepare(prompt, np.concatenate([prompt, output_tokens(i, request.output_length)]))
+        start = clock()
+        hits[i] = driver.match()
+        matched = clock()
+        evicted = driver.make_room()
+        roomy = clock()
+        driver.allocate()
+        allocated = clock()
+        driver.insert()
+        inserted = clock()
+        driver.free_duplicates()
+        freed = clock()
+        nanoseconds[i] = (
+            matched - start, roomy - matched, allocated - roomy, inserted - allocated, freed - inserted
+        )  # fmt: skip
+        if evicted:
+            first_eviction = min(first_eviction, i)
+    return Run(nanoseconds, hits, first_eviction)
+
+
+def summarise(runs: Sequence[Run], tokens: int) -> dict[str, float]:
+    """The figures of one case; times in microseconds a request."""
+    micros = np.median([run.nanoseconds for run in runs], axis=0) / 1e3
+    mean = dict(zip(STEPS, micros.mean(axis=0).tolist(), strict=True))
+    match, insert = micros[:, STEPS.index("match")], micros[:, STEPS.index("insert")]
+    return {
+        "in_all_us": mean["match"] + mean["evict"] + mean["insert"],
+        "match_us": mean["match"],
+        "evict_us": mean["evict"],
+        "insert_us": mean["insert"],
+        "match_p50_us": float(np.percentile(match, 50)),
+        "match_p99_us": float(np.percentile(match, 99)),
+        "insert_p50_us": float(np.percentile(insert, 50)),
+        "insert_p99_us": float(np.percentile(insert, 99)),
+        "allocator_us": mean["allocate"] + mean["free"],
+        "hit_rate": float(runs[0].hits.sum() / tokens),
+    }
+
+
+def check_hits(ours: Run, theirs: Run) -> None:
+    """Both must find the same until something is evicted; only the order of eviction may differ.
+
+    SGLang's match splits the node it ends in and makes both halves young; ours changes nothing and makes the covered part
+    young. So after the first eviction ours keeps shared prefixes a little better.
+    """
+    end = min(ours.first_eviction, theirs.first_eviction) + 1
+    differs = ours.hits[:end] != theirs.hits[:end]
+    if differs.any():
+        i = int(differs.argmax())
+        raise CacheError(
+            f"request {i}: matched {ours.hits[i]} tokens, {PEER} matched {theirs.hits[i]}, nothing evicted"
+        )
+
+
+def measure(
+    requests: Sequence[TraceRequest], page_size: int, device_tokens: int, repeat: int, radix_cache: type | None
+) -> dict[str, dict[str, float]]:
+    """Every case at one page size, the peer's included."""
+    makers: dict[str, Callable[[], Driver]] = {
+        name: functools.partial(case, device_tokens, page_size) for name, case in CASES.items()
+    }
+    if radix_cache is not None:
+        makers[PEER] = functools.partial(SGLang, radix_cache, device_tokens, page_size)
+    runs: dict[str, list[Run]] = {name: [] for name in makers}
+    for _ in range(repeat):
+        for name, make in makers.items():
+            gc.collect()
+            runs[name].append(run_once(make(), requests))
+    tokens = sum(request.input_length for request in requests)
+    rows = {name: summarise(of_case, tokens) for name, of_case in runs.items()}
+    if radix_cache is not None:
+        for name in CASES:
+            check_hits(runs[name][0], runs[PEER][0])
+            for figure in ("in_all", "match_p50", "match_p99", "insert_p50"):
+                rows[name][f"{figure}_ratio"] = rows[PEER][f"{figure}_us"] / rows[name][f"{figure}_us"]
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_model(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def trace_table(page_size: int, rows: dict[str, dict[str, float]]) -> Table:
+    """The cases of one page size, each with its ratio to the peer in brackets."""
+    table = Table(title=f"page size {page_size}: microseconds a request (times faster than {PEER})")
+    table.add_column("")
+    for column in ("in all", "match p50", "match p99", "match", "evict", "insert", "allocator", "hit rate"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        cells = [_with_ratio(row, figure) for figure in ("in_all", "match_p50", "match_p99")]
+        cells += [f"{row[f'{figure}_us']:.1f}" for figure in ("match", "evict", "insert", "allocator")]
+        table.add_row(name, *cells, f"{row['hit_rate']:.4f}")
+    return table
+
+
+def _with_ratio(row: dict[str, float], figure: str) -> str:
+    ratio = row.get(f"{figure}_ratio")
+    return f"{row[f'{figure}_us']:.1f}" + ("" if ratio is None else f" ({ratio:.1f}x)")
+
+
+def scale_table(rows: list[dict[str, float]]) -> Table:
+    """One column a tree size."""
+    table = Table(title="one tree, small and large: microseconds")
+    table.add_column("")
+    for row in rows:
+        table.add_column(f"{row['nodes']:,} nodes", justify="right")
+    for figure in rows[0]:
+        if figure != "nodes":
+            table.add_row(figure.removesuffix("_us").replace("_", " "), *(f"{row[figure]:.1f}" for row in rows))
+    return table
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("trace", nargs="?", type=Path, help="Mooncake's format; without it a chat trace is generated")
+    parser.add_argument("--requests", type=int, default=2_000, help="only the first so many")
+    parser.add_argument("--device-tokens", type=int, default=3_000_000, help="room of the cache")
+    parser.add_argument("--page-sizes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeat", type=int, default=5, help="turns of each case")
+    parser.add_argument("--sglang", type=Path, help="folder that holds SGLang's package; default: an installed one")
+    parser.add_argument(
+        "--nodes", type=int, nargs="*", default=[10_000, 1_000_000], help="trees to measure growth with"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints, writes; returns what was written."""
+    options = parse(arguments)
+    console = Console()
+    folder = find_sglang(options.sglang)
+    radix_cache = load_radix_cache(folder) if folder else None
+    if folder is None:
+        console.print(f"{PEER} is not installed, so there is nothing to compare with: {HOW_TO_GET_IT}")
+    requests = read_trace(options.trace, options.requests) if options.trace else generate_chat(options.requests)
+    result: dict[str, Any] = machine() | {
+        "trace": options.trace.name if options.trace else "generated chat",
+        "requests": len(requests),
+        "device_tokens": options.device_tokens,
+        "repeat": options.repeat,
+        "peer": f"{PEER} {version_of(folder)}" if folder else None,
+        "page_sizes": {},
+    }
+    for page_size in options.page_sizes:
+        rows = measure(requests, page_size, options.device_tokens, options.repeat, radix_cache)
+        result["page_sizes"][str(page_size)] = rows
+        console.print(trace_table(page_size, rows))
+    if options.nodes:
+        result["scale"] = measure_scale(tuple(options.nodes), operations=20_000, evictions=20)
+        console.print(scale_table(result["scale"]))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArgumentError, CacheError) as error:
+        print(f"benchmarks.index: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
