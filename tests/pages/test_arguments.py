@@ -39,7 +39,7 @@ WRONG_CALLS = {
     # Amounts.
     "alloc negative": (ArgumentError, "need_size", lambda a: a.alloc(-4)),
     "alloc float": (ArgumentError, "need_size", lambda a: a.alloc(4.0)),
-    "alloc bool": (ArgumentError, "need_size", lambda a: a.alloc(True)),
+    "alloc bool": (ArgumentError, "need_size must be an int", lambda a: a.alloc(True)),
     "alloc part of a page": (ArgumentError, "need_size.*page_size = 4, got 7", lambda a: a.alloc(7)),
     "alloc_pages negative": (ArgumentError, "n must", lambda a: a.alloc_pages(-1)),
     "alloc_pages None": (ArgumentError, "n must", lambda a: a.alloc_pages(None)),
@@ -150,10 +150,19 @@ def test_caller_keeps_its_arrays(allocator):
         assert pages.tolist() == [3, 1]
         pages[:] = 7
     assert allocator.free_pages.tolist() == [1, 3, 6, 7, 8, 9]
-    handed_out = allocator.alloc_pages(2)
-    handed_out[:] = 0
-    allocator.release([1, 3], PageState.PRIVATE)
-    assert allocator.free_pages.tolist() == [1, 3, 6, 7, 8, 9]
+    handed_out, listed = allocator.alloc_pages(2), allocator.free_pages
+    allocator.release([2], PageState.PRIVATE)
+    assert handed_out.tolist() == [1, 3]
+    assert listed.tolist() == [6, 7, 8, 9]
+    handed_out[:], listed[:] = 0, 0
+    assert allocator.free_pages.tolist() == [2, 6, 7, 8, 9]
+
+
+def test_last_loc_in_a_pending_page(allocator):
+    with allocator.free_group():
+        allocator.free([8])
+        with pytest.raises(OwnershipError, match=r"last_loc.*page 2 is PENDING"):
+            allocator.alloc_extend([4], [8], [11], 4)
 
 
 def test_states_cannot_be_written(allocator):

@@ -68,6 +68,38 @@ def test_paged_free_order_is_last_in_first_out_and_ascending_inside_a_call():
     assert allocator.free_pages.tolist() == [1, 3]
 
 
+def test_sorted_paged_allocator_puts_later_calls_first_and_keeps_them_apart():
+    allocator = PagedTokenToKVPoolAllocator(24, 4, need_sort=True)
+    allocator.alloc(12)
+    allocator.free([4, 12])
+    allocator.free([8])
+    assert allocator.release_pages.tolist() == [2, 1, 3]
+    assert allocator.free_pages.tolist() == [4, 5, 6]
+    assert allocator.alloc(8).tolist() == list(range(16, 24))
+    assert allocator.alloc(8).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert allocator.free_pages.tolist() == [3, 6]
+    assert allocator.release_pages.tolist() == []
+
+
+@pytest.mark.parametrize(("num_tokens", "page"), [(7, 4), (8, 1)])
+def test_sorted_extend_merges_as_soon_as_it_might_be_short(num_tokens, page):
+    """It needs 2 pages of the 3 that are free, but sorts once num_tokens // 4 + bs + 1 is above 3."""
+    allocator = PagedTokenToKVPoolAllocator(24, 4, need_sort=True)
+    allocator.free(allocator.alloc(12))
+    assert allocator.extend_pages([0], [num_tokens]).tolist() == [page, page + 1]
+
+
+@pytest.mark.parametrize(("batch", "page"), [(3, 5), (4, 1)])
+def test_sorted_decode_merges_once_the_batch_is_larger_than_the_free_list(batch, page):
+    """Page 1 is released, 3 pages are free, and only the first request needs one."""
+    allocator = PagedTokenToKVPoolAllocator((1 + batch + 3) * 4, 4, need_sort=True)
+    first = allocator.alloc(4)
+    lengths = np.asarray([4, 1, 2, 1][:batch])
+    slots = allocator.alloc_extend([0] * batch, lengths, [-1] * batch, lengths.sum())
+    allocator.free(first)
+    assert allocator.alloc_decode(lengths + 1, slots[lengths.cumsum() - 1])[0] == page * 4
+
+
 def test_decode_at_page_starts_and_inside_pages():
     allocator = PagedTokenToKVPoolAllocator(160 * 4, 4)
     pages = [100, 126, 151]  # Slots 403, 504, 607 are the last of 4, 5 and 8 tokens.

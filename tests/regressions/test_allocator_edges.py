@@ -235,12 +235,13 @@ def test_s04_a_snapshot_inside_a_group_dies_with_the_group():
 
 def test_s04_sorting_kills_a_snapshot():
     allocator = paged(need_sort=True)
-    slots = allocator.alloc(16)
-    allocator.free(slots[8:])
+    slots = allocator.alloc(12)
+    allocator.free(slots[4:])
     snapshot = allocator.backup_state()
-    allocator.merge_and_sort_free()
-    with pytest.raises(SnapshotError):
+    assert allocator.alloc(8).tolist() == [8, 9, 10, 11, 12, 13, 14, 15]  # Sorted 2, 3 before 4.
+    with pytest.raises(SnapshotError, match="sorted"):
         allocator.restore_state(snapshot)
+    assert allocator.free_pages.tolist() == [4]
 
 
 def test_s04_a_foreign_snapshot_raises():
@@ -332,6 +333,8 @@ def test_s06_the_cost_does_not_grow_with_the_pool():
     try:
         snapshot = allocator.backup_state()
         allocator.alloc_decode([17] * 8, last)
+        allocator.alloc_extend([17], [40], allocator.alloc_extend([0], [17], [-1], 17)[-1:], 23)
+        allocator.extend_pages([17], [40])
         allocator.restore_state(snapshot)
         pages = allocator.alloc_pages(100)
         allocator.transfer(pages, PRIVATE, TREE)
