@@ -98,6 +98,15 @@ def test_a_donated_pool_that_the_step_does_not_use_is_found_by_name():
     assert not report.ok
 
 
+def test_an_argument_that_the_step_does_not_use_shifts_nothing():
+    def step(unused, pool, loc, rows):
+        return write(pool, loc, rows)
+
+    assert prove_in_place(step, ROWS, POOL, LOC, ROWS, donate_argnums=1).ok
+    both = prove_in_place(lambda a, b, loc, rows: write(b, loc, rows), POOL, POOL, LOC, ROWS, donate_argnums=(0, 1))
+    assert [buffer.aliased for buffer in both.buffers] == [False, True]
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only XLA:CPU rewrites a float8 pool as float32")
 def test_a_pool_that_the_backend_converts_is_found_by_its_temporary_memory():
     pool, rows = (jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn) for x in (POOL, ROWS))
