@@ -18,9 +18,8 @@ def resolved(extra: str) -> set[str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--dry-run"]
-        command += [
-            "--use-feature=fast-deps"
-        ]  # reads metadata inside the wheels: a resolve costs seconds, not gigabytes
+        # fast-deps reads the metadata inside a remote wheel, so a resolve costs seconds and downloads nothing.
+        command += ["--use-feature=fast-deps"]
         command += ["--ignore-installed", "--report", str(report), "-c", "constraints.txt", f".[{extra}]"]
         subprocess.run(command, check=True)
         return {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
