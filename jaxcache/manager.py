@@ -161,7 +161,7 @@ class MemoryManager:
         with contextlib.ExitStack() as undo:  # leaves with everything taken given back, unless `pop_all` keeps it
             lock = self.cache.inc_lock_ref(found)
             undo.callback(self.cache.dec_lock_ref, lock)
-            copied = request.cpu_copy.num_tokens if request.cpu_copy is not None else 0
+            copied = min(request.cpu_copy.num_tokens, request.num_tokens - 1) if request.cpu_copy is not None else 0
             kv_len = max(lock.length, copied)
             fresh = self._take_pages([lock.length], [kv_len])
             if fresh is None:
@@ -172,7 +172,7 @@ class MemoryManager:
             self.req_to_token_pool.write_pages(row, 0, found.pages)
             self.req_to_token_pool.write_pages(row, len(found.pages), fresh)
             if len(fresh):
-                self._load_back(request.cpu_copy, lock.length, fresh)
+                self._load_back(request.cpu_copy, lock.length, kv_len, fresh)
             undo.pop_all()
         request.req_pool_idx, request.lock, request.state = row, lock, RequestState.RUNNING
         request.num_pages = len(found.pages) + len(fresh)
@@ -184,10 +184,10 @@ class MemoryManager:
             self.cache.cache_unfinished_req(request)
         return kv_len
 
-    def _load_back(self, copy: Any, start: int, fresh: np.ndarray) -> None:
-        """Writes the tokens from `start` on of a host copy into fresh pages."""
-        slots = expand_pages(fresh, self.page_size)[: copy.num_tokens - start]
-        rest = dataclasses.replace(copy, buffers=tuple(buffer[:, start:] for buffer in copy.buffers))
+    def _load_back(self, copy: Any, start: int, stop: int, fresh: np.ndarray) -> None:
+        """Writes the tokens `[start, stop)` of a host copy into fresh pages."""
+        slots = expand_pages(fresh, self.page_size)[: stop - start]
+        rest = dataclasses.replace(copy, buffers=tuple(buffer[:, start:stop] for buffer in copy.buffers))
         self.pool = self.pool.load_cpu_copy(rest, slots)
 
     def finish(self, request: Request) -> None:
@@ -274,6 +274,12 @@ class MemoryManager:
                 raise RequestStateError(f"request {request.rid} has a plan that has not run: run or cancel it first")
         if len({id(request) for request in requests}) != len(requests) or not requests:
             raise ArgumentError("requests: name each request once, and at least one")
+        for request, end in zip(requests, target, strict=True):
+            if end > self.config.max_context_len:
+                raise ArgumentError(
+                    f"request {request.rid} would have {end} tokens, max_context_len is {self.config.max_context_len}: "
+                    "finish it"
+                )
         counts = [self._pages_of(end) - request.num_pages for end, request in zip(target, requests, strict=True)]
         num_tokens = sum(target) - sum(prefix)
         bucket = smallest(self.buckets, kind, len(requests), num_tokens, sum(counts))
@@ -307,7 +313,12 @@ class MemoryManager:
 
         Returns:
           `out`, perhaps still being computed.
+
+        Raises:
+          RequestStateError: A request is no longer where the plan takes it up: the plan ran or was cancelled already,
+            or the request was retracted. Nothing has changed.
         """
+        self._require_current(plan)
         self._send_table_changes(plan.bucket.changes)
         changes = self.req_to_token_pool.take_changes(plan.bucket.changes)
         try:
@@ -324,10 +335,21 @@ class MemoryManager:
                 self.cache.cache_unfinished_req(request, chunked=True)
         return out
 
+    def _require_current(self, plan: StepPlan) -> None:
+        for i, request in enumerate(plan.requests):
+            self._require_running(request)
+            now = (request.req_pool_idx, request.kv_len, request.num_pages)
+            planned = (int(plan.row[i]), int(plan.prefix_len[i]), self._pages_of(int(plan.seq_len[i])))
+            if now != planned:
+                raise RequestStateError(
+                    f"request {request.rid} has (row, tokens, pages) = {now}, the plan needs {planned}: plan again"
+                )
+
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan that will not run back."""
         for request in plan.requests:
             self._require_running(request)
+        for request in plan.requests:
             keep = self._pages_of(request.kv_len)
             extra = self.req_to_token_pool.row_pages(self._row(request), keep, request.num_pages)
             if len(extra):
@@ -361,7 +383,11 @@ class MemoryManager:
             page = np.zeros(TABLE_PATCH_ENTRIES, np.int32)
             index[: len(changes.index)] = changes.index
             page[: len(changes.page)] = changes.page
-            self.table = self._patch(self.table, index, page)
+            try:
+                self.table = self._patch(self.table, index, page)
+            except BaseException:
+                self.req_to_token_pool.give_back(changes)
+                raise
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -428,8 +454,9 @@ class MemoryManager:
             )
         for (row, request), pages in zip(self.running.items(), rows, strict=True):
             self._check_shared(row, request, pages)
-        if len(self.running) + self.req_to_token_pool.available_size() != self.req_to_token_pool.size:
-            raise BrokenInvariant(f"rows: {len(self.running)} running, {self.req_to_token_pool.available_size()} free")
+        free_rows = self.req_to_token_pool.free_rows
+        if sorted([*self.running, *free_rows]) != list(range(self.req_to_token_pool.size)):
+            raise BrokenInvariant(f"rows: {sorted(self.running)} are running, {sorted(free_rows)} are free")
         if read_device:
             self._check_device_table()
 

@@ -71,6 +71,10 @@ class Request:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
+        if self.logprob_start_len is not None and self.logprob_start_len < 0:
+            raise ArgumentError(
+                f"logprob_start_len of request {self.rid} must not be negative, got {self.logprob_start_len}"
+            )
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
 
     @property

@@ -166,7 +166,7 @@ def pack(token_ids: bytes | np.ndarray | Iterable[int]) -> bytes:
         return _pack_array(token_ids)
     try:
         packed = array("i", token_ids)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ArgumentError(f"token_ids: every token must be an integer in the int32 range ({error})") from error
     if not _LITTLE_ENDIAN:
         packed.byteswap()

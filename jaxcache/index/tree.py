@@ -384,11 +384,12 @@ class RadixTree:
         """
         if isinstance(where, Insertion):
             node, length = where.node, where.length
-            if node is not None and node.parent is None:
-                raise ReceiptError("where: the inserted prefix has been evicted since: insert again")
+            if node is not None and not self._holds(node):
+                raise ReceiptError("where: the inserted prefix is not in this tree, or no longer: insert again")
         else:
             length = where.length
-            path = where.path if where.version == self._version else self._path_again(where)
+            is_current = where.version == self._version and (not where.path or self._holds(where.path[0]))
+            path = where.path if is_current else self._path_again(where)
             node = path[-1] if path else None
             if node is not None and node.end != length:
                 node = self._split(node, length)
@@ -422,12 +423,18 @@ class RadixTree:
         path: list[Node] = []
         root = self._roots.get(match.key.namespace)
         end = TOKEN_BYTES * match.length
+        if not match.length:
+            return path
         is_there = root is not None and self._walk(match.key.packed, end, root, 0, path) == end
         if is_there and (self._is_single or self._usable(path, match.length) == match.length):
-            return path
-        if not match.length:
-            return []
-        raise ReceiptError("where: the matched prefix has been evicted since: match again")
+            if np.array_equal(self._values_to(path, match.length), match.pages):  # not cached anew, elsewhere
+                return path
+        raise ReceiptError("where: the matched prefix is not in this tree, or no longer: match again")
+
+    def _holds(self, node: Node) -> bool:
+        while node.parent is not None:
+            node = node.parent
+        return isinstance(node, Root) and self._roots.get(node.namespace) is node
 
     @staticmethod
     def _reach_back(component: Component, node: Node) -> int:

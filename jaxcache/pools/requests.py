@@ -99,6 +99,11 @@ class ReqToTokenPool:
         return len(self._free)
 
     @property
+    def free_rows(self) -> list[int]:
+        """The free rows, in the order in which they will be handed out."""
+        return list(self._free)
+
+    @property
     def req_to_token(self) -> Int32[np.ndarray, "rows max_context_len"]:
         """The table with one slot a token, expanded. O(size * max_context_len): for looking, not for stepping."""
         offsets = np.arange(self.page_size, dtype=np.int32)

@@ -1,0 +1,191 @@
+"""Random lives of a whole `MemoryManager` with a real jitted step: `python -m tests.model.manager_driver --ops 2000`.
+
+The step writes what each token is, where it stands and whose it is. After every operation `check_memory` balances the
+books; every few operations the device table and every row of every running request are read back and compared with the
+request's own tokens. Fewer operations than `driver`, but nothing is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcache.index.recency import Policy
+from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.mha import MHAConfig
+from jaxcache.request import Request
+
+READ_BACK_EVERY = 8
+OPS_PER_LIFE = 500
+
+
+def write_step(pool, batch):
+    """Keys say (token, position), values (owner, token + position), in every layer."""
+    owner = batch.tag[batch.request]
+    k = jnp.stack([batch.tokens, batch.positions], axis=-1)[:, None, :].astype(jnp.float32)
+    v = jnp.stack([owner, batch.tokens + batch.positions], axis=-1)[:, None, :].astype(jnp.float32)
+    for layer in range(pool.config.layer_num):
+        pool = pool.set_kv_buffer(layer, batch.slots, k, v)
+    return pool, jnp.sum(jnp.where(batch.valid, batch.tokens, 0))
+
+
+def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4, **options) -> MemoryManager:
+    """A manager with two layers of two numbers a row."""
+    kv = MHAConfig(
+        size=page_size * num_pages, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=2
+    )
+    options = {"max_context_len": page_size * num_pages, "chunk": 32} | options
+    return init_memory_pool_and_cache(MemoryConfig(kv=kv, max_running=max_running, **options))
+
+
+def assert_contents(manager: MemoryManager, requests: list[Request]) -> None:
+    """Every computed token of these running requests, read through the device table."""
+    manager.check_memory(read_device=True)
+    table, k, v = (np.asarray(array) for array in (manager.table.pages, manager.pool.k, manager.pool.v))
+    size = manager.page_size
+    for request in requests:
+        n = request.kv_len
+        tokens = np.array([*request.origin_input_ids, *request.output_ids][:n])
+        at = np.arange(n)
+        slots = table[request.req_pool_idx][at // size] * size + at % size
+        expected = np.stack([tokens, at, np.full(n, request.tag), tokens + at], axis=-1)
+        for layer in range(k.shape[0]):
+            got = np.concatenate([k[layer, slots, 0], v[layer, slots, 0]], axis=-1)
+            np.testing.assert_array_equal(got, expected, err_msg=f"request {request.rid}, layer {layer}")
+
+
+class ManagerDriver:
+    """Chooses what happens next to one manager. The namespace of a request is its owner."""
+
+    def __init__(self, seed: int, page_size: int, policy: Policy = Policy.LRU):
+        self.rng = random.Random(seed)
+        num_pages = {1: 64, 4: 20, 16: 12}[page_size]
+        self.manager = small_manager(page_size, num_pages, policy=policy)
+        self.manager.warm_up(write_step)
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.recent: list[list[int]] = [[]]
+        self.count = 0
+
+    def run(self, ops: int) -> None:
+        choices = [self.admit, self.extend, self.decode, self.finish, self.retract, self.abort, self.evict]
+        for i in range(ops):
+            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2])
+            operation()
+            if i % READ_BACK_EVERY:
+                self.manager.check_memory()
+            else:
+                assert_contents(self.manager, self.running)
+        self.wind_down()
+
+    def wind_down(self) -> None:
+        assert_contents(self.manager, self.running)
+        while self.running:
+            self.manager.finish(self.running.pop())
+        self.waiting.clear()
+        manager = self.manager
+        manager.check_memory(read_device=True)
+        assert manager.cache.protected_size() == 0
+        manager.cache.evict(manager.allocator.size)
+        assert manager.allocator.available_size() == manager.allocator.size
+        assert manager.req_to_token_pool.available_size() == manager.config.max_running
+
+    def admit(self) -> None:
+        rng = self.rng
+        if self.waiting and rng.random() < 0.7:
+            request = self.waiting.pop(rng.randrange(len(self.waiting)))
+        else:
+            old = rng.choice(self.recent[-8:])
+            new = [rng.randrange(2) for _ in range(rng.randint(1, 2 * self.manager.page_size + 2))]
+            tokens = (old[: rng.randint(0, len(old))] + new)[: self.manager.config.max_context_len // 2]
+            self.recent.append(tokens)
+            self.count += 1
+            tag = rng.randrange(2)
+            cap = rng.randint(0, len(tokens)) if rng.random() < 0.1 else None
+            request = Request(
+                str(self.count), tokens, str(tag), rng.randrange(3), tag=tag, logprob_start_len=cap
+            )
+        if self.manager.admit(request) is None:
+            self.waiting.append(request)
+        else:
+            self.running.append(request)
+
+    def extend(self) -> None:
+        budget = self.manager.config.chunk
+        work = []
+        for request in self.some():
+            missing = min(request.num_tokens - request.kv_len, budget)
+            if missing > 0:
+                work.append((request, self.rng.randint(1, missing)))
+                budget -= work[-1][1]
+        plan = self.manager.extend(work) if work else None
+        if plan is None:
+            return
+        if self.rng.random() < 0.1:
+            self.manager.cancel(plan)
+        else:
+            out = self.manager.run(write_step, plan)
+            assert int(out) == sum(int(request.key.token_ids[i]) for request, i in self._computed(plan))
+
+    def _computed(self, plan):
+        for request, start, stop in zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True):
+            yield from ((request, i) for i in range(start, stop))
+
+    def decode(self) -> None:
+        batch = []
+        for request in self.some():
+            if request.kv_len == request.num_tokens < self.manager.config.max_context_len:
+                request.output_ids.append(self.rng.randrange(2))
+            if request.num_tokens - request.kv_len == 1:
+                batch.append(request)
+        plan = self.manager.decode(batch) if batch else None
+        if plan is not None:
+            self.manager.run(write_step, plan)
+
+    def some(self) -> list[Request]:
+        return self.rng.sample(self.running, self.rng.randint(0, len(self.running)))
+
+    def finish(self) -> None:
+        if self.running:
+            self.manager.finish(self.running.pop(self.rng.randrange(len(self.running))))
+
+    def abort(self) -> None:
+        pool = self.rng.choice([self.running, self.waiting])
+        if pool:
+            self.manager.abort(pool.pop(self.rng.randrange(len(pool))))
+
+    def retract(self) -> None:
+        if self.running:
+            request = self.running.pop(self.rng.randrange(len(self.running)))
+            self.manager.retract(request, offload=self.rng.random() < 0.5)
+            self.waiting.append(request)
+
+    def evict(self) -> None:
+        self.manager.cache.evict(self.rng.randint(1, 2 * self.manager.page_size))
+
+
+def drive(seed: int, ops: int, page_size: int, policy: Policy = Policy.LRU) -> None:
+    """`ops` operations on one manager, winding down now and then."""
+    driver = ManagerDriver(seed, page_size, policy)
+    for start in range(0, ops, OPS_PER_LIFE):
+        driver.run(min(OPS_PER_LIFE, ops - start))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    for i, page_size in enumerate((1, 4, 16)):
+        drive(arguments.seed + i, arguments.ops // 3, page_size, list(Policy)[i % 2])
+    elapsed = time.perf_counter() - started
+    print(f"{arguments.ops} operations, 0 violations, {arguments.ops / elapsed:,.0f} operations/s")
+
+
+if __name__ == "__main__":
+    main()
