@@ -205,9 +205,8 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         pages = int32_array("pages", pages)
         require_owner("source", source)
         require_owner("target", target)
-        self._owners.require_owned("pages", pages, source)
-        self._owners.require_distinct("pages", pages, OwnershipError)
-        self._owners.assign(pages, target)
+        rows = self._owners.require("pages", pages, source, repeated=OwnershipError)
+        self._owners.assign(rows, target)
 
     # Slots: the names and results of SGLang.
 
@@ -432,14 +431,16 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         return self._take(new_pages, sort_above=num_tokens // self.page_size + len(seq_lens) + 1)
 
     def _release(self, name: str, pages: np.ndarray, owner: PageState) -> None:
-        self._owners.require_owned(name, pages, owner)
-        self._owners.require_distinct(name, pages, DoubleFreeError)
+        rows = self._owners.require(name, pages, owner, repeated=DoubleFreeError)
         if len(pages) == 0:
             return
-        self._owners.assign(pages, PageState.PENDING)
-        self._pending.append(pages.copy())  # The caller may go on writing to its array.
-        if self._group_depth == 0:
-            self._join_pending()
+        pages = pages.copy()  # The caller may go on writing to its array.
+        if self._group_depth:
+            self._owners.assign(rows, PageState.PENDING)
+            self._pending.append(pages)
+        else:
+            self._owners.assign(rows, PageState.FREE)
+            self._recycle(pages)
 
     def _join_pending(self) -> None:
         """Moves all pending pages to the free list (or the released ones), as if one call had freed them."""
@@ -447,8 +448,12 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
             return
         pages = _concatenate(self._pending)
         self._pending = []
-        self._snapshots = []
         self._owners.assign(pages, PageState.FREE)
+        self._recycle(pages)
+
+    def _recycle(self, pages: np.ndarray) -> None:
+        """Puts pages, which are FREE now and in an array of their own, where `_take` finds them."""
+        self._snapshots = []
         if self.free_order is FreeOrder.LIFO:
             pages.sort()
         if self.need_sort:

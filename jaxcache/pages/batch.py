@@ -51,6 +51,5 @@ def batch_last_loc(
     if len(nobodys):
         raise OwnershipError(f"last_loc must lie in a page that is held, but {owners.describe(int(nobodys[0]))}")
     continued = pages[(filled > 0) & (seq_lens > prefix_lens)]
-    owners.require_owned("last_loc", continued, PageState.PRIVATE)
-    owners.require_distinct("last_loc", continued, OwnershipError)
+    owners.require("last_loc", continued, PageState.PRIVATE, repeated=OwnershipError)
     return slots

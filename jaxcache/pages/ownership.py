@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import NoReturn
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class PageOwners:
     def __init__(self, num_pages: int) -> None:
         self._num_pages = num_pages
         self._states = np.empty(num_pages + 1, np.uint8)
-        self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `require_distinct`.
+        self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `require`.
         self.states = self._states.view()
         self.states.flags.writeable = False
         self.clear()
@@ -50,7 +51,7 @@ class PageOwners:
         self._states[0] = PageState.SINK
 
     def assign(self, pages: np.ndarray, state: PageState) -> None:
-        """Puts pages, which have been checked, into `state`."""
+        """Puts pages (or the rows that `require` returned), which have been checked, into `state`."""
         self._states[pages] = state
 
     def describe(self, page: int) -> str:
@@ -64,29 +65,41 @@ class PageOwners:
         remedy = "page 0 is the sink for padding: drop it" if page == 0 else "it is none of this allocator's"
         raise OwnershipError(f"{name}: every page must be in [{lowest}, {self._num_pages}], got page {page}: {remedy}")
 
-    def require_owned(self, name: str, pages: np.ndarray, owner: PageState) -> None:
-        """Raises unless `owner` has every page of the argument `name`.
+    def require(self, name: str, pages: np.ndarray, owner: PageState, repeated: type[CacheError]) -> np.ndarray:
+        """Checks that `owner` has every page of the argument `name`, and that none is named twice.
+
+        Returns:
+          The pages as rows of `states`, for `assign`.
 
         Raises:
           DoubleFreeError: if the first page that it does not own is free or pending.
           OwnershipError: if that page is another owner's, or a page is out of range.
+          CacheError: of the kind `repeated`, if a page is named twice.
         """
+        # Each check is one gather and one memcmp. A negative page is far out of range when read as unsigned, and the
+        # sink is nobody's, so both fail like a page beyond the end.
+        rows = pages.view(np.uint32).astype(np.intp)
+        n = len(rows)
+        try:
+            is_owned = self._states[rows].tobytes() == bytes((owner,)) * n
+        except IndexError:
+            is_owned = False
+        if not is_owned:
+            self._refuse(name, pages, owner)
+        order = np.arange(n, dtype=np.int32)
+        self._tags[rows] = order  # Of equal pages, one tag stays.
+        tags = self._tags[rows]
+        if tags.tobytes() != order.tobytes():
+            page = pages[(tags != order).argmax()]
+            raise repeated(f"{name}: every page must be named once, but page {page} is named twice: drop the repeat")
+        return rows
+
+    def _refuse(self, name: str, pages: np.ndarray, owner: PageState) -> NoReturn:
+        """Raises the error for the first page that `owner` does not have; there is one."""
         self.require_in_range(name, pages, lowest=1)
-        owned = self._states[pages] == owner
-        if owned.all():
-            return
-        page = int(pages[owned.argmin()])
+        page = int(pages[(self._states[pages] != owner).argmax()])
         kind = DoubleFreeError if self._states[page] in (PageState.FREE, PageState.PENDING) else OwnershipError
         raise kind(f"{name}: every page must be {owner.name}, but {self.describe(page)}: leave it to its owner")
-
-    def require_distinct(self, name: str, pages: np.ndarray, kind: type[CacheError]) -> None:
-        """Raises `kind` if a page, all of them in range, is named twice."""
-        order = np.arange(len(pages), dtype=np.int32)
-        self._tags[pages] = order  # Of equal pages, one tag stays.
-        unmatched = self._tags[pages] != order
-        if unmatched.any():
-            page = pages[unmatched.argmax()]
-            raise kind(f"{name}: every page must be named once, but page {page} is named twice: drop the repeat")
 
 
 def require_owner(name: str, state: PageState) -> None:
