@@ -179,7 +179,7 @@ def torch_write_kv(report, case, moved, torch, shape, loc, dtype) -> None:
     dtype = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}[jnp.dtype(dtype).name]
     k_pool, v_pool = (torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(2))
     k, v = (torch.zeros(len(loc), *shape[2:], dtype=dtype, device="cuda") for _ in range(2))
-    slots = torch.from_numpy(loc.copy()).cuda()
+    slots = to_torch(torch, loc)
     layers = torch.arange(LAYERS, dtype=torch.int32, device="cuda")
 
     def kernel():
@@ -205,7 +205,7 @@ def torch_write_mla_kv(report, case, moved, torch, shape, rank, loc) -> None:
     pool = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     rows = torch.zeros(len(loc), shape[-1], dtype=torch.bfloat16, device="cuda")
     nope, rope = rows[:, :rank].contiguous(), rows[:, rank:].contiguous()
-    slots = torch.from_numpy(loc.copy()).cuda()
+    slots = to_torch(torch, loc)
     layers = torch.arange(LAYERS, dtype=torch.int32, device="cuda")
 
     def kernel():
@@ -223,46 +223,42 @@ def torch_write_mla_kv(report, case, moved, torch, shape, rank, loc) -> None:
 
 
 def torch_alloc_extend(report, case, num_tokens, batch, torch) -> None:
-    """The expansion kernel alone, its prefix sums made beforehand."""
-    from jaxcache.kernels import alloc_pages_triton
+    """Both kernels: the prefix sums, and the slots."""
+    from jaxcache.kernels import alloc_pages_triton as kernels
     from jaxcache.kernels.triton_call import torch_call
 
-    plan = jax.jit(alloc_pages.row_plan, static_argnums=3)(*batch[:3], PAGE_SIZE)
-    arrays = [torch.from_numpy(np.array(array)).cuda() for array in (*plan, batch[3])]
-    out = torch.empty(num_tokens, dtype=torch.int32, device="cuda")
-    sizes = plan.end.shape[0], batch[3].shape[0]
-    launch = alloc_pages_triton.alloc_extend_launch(sizes[0], num_tokens)
+    rows, new_pages = [to_torch(torch, array) for array in batch[:3]], to_torch(torch, batch[3])
+    bs, num_pages = len(rows[0]), len(new_pages)
+    plan = [torch.empty_like(rows[0]) for _ in alloc_pages.RowPlan._fields]
+    slots = torch.empty(num_tokens, dtype=torch.int32, device="cuda")
+    extend_launch = kernels.alloc_extend_launch(bs, num_tokens, PAGE_SIZE)
 
-    def kernel():
+    def work():
         for _ in range(REPEATS):
+            torch_call(kernels.row_plan_kernel, rows, (bs,), outputs=plan, **kernels.row_plan_launch(bs, PAGE_SIZE))
             torch_call(
-                alloc_pages_triton.alloc_extend_kernel, arrays, sizes, outputs=[out], **launch, PAGE_SIZE=PAGE_SIZE
+                kernels.alloc_extend_kernel, (*plan, new_pages), (bs, num_pages), outputs=[slots], **extend_launch
             )
 
-    report.add("alloc_extend", case, "jaxcache-triton-torch", time_torch_graph(kernel, REPEATS))
+    report.add("alloc_extend", case, "jaxcache-triton-torch", time_torch_graph(work, REPEATS))
 
 
 def torch_alloc_decode(report, bs, batch, torch) -> None:
-    from jaxcache.kernels import alloc_pages_triton
+    from jaxcache.kernels import alloc_pages_triton as kernels
     from jaxcache.kernels.triton_call import torch_call
 
-    arrays = [torch.from_numpy(np.array(array)).cuda() for array in batch]
-    out = torch.empty(bs, dtype=torch.int32, device="cuda")
-    launch = alloc_pages_triton.alloc_decode_launch(bs)
+    arrays, slots = [to_torch(torch, array) for array in batch], torch.empty(bs, dtype=torch.int32, device="cuda")
+    launch = kernels.alloc_decode_launch(bs, PAGE_SIZE)
 
-    def kernel():
+    def work():
         for _ in range(REPEATS):
-            torch_call(
-                alloc_pages_triton.alloc_decode_kernel,
-                arrays,
-                (bs, batch[2].shape[0]),
-                outputs=[out],
-                **launch,
-                PAGE_SIZE=PAGE_SIZE,
-            )
+            torch_call(kernels.alloc_decode_kernel, arrays, (bs, len(arrays[2])), outputs=[slots], **launch)
 
-    case = f"{bs} page={PAGE_SIZE}"
-    report.add("alloc_decode", case, "jaxcache-triton-torch", time_torch_graph(kernel, REPEATS))
+    report.add("alloc_decode", f"{bs} page={PAGE_SIZE}", "jaxcache-triton-torch", time_torch_graph(work, REPEATS))
+
+
+def to_torch(torch: Any, array: jax.Array | np.ndarray) -> Any:
+    return torch.from_numpy(np.array(array)).cuda()
 
 
 def torch_with_cuda() -> Any:

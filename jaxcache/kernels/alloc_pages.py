@@ -71,13 +71,13 @@ def alloc_extend(
         raise ArgumentError(f"num_tokens must not be negative, got {num_tokens}: pass the bucket of the batch")
     if num_tokens == 0 or prefix_lens.shape[0] == 0:
         return jnp.full(num_tokens, SINK_SLOT, jnp.int32)
-    rows = row_plan(jnp.asarray(prefix_lens), jnp.asarray(seq_lens), jnp.asarray(last_loc), page_size)
+    rows = jnp.asarray(prefix_lens), jnp.asarray(seq_lens), jnp.asarray(last_loc)
     new_pages = _never_empty(jnp.asarray(new_pages))
     if choose(Op.ALLOC_EXTEND, implementation=implementation).implementation is Implementation.TRITON:
         from jaxcache.kernels import alloc_pages_triton
 
-        return alloc_pages_triton.alloc_extend(rows, new_pages, page_size=page_size, num_tokens=num_tokens)
-    return _alloc_extend_reference(rows, new_pages, page_size, num_tokens)
+        return alloc_pages_triton.alloc_extend(*rows, new_pages, page_size=page_size, num_tokens=num_tokens)
+    return _alloc_extend_reference(row_plan(*rows, page_size), new_pages, page_size, num_tokens)
 
 
 def alloc_decode(

@@ -1,8 +1,8 @@
 """Triton kernels of `alloc_pages`. Parameter order: see `triton_call`.
 
 SGLang launches one program a request, each summing all rows before its own and storing through a block as wide as the
-longest batch seen. Here the prefix sums are made once (`row_plan`), and a program owns a fixed stretch of the result:
-it finds the request of each token by bisection in the sums, which stay in L1.
+longest batch seen. Here one small program makes the prefix sums once (`RowPlan`), and then a program owns a fixed
+stretch of the result: it finds the request of each token by bisection in the sums, which stay in L1.
 """
 
 from __future__ import annotations
@@ -19,15 +19,30 @@ TOKENS_PER_PROGRAM = 512
 ROWS_PER_STEP = 1024
 
 
-def alloc_extend(rows: RowPlan, new_pages: jax.Array, *, page_size: int, num_tokens: int) -> jax.Array:
+def alloc_extend(
+    prefix_lens: jax.Array,
+    seq_lens: jax.Array,
+    last_loc: jax.Array,
+    new_pages: jax.Array,
+    *,
+    page_size: int,
+    num_tokens: int,
+) -> jax.Array:
     """See `alloc_pages.alloc_extend`; `num_tokens`, the batch and `new_pages` are not empty."""
+    bs = seq_lens.shape[0]
+    plan = triton_call(
+        row_plan_kernel,
+        (prefix_lens, seq_lens, last_loc),
+        (bs,),
+        outputs=[jax.ShapeDtypeStruct((bs,), jnp.int32)] * len(RowPlan._fields),
+        **row_plan_launch(bs, page_size),
+    )
     (slots,) = triton_call(
         alloc_extend_kernel,
-        (*rows, new_pages),
-        (rows.end.shape[0], new_pages.shape[0]),
+        (*plan, new_pages),
+        (bs, new_pages.shape[0]),
         outputs=[jax.ShapeDtypeStruct((num_tokens,), jnp.int32)],
-        **alloc_extend_launch(rows.end.shape[0], num_tokens),
-        PAGE_SIZE=page_size,
+        **alloc_extend_launch(bs, num_tokens, page_size),
     )
     return slots
 
@@ -40,26 +55,69 @@ def alloc_decode(seq_lens: jax.Array, last_loc: jax.Array, new_pages: jax.Array,
         (seq_lens, last_loc, new_pages),
         (bs, new_pages.shape[0]),
         outputs=[jax.ShapeDtypeStruct((bs,), jnp.int32)],
-        **alloc_decode_launch(bs),
-        PAGE_SIZE=page_size,
+        **alloc_decode_launch(bs, page_size),
     )
     return slots
 
 
-def alloc_extend_launch(bs: int, num_tokens: int) -> dict:
+def row_plan_launch(bs: int, page_size: int) -> dict:
+    """Grid and constexprs of `row_plan_kernel`: one program, because it sums over all rows."""
+    return dict(grid=(1,), num_warps=4, PAGE_SIZE=page_size, BLOCK=_rows_per_step(bs))
+
+
+def alloc_extend_launch(bs: int, num_tokens: int, page_size: int) -> dict:
     """Grid and constexprs of `alloc_extend_kernel`."""
     return dict(
         grid=(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),),
         num_warps=4,
         NUM_TOKENS=num_tokens,
+        PAGE_SIZE=page_size,
         BISECTIONS=bs.bit_length(),
         BLOCK=TOKENS_PER_PROGRAM,
     )
 
 
-def alloc_decode_launch(bs: int) -> dict:
-    """Grid and constexprs of `alloc_decode_kernel`: one program, because the rows that take pages must be counted."""
-    return dict(grid=(1,), num_warps=4, BLOCK=min(triton.next_power_of_2(bs), ROWS_PER_STEP))
+def alloc_decode_launch(bs: int, page_size: int) -> dict:
+    """Grid and constexprs of `alloc_decode_kernel`: one program, because it counts the rows that take a page."""
+    return dict(grid=(1,), num_warps=4, PAGE_SIZE=page_size, BLOCK=_rows_per_step(bs))
+
+
+def _rows_per_step(bs: int) -> int:
+    return min(triton.next_power_of_2(bs), ROWS_PER_STEP)
+
+
+@triton.jit
+def row_plan_kernel(
+    prefix_lens,  # (bs,)
+    seq_lens,  # (bs,)
+    last_loc,  # (bs,)
+    bs,
+    end,  # (bs,) output, as the next four: see RowPlan
+    to_position,  # (bs,)
+    boundary,  # (bs,)
+    to_slot,  # (bs,)
+    to_page,  # (bs,)
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tokens = 0
+    pages = 0
+    for first in range(0, bs, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        inside = row < bs
+        prefix_len = tl.load(prefix_lens + row, mask=inside, other=0)
+        seq_len = tl.load(seq_lens + row, mask=inside, other=0)
+        pages_before = (prefix_len + PAGE_SIZE - 1) // PAGE_SIZE
+        taken = (seq_len + PAGE_SIZE - 1) // PAGE_SIZE - pages_before
+        row_end = tokens + tl.cumsum(seq_len - prefix_len, 0)
+        pages_taken_before = pages + tl.cumsum(taken, 0) - taken
+        tl.store(end + row, row_end, mask=inside)
+        tl.store(to_position + row, seq_len - row_end, mask=inside)
+        tl.store(boundary + row, pages_before * PAGE_SIZE, mask=inside)
+        tl.store(to_slot + row, tl.load(last_loc + row, mask=inside, other=0) + 1 - prefix_len, mask=inside)
+        tl.store(to_page + row, pages_taken_before - pages_before, mask=inside)
+        tokens += tl.sum(seq_len - prefix_len, 0)  # pyright: ignore[reportOperatorIssue]
+        pages += tl.sum(taken, 0)  # pyright: ignore[reportOperatorIssue]
 
 
 @triton.jit

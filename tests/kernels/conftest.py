@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcache.kernels import alloc_pages, write_kv
+from jaxcache.kernels import alloc_pages, triton_call, write_kv
 from jaxcache.kernels.dispatch import Implementation
 from tests.kernels import h200
 
@@ -68,34 +68,27 @@ class InterpretedRunner:
         return self.torch.from_numpy(array)
 
     def alloc_extend(self, prefix_lens, seq_lens, last_loc, new_pages, *, page_size: int, num_tokens: int):
-        from jaxcache.kernels.triton_call import torch_call
-
-        prefix_lens, seq_lens, last_loc = map(jax.numpy.asarray, (prefix_lens, seq_lens, last_loc))
-        rows = alloc_pages.row_plan(prefix_lens, seq_lens, last_loc, page_size)
-        out = self.torch.full((num_tokens,), -7, dtype=self.torch.int32)
-        torch_call(
-            self.alloc.alloc_extend_kernel,
-            [self.tensor(x) for x in (*rows, new_pages)],
-            (len(seq_lens), len(new_pages)),
-            outputs=[out],
-            **self.alloc.alloc_extend_launch(len(seq_lens), num_tokens),
-            PAGE_SIZE=page_size,
-        )
-        return out.numpy()
+        bs = len(seq_lens)
+        plan = self.call("row_plan", (prefix_lens, seq_lens, last_loc), (bs,), [bs] * 5, bs, page_size)
+        return self.call(
+            "alloc_extend", (*plan, new_pages), (bs, len(new_pages)), [num_tokens], bs, num_tokens, page_size
+        )[0]
 
     def alloc_decode(self, seq_lens, last_loc, new_pages, *, page_size: int):
-        from jaxcache.kernels.triton_call import torch_call
+        bs = len(seq_lens)
+        return self.call("alloc_decode", (seq_lens, last_loc, new_pages), (bs, len(new_pages)), [bs], bs, page_size)[0]
 
-        out = self.torch.full((len(seq_lens),), -7, dtype=self.torch.int32)
-        torch_call(
-            self.alloc.alloc_decode_kernel,
-            [self.tensor(x) for x in (seq_lens, last_loc, new_pages)],
-            (len(seq_lens), len(new_pages)),
-            outputs=[out],
-            **self.alloc.alloc_decode_launch(len(seq_lens)),
-            PAGE_SIZE=page_size,
+    def call(self, name, arrays, scalars, output_lengths, *launch_args):
+        """One kernel of `alloc_pages_triton`, into outputs full of poison."""
+        outputs = [self.torch.full((length,), -7, dtype=self.torch.int32) for length in output_lengths]
+        triton_call.torch_call(
+            getattr(self.alloc, f"{name}_kernel"),
+            [self.tensor(array) for array in arrays],
+            scalars,
+            outputs=outputs,
+            **getattr(self.alloc, f"{name}_launch")(*launch_args),
         )
-        return out.numpy()
+        return [output.numpy() for output in outputs]
 
     def write_kv(self, k_pool, v_pool, layer, loc, k, v):
         arrays = (k_pool, v_pool, np.full(1, layer, np.int32), loc, k, v)
