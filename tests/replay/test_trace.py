@@ -267,6 +267,12 @@ def test_a_turn_begins_with_the_turn_before_and_chats_share_system_prompts() -> 
     assert len(set(firsts)) <= ChatShape.system_prompts < len(firsts)
 
 
+def test_a_chat_ends_before_it_is_longer_than_its_shape_allows() -> None:
+    shape = ChatShape(turns=50, max_context=3000, system_blocks=2)
+    trace = generate_chat(300, seed=2, shape=shape)
+    assert 2500 < max(request.input_length + request.output_length for request in trace) <= 3000
+
+
 def test_the_same_arguments_give_the_same_trace() -> None:
     assert generate_chat(60, 5) == generate_chat(60, 5)
     assert generate_chat(60, 5) != generate_chat(60, 6)
