@@ -105,6 +105,7 @@ def test_state_equals_its_host_twin(page_size, num_pages, life):
     for name, *arguments in life:
         getattr(twins, name)(*arguments)
         assert free_list(twins.state) == twins.host.free_pages.tolist()
+        assert 0 <= int(twins.state.head) < num_pages  # It must not creep towards 2**31.
 
 
 def test_multi_step_decode_in_a_scan_is_absorbed_by_the_host():
