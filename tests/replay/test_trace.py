@@ -273,6 +273,12 @@ def test_a_chat_ends_before_it_is_longer_than_its_shape_allows() -> None:
     assert 2500 < max(request.input_length + request.output_length for request in trace) <= 3000
 
 
+def test_chats_of_one_turn_share_system_prompts_only() -> None:
+    trace = generate_chat(200, seed=4, shape=ChatShape(turns=1))
+    assert len({request.hash_ids[-1] for request in trace}) == 200
+    assert len({request.hash_ids[0] for request in trace}) <= ChatShape.system_prompts
+
+
 def test_the_same_arguments_give_the_same_trace() -> None:
     assert generate_chat(60, 5) == generate_chat(60, 5)
     assert generate_chat(60, 5) != generate_chat(60, 6)
