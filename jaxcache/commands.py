@@ -3,23 +3,29 @@
 # No `from __future__ import annotations` here: typer reads the annotations as objects.
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
-from jaxcache.replay.report import figure_rows, write_html
-from jaxcache.replay.result import ReplayResult, Sample
+from jaxcache.replay.report import write_report
+from jaxcache.replay.terminal import ReplayProgress, render_table
 from jaxcache.replay.trace import write_trace
 
 FOUND_WRONG = 1
 _AUTO = "auto"
+_FAULTS = ", ".join(fault.value for fault in Fault)
+_LOAD, _MEMORY, _PROOF, _OUTPUT = "Load", "Memory", "Proof", "Output"  # panels of the help
+
+
+def _option(panel: str, words: str, metavar: str | None = None) -> Any:
+    """An option with its place in the help."""
+    return typer.Option(help=words, rich_help_panel=panel, metavar=metavar)
+
 
 app = typer.Typer(
     help="A paged KV cache with prefix sharing for JAX: replay traces through it.",
@@ -32,30 +38,37 @@ app = typer.Typer(
 @app.command()
 def replay(
     trace: Annotated[
-        Path | None, typer.Argument(help="Trace in Mooncake's format (JSONL); without it a chat trace is generated.")
+        Path | None, typer.Argument(help="Trace in Mooncake's format (JSONL); without it, chats are generated.")
     ] = None,
-    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Most requests that run at once.")] = ReplayConfig.concurrency,
-    chunk: Annotated[int, typer.Option(help="Most prompt tokens of one step.")] = ReplayConfig.chunk,
-    page_size: Annotated[int, typer.Option(help="Slots in a page.")] = ReplayConfig.page_size,
-    device_tokens: Annotated[int, typer.Option(help="Room of the pool, in tokens.")] = ReplayConfig.device_tokens,
-    pool: Annotated[PoolKind, typer.Option(help="Kind of device pool.")] = ReplayConfig.pool,
+    requests: Annotated[int | None, _option(_LOAD, "Only the first so many requests.")] = None,
+    concurrency: Annotated[int, _option(_LOAD, "Most requests that run at once.")] = ReplayConfig.concurrency,
+    chunk: Annotated[int, _option(_LOAD, "Most prompt tokens of one step.")] = ReplayConfig.chunk,
+    seed: Annotated[int, _option(_LOAD, "Of generated chats and of output tokens.")] = ReplayConfig.seed,
+    page_size: Annotated[int, _option(_MEMORY, "Tokens in a page.")] = ReplayConfig.page_size,
+    device_tokens: Annotated[int, _option(_MEMORY, "Room of the pool, in tokens.")] = ReplayConfig.device_tokens,
+    policy: Annotated[Policy, _option(_MEMORY, "Order of eviction.")] = ReplayConfig.policy,
+    pool: Annotated[PoolKind, _option(_MEMORY, "Kind of device pool.")] = ReplayConfig.pool,
     layers: Annotated[
-        str, typer.Option(metavar="L|auto", help="Layers of KV; auto: what the device has room for.")
+        str, _option(_MEMORY, "Layers of KV; auto: what the device has room for, two on a CPU.", metavar="L|auto")
     ] = _AUTO,
-    heads: Annotated[int | None, typer.Option(help="KV heads, for mha.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Width of a head, for mha.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Width of the compressed part, for mla.")] = None,
-    rope_dim: Annotated[int | None, typer.Option(help="Width of the positional part, for mla.")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Default: float32 on a CPU, bfloat16 on a GPU.")] = None,
-    policy: Annotated[Policy, typer.Option(help="Order of eviction.")] = ReplayConfig.policy,
-    seed: Annotated[int, typer.Option(help="Of output tokens and generated traces.")] = ReplayConfig.seed,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")] = False,
-    plant: Annotated[Fault | None, typer.Option(help="Break the stack on purpose; the replay must notice.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures here.")] = None,
-    report: Annotated[Path | None, typer.Option(metavar="PATH.html", help="Write an HTML report here.")] = None,
+    heads: Annotated[int | None, _option(_MEMORY, "KV heads of an mha pool. [CPU: 1, GPU: 8]")] = None,
+    head_dim: Annotated[int | None, _option(_MEMORY, "Width of a head. [CPU: 8, GPU: 128]")] = None,
+    rank: Annotated[int | None, _option(_MEMORY, "Latent width of an mla pool. [CPU: 12, GPU: 512]")] = None,
+    rope_dim: Annotated[int | None, _option(_MEMORY, "Rotary width of an mla pool. [CPU: 4, GPU: 64]")] = None,
+    dtype: Annotated[
+        DType | None, _option(_MEMORY, "Of the pool. [CPU: float32, GPU: bfloat16]", metavar="DTYPE")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Read nothing back.", rich_help_panel=_PROOF)] = False,
+    plant: Annotated[Fault | None, _option(_PROOF, f"Break the stack on purpose: {_FAULTS}.", metavar="FAULT")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures here.", rich_help_panel=_OUTPUT)
+    ] = None,
+    report: Annotated[Path | None, _option(_OUTPUT, "Write an HTML report here.", metavar="PATH.html")] = None,
 ) -> None:
-    """Drive every request of a trace through the real stack and prove the content of every hit."""
+    """Drive every request of a trace through the real stack and prove the content of every hit.
+
+    Exit code 0: every slot held what it should and no page was lost. 1: something was wrong. 2: wrong option or trace.
+    """
     config = ReplayConfig(
         trace=trace, requests=requests, concurrency=concurrency, chunk=chunk, page_size=page_size,
         device_tokens=device_tokens, pool=pool, layers=_layers(layers), heads=heads, head_dim=head_dim, rank=rank,
@@ -67,21 +80,13 @@ def replay(
 
     from jaxcache.replay.run import run_replay
 
-    with _progress() as bar:
-        task = bar.add_task("replay", total=len(requests_to_replay), hit_rate=0.0, rate=0.0)
-
-        def advance(sample: Sample, _total: int) -> None:
-            hit_rate = sample.hit_tokens / max(sample.prompt_tokens, 1)
-            rate = sample.done_requests / max(sample.wall_s, 1e-9)
-            bar.update(task, completed=sample.done_requests, hit_rate=hit_rate, rate=rate)
-
-        result = run_replay(config, progress=advance, requests=requests_to_replay)
-        bar.update(task, completed=result.requests, hit_rate=result.hit_rate)
-    Console().print(_table(result))
+    with ReplayProgress(len(requests_to_replay)) as progress:
+        result = run_replay(config, progress=progress, requests=requests_to_replay)
+    Console().print(render_table(result))
     if json_path is not None:
         result.write_json(json_path)
     if report is not None:
-        write_html(result, report)
+        write_report(result, report)
     if result.error is not None:
         print(f"jaxcache: {result.error}", file=sys.stderr)
     if not result.is_clean:
@@ -114,24 +119,3 @@ def _check_writable(path: Path | None) -> None:
     """A replay can take long: a result that cannot be written is better known before."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ArgumentError(f"{path}: cannot be written: it must be a file in a folder that exists")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} requests/s"),
-        TextColumn("hit rate {task.fields[hit_rate]:.1%}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
-def _table(result: ReplayResult) -> Table:
-    table = Table(title="replay", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for name, value in figure_rows(result):
-        table.add_row(name, value)
-    return table

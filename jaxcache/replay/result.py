@@ -14,7 +14,17 @@ from jaxcache.errors import TraceError
 
 @dataclass
 class Sample:
-    """The state of a replay at one moment, for progress bars and plots."""
+    """The state of a replay at one moment, for progress bars and plots.
+
+    Attributes:
+      done_requests: Requests that have ended.
+      prompt_tokens, hit_tokens: Of first admissions, so far.
+      running: Requests that run.
+      used_tokens: Room that running requests have: their own pages and the cached ones they lock.
+      cached_tokens: Room that the prefix cache has, locked or not.
+      evictable_tokens: Room that the prefix cache would give up.
+      wall_s: Seconds since the first request.
+    """
 
     done_requests: int
     prompt_tokens: int
@@ -22,6 +32,7 @@ class Sample:
     running: int
     used_tokens: int
     cached_tokens: int
+    evictable_tokens: int
     wall_s: float
 
 
@@ -63,10 +74,15 @@ class ReplayResult:
     page_size: int = 0
     device_tokens: int = 0
     concurrency: int = 0
+    chunk: int = 0
+    trace: str = ""
+    seed: int = 0
+    plant: str | None = None
     policy: str = ""
     pool: str = ""
     pool_bytes: int = 0
     layers: int = 0
+    row_shapes: list[list[int]] = field(default_factory=list)
     dtype: str = ""
     device: str = ""
     jax_version: str = ""
@@ -96,21 +112,25 @@ class ReplayResult:
 
 
 class Stopwatch:
-    """Host time of named operations."""
+    """Host time of named operations.
 
-    def __init__(self) -> None:
-        self._ns: dict[str, list[int]] = {}
+    Args:
+      names: Operations that stand in the summary even if they are never called.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._ns: dict[str, list[int]] = {name: [] for name in names}
 
     def add(self, name: str, ns: int) -> None:
         """One more call of `name`."""
         self._ns.setdefault(name, []).append(ns)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """p50 and p99 in microseconds and the total in seconds, by name."""
+        """p50 and p99 in microseconds, the total in seconds and the number of calls, by name."""
         return {
             name: {
-                "p50": round(float(np.percentile(ns, 50)) / 1e3, 2),
-                "p99": round(float(np.percentile(ns, 99)) / 1e3, 2),
+                "p50": round(float(np.percentile(ns or [0], 50)) / 1e3, 2),
+                "p99": round(float(np.percentile(ns or [0], 99)) / 1e3, 2),
                 "total_s": round(sum(ns) / 1e9, 4),
                 "calls": len(ns),
             }

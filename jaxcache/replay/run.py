@@ -38,7 +38,7 @@ from jaxcache.request import Request
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 READ_BACK_TOKENS = (1024, 8192)
 """Tokens that one read-back compares at most: two shapes serve every length."""
-MEMORY_FRACTION = 0.75
+MEMORY_FRACTION = 0.9
 """Part of a GPU's free memory that `--layers auto` fills."""
 SAMPLES = 400
 
@@ -127,7 +127,7 @@ class Replay:
         self.progress = progress
         self.step = step_for(config.plant)
         self.saboteur = Saboteur(config.plant, manager)
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch("match", "admit", "plan", "insert", "evict")
         self.result = ReplayResult()
         self.waiting: deque[int] = deque(range(len(requests)))
         self.retracted: deque[Request] = deque()
@@ -318,9 +318,8 @@ class Replay:
         self.result.leaked_slots = abs(leaked) + manager.cache.protected_size()
         if not leaked:
             manager.check_memory(read_device=True)
-            manager.cache.evict(manager.cache.evictable_size())
+            type(manager.cache).evict(manager.cache, cached)  # neither timed nor counted: nobody needs the room
             self.result.leaked_slots += manager.allocator.size - manager.allocator.available_size()
-            self._evicted_at_end = cached
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -361,7 +360,7 @@ class Replay:
         return timed
 
     def _sample(self, wall_s: float) -> None:
-        used, _, _, _ = self.manager.get_token_info()
+        used, _, _, evictable = self.manager.get_token_info()
         sample = Sample(
             done_requests=self.done,
             prompt_tokens=self.result.prompt_tokens,
@@ -369,6 +368,7 @@ class Replay:
             running=len(self.running),
             used_tokens=used,
             cached_tokens=self.manager.cache.total_size(),
+            evictable_tokens=evictable,
             wall_s=wall_s,
         )
         self.result.samples.append(sample)
@@ -383,10 +383,15 @@ class Replay:
         result.page_size = config.page_size
         result.device_tokens = config.pool_tokens
         result.concurrency = config.concurrency
+        result.chunk = config.chunk
+        result.trace = str(config.trace) if config.trace is not None else "generated chats"
+        result.seed = config.seed
+        result.plant = config.plant.value if config.plant is not None else None
         result.policy = config.policy.value
         result.pool = config.pool.value
         result.pool_bytes = sum(buffer.nbytes for buffer in manager.pool.buffers)
         result.layers = manager.config.kv.layer_num
+        result.row_shapes = [list(shape) for shape in manager.config.kv.row_shapes]
         result.dtype = str(manager.config.kv.dtype)
         result.device = jax.local_devices()[0].device_kind
         result.jax_version = jax.__version__
