@@ -26,12 +26,14 @@ MANAGER, STEP = "manager.py", "step.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which must occur exactly once in `file`, becomes `new`."""
+    """`old`, which must occur exactly once in `file`, becomes `new`; `driver` gets its `share` of the operations."""
 
     name: str
     file: str
     old: str
     new: str
+    driver: str = "tests.model.driver"
+    share: int = 1
 
     def apply(self, package: Path) -> None:
         path = package / self.file
@@ -73,9 +75,9 @@ MUTANTS = [
     Mutant("lock does not split", TREE, "            if node is not None and node.end != length:", "            if False:"),
     Mutant("lock trusts an outdated match", TREE, "where.version == self._version and", "True and"),
     Mutant("lock accepts pages cached anew", TREE, "if np.array_equal(self._values_to(path, match.length), match.pages):", "if True:"),
-    Mutant("lock covers one node only", TREE, "                node = node.parent  # type: ignore[union-attr]\n            self.evictable[i] -= moved", "                break\n            self.evictable[i] -= moved"),
+    Mutant("lock covers one node only", TREE, "                node = node.parent\n            self.evictable[i] -= moved", "                break\n            self.evictable[i] -= moved"),
     Mutant("unlock keeps the lock", TREE, "        self._hold(receipt, -1)\n", ""),
-    Mutant("unlock makes nothing evictable", TREE, "                        policy.add(node)  # type: ignore[arg-type]\n                        moved -= len(slot.value)\n", "                        moved -= len(slot.value)\n"),
+    Mutant("unlock makes nothing evictable", TREE, "                        policy.add(node)\n                        moved -= len(slot.value)\n", "                        moved -= len(slot.value)\n"),
     Mutant("second lock moves sizes again", TREE, "                    if before == 0:", "                    if step > 0:"),
     Mutant("receipt can be used twice", TREE, "        receipt.held = False\n", ""),
     Mutant("receipt survives a reset", TREE, "        self._epoch += 1\n", ""),
@@ -104,15 +106,15 @@ MUTANTS = [
     Mutant("disabled cache looks up", RADIX, "self.tree.match(key[:0] if self.disable else key)", "self.tree.match(key)"),
     Mutant("disabled cache shares", RADIX, "        shared = 0\n        if not self.disable:", "        shared = 0\n        if True:"),
     # Pages.
-    Mutant("double free passes", OWNERS, "        if owned.all():\n", "        if True:\n"),
-    Mutant("release does not change the owner", BASE, "        self._owners.assign(pages, PageState.FREE)\n        if self.free_order", "        if self.free_order"),
+    Mutant("double free passes", OWNERS, "        if not is_owned:\n", "        if False:\n"),
+    Mutant("release does not change the owner", BASE, "            self._owners.assign(rows, PageState.FREE)\n", ""),
     Mutant("alloc does not change the owner", BASE, "        pages = self._free.take(n)\n        self._owners.assign(pages, PageState.PRIVATE)\n", "        pages = self._free.take(n)\n"),
     Mutant("alloc one page too many allowed", BASE, "        if n > self._free.count:\n            return None\n        pages = self._free.take(n)", "        if n > self._free.count + 1:\n            return None\n        pages = self._free.take(n)"),
     Mutant("pending pages are not drained", BASE, "            self._join_pending()\n            self.merge_and_sort_free()\n", "            self.merge_and_sort_free()\n"),
     Mutant("groups do not nest", BASE, "        self._group_depth += 1\n", "        self._group_depth = 1\n"),
     Mutant("freed pages are not sorted", BASE, "            pages.sort()\n", ""),
     Mutant("restore forgets the owners", BASE, "        self._owners.assign(taken, PageState.FREE)\n", ""),
-    Mutant("a free leaves snapshots alive", BASE, "        self._pending = []\n        self._snapshots = []\n        self._owners.assign", "        self._pending = []\n        self._owners.assign"),
+    Mutant("a free leaves snapshots alive", BASE, "        self._snapshots = []\n        if self.free_order is FreeOrder.LIFO:", "        if self.free_order is FreeOrder.LIFO:"),
     Mutant("decode takes a page one token late", BASE, "starts_page = prefix_lens % self.page_size == 0", "starts_page = seq_lens % self.page_size == 0"),
     Mutant("extend counts pages too low", BASE, "pages_of(seq_lens, self.page_size) - pages_of(prefix_lens, self.page_size)", "seq_lens // self.page_size - prefix_lens // self.page_size"),
     Mutant("extend starts at the last slot", EXPAND, "first_slot[tail_run] = last_loc + 1", "first_slot[tail_run] = last_loc"),
@@ -123,18 +125,47 @@ MUTANTS = [
     Mutant("rows are handed out last in first out", TABLE, "self._free.popleft()", "self._free.pop()"),
     Mutant("extended key keeps its old end", KEY, "packed = self.packed[: TOKEN_BYTES * self.length] + pack(token_ids)", "packed = self.packed + pack(token_ids)[:0] + bytes(TOKEN_BYTES * len(token_ids))"),
     Mutant("namespaces are not told apart", KEY, 'self.namespace = b"" if extra_key is None else', 'self.namespace = b"" if extra_key is not None else'),
-    Mutant("another owner's page may be filled", BATCH, '    owners.require_owned("last_loc", continued, PageState.PRIVATE)\n', "    return slots + 1\n"),
+    Mutant("match result is for a page later", "caches/base.py", "return expand_pages(self.pages, self.page_size)", "return expand_pages(self.pages, self.page_size)[::-1][::-1] + 0 * self.page_size + (self.page_size > 1)"),
+    # The manager, its plans and the device table: driven with a real step.
+    *(
+        Mutant(name, file, old, new, "tests.model.manager_driver", 10)
+        for name, file, old, new in [
+            ("plan writes pages one entry late", MANAGER, "self.req_to_token_pool.write_pages(self._row(request), request.num_pages, fresh", "self.req_to_token_pool.write_pages(self._row(request), request.num_pages + 1, fresh"),
+            ("plan does not count its pages", MANAGER, "                request.num_pages += count\n", ""),
+            ("all requests get the first pages", MANAGER, "                start += count\n", ""),
+            ("run does not commit", MANAGER, "            request.kv_len = length\n", ""),
+            ("run sends no table changes", MANAGER, "changes = self.req_to_token_pool.take_changes(plan.bucket.changes)", "changes = self.req_to_token_pool.take_changes(0)"),
+            ("run keeps the old table", MANAGER, "self.pool, self.table, out = result", "self.pool, _, out = result"),
+            ("last slot is one too far", MANAGER, "page, offset = divmod(request.kv_len - 1, self.page_size)", "page, offset = divmod(request.kv_len - 1, self.page_size)\n        offset += 1"),
+            ("cancel keeps the pages", MANAGER, "                self.allocator.release(extra.copy(), PageState.PRIVATE)\n                request", "                request"),
+            ("cancel frees a page too many", MANAGER, "            keep = self._pages_of(request.kv_len)\n", "            keep = max(self._pages_of(request.kv_len) - 1, 0)\n"),
+            ("admit does not lock", MANAGER, "            lock = self.cache.inc_lock_ref(found)\n", "            lock = self.cache.inc_lock_ref(self.cache.match_prefix(request.key[:0]))\n"),
+            ("admit does not undo its lock", MANAGER, "            undo.callback(self.cache.dec_lock_ref, lock)\n", ""),
+            ("admit computes nothing", MANAGER, "cap = request.num_tokens - 1", "cap = request.num_tokens"),
+            ("admit loads back one token early", MANAGER, "buffer[:, start:stop]", "buffer[:, max(start - 1, 0) : max(start - 1, 0) + stop - start]"),
+            ("admit does not load back", MANAGER, "        self.pool = self.pool.load_cpu_copy(rest, slots)\n", ""),
+            ("retract copies the wrong page", MANAGER, "expand_pages(pages, self.page_size)[: request.kv_len]", "expand_pages(pages[::-1], self.page_size)[: request.kv_len]"),
+            ("released request stays in the list", MANAGER, "        del self.running[row]\n", ""),
+            ("released request keeps its length", MANAGER, "        request.state = state\n        request.kv_len = 0\n", "        request.state = state\n"),
+            ("decode computes the token before", MANAGER, "[request.output_ids[-1:] or", "[request.output_ids[:1] or"),
+            ("table changes are half taken", TABLE, "                self._changed.append((row, cut, stop))\n", ""),
+            ("table changes miss their last entry", TABLE, "taken.append((row, first, cut))", "taken.append((row, first, max(first, cut - 1)))"),
+            ("positions start at nought", STEP, "positions = token + (seq_len - end)[request]", "positions = token - (end - seq_len + prefix_len)[request]"),
+            ("requests are told apart one token late", STEP, "ends_here = jnp.zeros(bucket.tokens, jnp.int32).at[end].add", "ends_here = jnp.zeros(bucket.tokens, jnp.int32).at[end + 1].add"),
+            ("decode stands one further", STEP, "positions = jnp.maximum(seq_len - 1, 0)", "positions = seq_len"),
+        ]
+    ),
 ]  # fmt: skip
 
 
-def is_caught(mutant: Mutant, ops: int, module: str) -> tuple[bool, str]:
+def is_caught(mutant: Mutant, ops: int) -> tuple[bool, str]:
     """Runs a driver over the mutated package; returns whether it failed, and its last line."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         shutil.copytree(ROOT / "jaxcache", place / "jaxcache", ignore=shutil.ignore_patterns("__pycache__"))
         (place / "tests").symlink_to(ROOT / "tests")
         mutant.apply(place / "jaxcache")
-        command = [sys.executable, "-m", module, "--ops", str(ops), "--seed", "0"]
+        command = [sys.executable, "-m", mutant.driver, "--ops", str(ops), "--seed", "0"]
         environment = {**os.environ, "PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
@@ -155,7 +186,7 @@ def main() -> int:
     chosen = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
     started = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda mutant: is_caught(mutant, arguments.ops, "tests.model.driver"), chosen))
+        results = list(pool.map(lambda mutant: is_caught(mutant, arguments.ops // mutant.share), chosen))
     missed = 0
     for mutant, (caught, why) in zip(chosen, results, strict=True):
         missed += not caught
