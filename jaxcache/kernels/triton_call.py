@@ -109,9 +109,9 @@ def _import_jax_triton() -> ModuleType:
 
 
 def _compute_capability() -> int | None:
-    """What to compile for: None lets jax-triton ask the GPU; an abstract device is looked up by its name."""
+    """What to compile for: None lets jax-triton ask the GPU. Where there is none, the abstract device's name tells."""
     target = abstract_target()
-    if target is None:
+    if target is None or jax.default_backend() == "gpu":
         return None
     for word in target.device_kind.replace("-", " ").split():
         if word in _COMPUTE_CAPABILITY:
