@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from jaxcache.index.tree import RadixTree
 
 
+NOTHING = np.empty(0, np.int32)
+NOTHING.setflags(write=False)
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts in order; the part itself, where there is but one."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else NOTHING
+
+
 class Slot:
     """What one component keeps at one node.
 
@@ -52,7 +63,8 @@ class Node(Slot):
     __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority")
 
     def __init__(self, key: bytes, end: int, parent: Node | None, others: tuple[Slot, ...]):
-        super().__init__()
+        self.value = None
+        self.locks = 0
         self.key = key
         self.end = end
         self.parent: Any = parent  # a Node in all code that has met a node inside the tree
@@ -145,13 +157,11 @@ class Insertion:
       node: The node that ends the key; None for a key shorter than a page.
       length: Tokens of the key that are in the tree now (the key, cut to whole pages).
       present: Tokens of them that were in the tree before.
-      kept: The tree's own page ids from where the caller's lock ends to `present`; they stand for what the caller
-        offered there.
       spare: For each component, the offered values the tree did not take: the caller still owns them and frees them.
       leaf: The node that was added, or None.
     """
 
-    __slots__ = ("kept", "leaf", "length", "node", "present", "spare")
+    __slots__ = ("_kept", "leaf", "length", "node", "present", "spare")
 
     def __init__(
         self,
@@ -159,15 +169,20 @@ class Insertion:
         leaf: Node | None,
         length: int,
         present: int,
-        kept: np.ndarray,
+        kept: list[np.ndarray],
         spare: tuple[np.ndarray, ...],
     ):
         self.node = node
         self.leaf = leaf
         self.length = length
         self.present = present
-        self.kept = kept
+        self._kept = kept
         self.spare = spare
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The tree's own page ids from where the caller's lock ends to `present`: they stand for what it offered there."""
+        return joined(self._kept)
 
 
 class Eviction:

@@ -87,7 +87,9 @@ class LRU(EvictionPolicy):
 
     def victim(self) -> Node | None:
         """The oldest node. O(1)."""
-        return next(iter(self._order), None)
+        for node in self._order:
+            return node
+        return None
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._order)

@@ -20,17 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed, page_hashes
-from jaxcache.index.node import Eviction, Insertion, Match, Node, Receipt, Root, Slot
+from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined
 from jaxcache.index.recency import Policy
 
-_NOTHING = np.empty(0, np.int32)
-_NOTHING.setflags(write=False)
+_INT32 = np.dtype(np.int32)
 
 
 class RadixTree:
@@ -73,6 +73,7 @@ class RadixTree:
         self.with_hashes = with_hashes
         self._page_bytes = TOKEN_BYTES * page_size
         self._is_single = len(self.components) == 1
+        self._spanning = [i for i, component in enumerate(self.components) if component.spans]
         self._epoch = 0
         self._version = 0
         self.reset()
@@ -89,15 +90,16 @@ class RadixTree:
         path: list[Node] = []
         root = self._roots.get(key.namespace)
         if root is None:
-            return Match(key, 0, 0, _NOTHING, path, self._version)
+            return Match(key, 0, 0, NOTHING, path, self._version)
         packed = key.packed
         reached = self._walk(packed, key.length // self.page_size * self._page_bytes, root, 0, path)
-        found = reached // TOKEN_BYTES
-        length = found if self._is_single else self._usable(path, found)
-        while path and path[-1].parent.end >= length:
-            path.pop()
+        found = length = reached // TOKEN_BYTES
+        if not self._is_single:
+            length = self._usable(path, found)
+            while path and path[-1].parent.end >= length:
+                path.pop()
         if not path:
-            return Match(key, 0, found, _NOTHING, path, self._version)
+            return Match(key, 0, found, NOTHING, path, self._version)
         whole = path if path[-1].end == length else path[:-1]
         for policy in self._policies:
             policy.touch(whole)
@@ -145,15 +147,13 @@ class RadixTree:
             best = max(best, limit)
         return best
 
-    def _values_to(self, path: list[Node], length: int, component: int = 0) -> np.ndarray:
-        """Values of a path, cut at `length` tokens."""
+    def _values_to(self, path: list[Node], length: int) -> np.ndarray:
+        """Values of the first component along a path, cut at `length` tokens."""
+        values: list[Any] = [node.value for node in path]
         last = path[-1]
-        tail = last.slot(component).value
         if last.end != length:
-            tail = tail[: (length - last.parent.end) // self.page_size]
-        if len(path) == 1:
-            return tail
-        return np.concatenate([node.slot(component).value for node in path[:-1]] + [tail])
+            values[-1] = values[-1][: (length - last.parent.end) // self.page_size]
+        return joined(values)
 
     # ---- changing --------------------------------------------------------------------------------------------
 
@@ -188,22 +188,21 @@ class RadixTree:
         length = pages * page_size
         owned, node, path = self._begin_insert(key, length, held)
         self._check_values(values, pages)
-        reached = self._walk(key.packed, TOKEN_BYTES * length, node, TOKEN_BYTES * owned, path) // TOKEN_BYTES
-        if claim is not None and reached < length:
-            claim(values[0][reached // page_size : pages])
-        if path and path[-1].end != reached:
-            path[-1] = self._split(path[-1], reached)
-        present = reached
-        spare: list[np.ndarray] = [values[0][owned // page_size : present // page_size]]
-        kept = self._values_to(path, present) if present > owned else _NOTHING
-        for i in range(1, len(self.components)):
-            spare.append(self._heal(i, path, values[i]))
-        node = path[-1] if path else node
+        present = self._walk(key.packed, TOKEN_BYTES * length, node, TOKEN_BYTES * owned, path) // TOKEN_BYTES
+        if claim is not None and present < length:
+            claim(values[0][present // page_size : pages])
+        if path:
+            node = path[-1]
+            if node.end != present:
+                node = path[-1] = self._split(node, present)
+        kept: list[Any] = [step.value for step in path]
+        spare = [values[0][owned // page_size : present // page_size]]
+        if not self._is_single:
+            spare += [self._heal(i, path, values[i]) for i in range(1, len(self.components))]
         leaf = None
         if present < length:
-            leaf = self._add_leaf(key, length, node, values, present // page_size)
+            leaf = node = self._add_leaf(key, length, node, values, present // page_size)
             path.append(leaf)
-            node = leaf
         if not self._is_single:
             self._offer_states(node, length, values, spare)
             path = self._path_to(node)
@@ -230,20 +229,18 @@ class RadixTree:
     def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
         if len(values) != len(self.components):
             raise ArgumentError(f"values: expected one array a component ({len(self.components)}), got {len(values)}")
-        for component, array in zip(self.components, values, strict=True):
+        for i, component in enumerate(self.components):
             need = pages if component.spans else min(pages, 1)
-            if len(array) < need:
-                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(array)}")
+            if len(values[i]) < need:
+                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(values[i])}")
 
     def _add_leaf(
         self, key: RadixKey, length: int, parent: Node, values: Sequence[np.ndarray], first_page: int
     ) -> Node:
-        start = TOKEN_BYTES * first_page * self.page_size
-        packed = key.packed[start : TOKEN_BYTES * length]
-        leaf = Node(packed, length, parent, tuple(Slot() for _ in self.components[1:]))
-        for i, component in enumerate(self.components):
-            if component.spans:
-                self._fill(i, leaf, values[i][first_page : length // self.page_size])
+        packed = key.packed[first_page * self._page_bytes : TOKEN_BYTES * length]
+        leaf = Node(packed, length, parent, self._new_slots())
+        for i in self._spanning:
+            self._fill(i, leaf, values[i][first_page : length // self.page_size])
         if self.with_hashes:
             prior = parent.hashes[-1] if parent.hashes else namespace_seed(key.namespace)
             leaf.hashes = page_hashes(packed, self._page_bytes, prior)
@@ -256,7 +253,7 @@ class RadixTree:
     def _heal(self, i: int, path: list[Node], offered: np.ndarray) -> np.ndarray:
         """Fills the holes of a spanning component along `path`; returns what was not needed."""
         if not self.components[i].spans:
-            return _NOTHING
+            return NOTHING
         spare = []
         for node in path:
             part = offered[node.start // self.page_size : node.end // self.page_size]
@@ -264,7 +261,7 @@ class RadixTree:
                 self._fill(i, node, part)
             else:
                 spare.append(part)
-        return np.concatenate(spare) if spare else _NOTHING
+        return np.concatenate(spare) if spare else NOTHING
 
     def _offer_states(self, node: Node, length: int, values: Sequence[np.ndarray], spare: list[np.ndarray]) -> None:
         """Gives the end of the key its states, where it has none yet."""
@@ -280,9 +277,10 @@ class RadixTree:
         """Component `i` of `node` takes a copy of `value`: a slice would keep the whole array behind it alive."""
         slot = node.slot(i)
         slot.value = _owned(value)
-        counts = self.protected if slot.locks else self.evictable
-        counts[i] += len(value)
-        if not slot.locks:
+        if slot.locks:
+            self.protected[i] += len(value)
+        else:
+            self.evictable[i] += len(value)
             self._policies[i].add(node)
 
     def _split(self, lower: Node, position: int) -> Node:
@@ -290,7 +288,7 @@ class RadixTree:
         cut = TOKEN_BYTES * (position - lower.start)
         pages = cut // self._page_bytes
         parent = lower.parent
-        upper = Node(lower.key[:cut], position, parent, tuple(Slot() for _ in self.components[1:]))
+        upper = Node(lower.key[:cut], position, parent, self._new_slots())
         upper.priority = lower.priority
         if lower.hashes is not None:
             upper.hashes, lower.hashes = lower.hashes[:pages], lower.hashes[pages:]
@@ -298,11 +296,13 @@ class RadixTree:
         lower.key = lower.key[cut:]
         lower.parent = upper
         upper.children[lower.key[: self._page_bytes]] = lower
-        for i, component in enumerate(self.components):
-            if component.spans:
-                self._split_slot(i, upper, lower, pages)
+        for i in self._spanning:
+            self._split_slot(i, upper, lower, pages)
         self._version += 1
         return upper
+
+    def _new_slots(self) -> tuple[Slot, ...]:
+        return () if self._is_single else tuple([Slot() for _ in self.components[1:]])
 
     def _split_slot(self, i: int, upper: Node, lower: Node, pages: int) -> None:
         top, bottom = upper.slot(i), lower.slot(i)
@@ -329,7 +329,7 @@ class RadixTree:
                 self._drop(component, node, freed)
             else:
                 self._remove(node, freed, nodes)
-        return Eviction(tuple(np.concatenate(part) if part else _NOTHING for part in freed), nodes)
+        return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
         """Unlinks a leaf, then every ancestor that this left childless without being a stopping point."""
@@ -348,7 +348,7 @@ class RadixTree:
                 return
             if parent.locks:
                 return
-            if all(slot.value is not None for slot in parent.others):
+            if self._is_single or all(slot.value is not None for slot in parent.others):
                 for policy in self._policies:
                     if parent in policy:
                         policy.exposed(parent)
@@ -502,6 +502,6 @@ class RadixTree:
 
 
 def _owned(value: np.ndarray) -> np.ndarray:
-    owned = np.array(value, np.int32)
+    owned = np.array(value, _INT32)
     owned.setflags(write=False)
     return owned

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int32
 
 _INT32 = np.iinfo(np.int32)
+_INT32_DTYPE = np.dtype(np.int32)
 MAX_SLOTS = 2**31
 """Slots and lengths are int32."""
 
@@ -31,7 +32,7 @@ def int32_array(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
         raise ArgumentError(f"{name} must be a one-dimensional integer array, got {type(values).__name__}") from error
     if array.ndim != 1:
         raise ArgumentError(f"{name} must be one-dimensional, got shape {array.shape}: ravel it")
-    if array.dtype == np.int32:
+    if array.dtype == _INT32_DTYPE:
         return array
     if array.size == 0:
         return np.zeros(0, np.int32)

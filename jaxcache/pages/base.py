@@ -114,6 +114,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         self._free.reset(np.arange(1, self.num_pages + 1, dtype=np.int32))
         self._released: list[np.ndarray] = []  # Oldest call first; used with need_sort only.
         self._pending: list[np.ndarray] = []
+        self._num_available = self.num_pages
         self._group_depth = 0
         self._snapshots: list[Snapshot] = []  # Those that can be restored, oldest first.
 
@@ -125,12 +126,12 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         return self._owners.states
 
     def available_size(self) -> int:
-        """Slots that `alloc` could hand out now: free, released and pending ones."""
-        return (self._free.count + _total(self._released)) * self.page_size + self.pending_size()
+        """Slots that `alloc` could hand out now: free, released and pending ones. O(1)."""
+        return self._num_available * self.page_size
 
     def pending_size(self) -> int:
         """Slots freed inside the open free group."""
-        return _total(self._pending) * self.page_size
+        return sum(map(len, self._pending)) * self.page_size
 
     @property
     def free_pages(self) -> Int32[np.ndarray, " free"]:
@@ -374,6 +375,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
                 f"{self._owners.describe(int(moved[0]))}: free what was allocated since instead"
             )
         self._owners.assign(taken, PageState.FREE)
+        self._num_available += len(taken)
         self._free.rewind(snapshot.head, snapshot.num_free)
         del self._snapshots[self._snapshots.index(snapshot) + 1 :]
 
@@ -417,12 +419,13 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         """Takes `n` pages, or None. With `need_sort`, sorts first if the free list has fewer than `sort_above`."""
         if self.need_sort and sort_above > self._free.count:
             self.merge_and_sort_free()
-        if self._free.count < n <= self.available_size() // self.page_size:
+        if self._free.count < n <= self._num_available:
             self._join_pending()
             self.merge_and_sort_free()
         if n > self._free.count:
             return None
         pages = self._free.take(n)
+        self._num_available -= n
         self._owners.assign(pages, PageState.PRIVATE)
         return pages
 
@@ -434,6 +437,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         rows = self._owners.require(name, pages, owner, repeated=DoubleFreeError)
         if len(pages) == 0:
             return
+        self._num_available += len(pages)
         pages = pages.copy()  # The caller may go on writing to its array.
         if self._group_depth:
             self._owners.assign(rows, PageState.PENDING)
@@ -466,7 +470,3 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
 
 def _concatenate(chunks: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
-
-
-def _total(chunks: list[np.ndarray]) -> int:
-    return sum(map(len, chunks))

@@ -27,7 +27,10 @@ class PageState(enum.IntEnum):
     """Page 0, where padding is written."""
 
 
-_OWNERS = frozenset({PageState.PRIVATE, PageState.TREE, PageState.IN_FLIGHT, PageState.QUARANTINED})
+_OWNERS = (PageState.PRIVATE, PageState.TREE, PageState.IN_FLIGHT, PageState.QUARANTINED)
+_BYTES = tuple(bytes((state,)) for state in PageState)
+_INTP = np.dtype(np.intp)
+_IS_OWNER = tuple(state in _OWNERS for state in PageState)
 
 
 class PageOwners:
@@ -39,7 +42,9 @@ class PageOwners:
 
     def __init__(self, num_pages: int) -> None:
         self._num_pages = num_pages
-        self._states = np.empty(num_pages + 1, np.uint8)
+        self._guarded = np.full(2 * (num_pages + 1), PageState.SINK, np.uint8)  # Negative pages read the second half.
+        self._states = self._guarded[: num_pages + 1]
+        self._order = np.arange(num_pages + 1, dtype=np.int32)
         self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `require`.
         self.states = self._states.view()
         self.states.flags.writeable = False
@@ -76,17 +81,17 @@ class PageOwners:
           OwnershipError: if that page is another owner's, or a page is out of range.
           CacheError: of the kind `repeated`, if a page is named twice.
         """
-        # Each check is one gather and one memcmp. A negative page is far out of range when read as unsigned, and the
-        # sink is nobody's, so both fail like a page beyond the end.
-        rows = pages.view(np.uint32).astype(np.intp)
+        # Each check is one gather and one memcmp. The sink is nobody's, and what a negative page reads is nobody's
+        # either, so both fail like a page beyond the end.
+        rows = pages.astype(_INTP)
         n = len(rows)
         try:
-            is_owned = self._states[rows].tobytes() == bytes((owner,)) * n
+            is_owned = self._guarded[rows].tobytes() == _BYTES[owner] * n
         except IndexError:
             is_owned = False
         if not is_owned:
             self._refuse(name, pages, owner)
-        order = np.arange(n, dtype=np.int32)
+        order = self._order[:n] if n <= self._num_pages else np.arange(n, dtype=np.int32)
         self._tags[rows] = order  # Of equal pages, one tag stays.
         tags = self._tags[rows]
         if tags.tobytes() != order.tobytes():
@@ -104,6 +109,6 @@ class PageOwners:
 
 def require_owner(name: str, state: PageState) -> None:
     """Raises ArgumentError unless `state` is one in which somebody owns a page."""
-    if not isinstance(state, PageState) or state not in _OWNERS:
-        owners = ", ".join(owner.name for owner in sorted(_OWNERS))
+    if not isinstance(state, PageState) or not _IS_OWNER[state]:
+        owners = ", ".join(owner.name for owner in _OWNERS)
         raise ArgumentError(f"{name} must be a PageState out of {owners}, got {state!r}")

@@ -62,6 +62,9 @@ class PageRing:
 
     def _write(self, position: int, pages: np.ndarray) -> None:
         until_wrap = self.capacity - position
-        self._pages[position : position + len(pages)] = pages[:until_wrap]
-        self._pages[: max(len(pages) - until_wrap, 0)] = pages[until_wrap:]
+        if len(pages) <= until_wrap:
+            self._pages[position : position + len(pages)] = pages
+        else:
+            self._pages[position:] = pages[:until_wrap]
+            self._pages[: len(pages) - until_wrap] = pages[until_wrap:]
         self.count += len(pages)
