@@ -1,0 +1,154 @@
+"""The measured table of the README, from what is committed under benchmarks/results.
+
+    python -m benchmarks.readme_table            # rewrites the table
+    python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
+
+Three kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`) and the
+kernels (`benchmarks.device`, JSONL). Another kind of file is an error: no result should go unseen by accident.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- measured: begin. Written by `python -m benchmarks.readme_table`; edit nothing in here -->"
+END = "<!-- measured: end -->"
+NOTHING = "Nothing has been measured yet.\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, in Markdown."""
+
+    order: int
+    what: str
+    case: str
+    measured: str
+    beside: str
+    device: str
+    source: Path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON or JSONL file."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else [json.loads(text)]
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """What one file adds to the table."""
+    records = read(path)
+    if all("bench" in record for record in records):
+        yield from kernel_rows(records, path)
+    elif "verified_slots" in records[0]:
+        yield replay_row(records[0], path)
+    elif "page_sizes" in records[0]:
+        yield from index_rows(records[0], path)
+    else:
+        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index or of kernels")
+
+
+def replay_row(figures: dict[str, Any], path: Path) -> Row:
+    """A replay: its proof first."""
+    case = (
+        f"{Path(figures.get('trace') or path.stem).stem}, {figures['requests']:,} requests, {figures['pool']} "
+        f"{figures.get('dtype', '')}, {figures.get('layers', '?')} layers, page {figures['page_size']}, "
+        f"room for {figures['device_tokens']:,} tokens"
+    )
+    bad = [
+        f"{figures[name]:,} {words}"
+        for name, words in (
+            ("mismatched_slots", "wrong"),
+            ("leaked_slots", "leaked"),
+            ("recompiles_after_warmup", "late compilations"),
+        )
+    ]
+    measured = f"{figures['verified_slots']:,} slots verified: {', '.join(bad)}; hit rate {figures['hit_rate']:.2%}"
+    beside = f"{figures['retractions']:,} retractions, {figures['wall_s']:,.0f} s"
+    return Row(0, "trace replayed, every hit read back", case, measured, beside, figures["device"], path)
+
+
+def index_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
+    """The index beside its peer, keys packed once a request."""
+    for page_size, cases in figures["page_sizes"].items():
+        ours, theirs = cases["packed keys"], cases.get("SGLang")
+        case = f"{Path(figures['trace']).stem}, {figures['requests']:,} requests, page {page_size}"
+        for what, name in (("match + insert + evict of a request", "in_all"), ("match, median", "match_p50")):
+            beside = "-"
+            if theirs is not None:
+                times = theirs[f"{name}_us"] / ours[f"{name}_us"]
+                beside = f"{figures['peer']}, Python: {theirs[f'{name}_us']:,.1f} µs (**{times:.1f}x**)"
+            yield Row(1, what, case, f"{ours[f'{name}_us']:,.1f} µs", beside, figures["cpu"], path)
+
+
+def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
+    """The largest case of each kernel: our fastest implementation beside each peer."""
+    for bench, group in itertools.groupby(sorted(records, key=lambda r: r["bench"]), key=lambda r: r["bench"]):
+        rows = list(group)
+        mine = [row for row in rows if row["implementation"].startswith("jaxcache")]
+        if not mine:
+            continue
+        case = max(mine, key=lambda row: row["median_us"])["case"]
+        best = min((row for row in mine if row["case"] == case), key=lambda row: row["median_us"])
+        measured = f"{best['median_us']:,.1f} µs"
+        if best["gb_per_s"]:
+            measured += f", {best['gb_per_s']:,.0f} GB/s"
+        if best["ratio_to_copy"]:
+            measured += f" ({best['ratio_to_copy']:.0%} of a device copy)"
+        peers = [row for row in rows if row["is_peer"] and row["case"] == case and "copy" not in row["implementation"]]
+        beside = ", ".join(f"{row['implementation']} {row['median_us']:,.1f} µs" for row in peers) or "-"
+        yield Row(2, f"`{bench}`", case, measured, beside, best["device"].replace("-", " "), path)
+
+
+def table(folder: Path = RESULTS, relative_to: Path = ROOT) -> str:
+    """The whole table as Markdown; a sentence if there is nothing to show."""
+    files = sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")])
+    rows = sorted((row for path in files for row in rows_of(path)), key=lambda row: row.order)
+    if not rows:
+        return NOTHING
+    lines = ["| what | case | measured | beside it | on |", "|---|---|---|---|---|"]
+    for row in rows:
+        source = row.source.relative_to(relative_to).as_posix()
+        lines.append(f"| {row.what} | {row.case} | {row.measured} | {row.beside} | [{row.device}]({source}) |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, new: str) -> str:
+    """The README's text with another table between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md: the markers of the measured table are missing: {BEGIN} ... {END}")
+    return f"{before}{begin}\n\n{new}\n{end}{after}"
+
+
+def main() -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme_table", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    old = README.read_text(encoding="utf-8")
+    new = with_table(old, table())
+    if new == old:
+        return 0
+    if check:
+        print("README.md: the measured table is not what benchmarks/results says: python -m benchmarks.readme_table")
+        return 1
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

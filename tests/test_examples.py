@@ -1,0 +1,47 @@
+"""The examples run, and what they claim holds; the notebooks are committed with pictures that GitHub can show."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples import engine
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+
+def test_the_engine_answers_the_same_with_and_without_the_cache(capsys) -> None:
+    engine.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(line.endswith("same as without cache") for line in lines)
+    assert "0 of 57 tokens cached" in lines[0]
+    assert all(" 0 of " not in line for line in lines[1:])
+
+
+def test_the_engine_answers_the_same_when_memory_is_short() -> None:
+    model, prompts = engine.random_model(0), engine.chats()
+    roomy, tight = engine.Engine(model), engine.Engine(model, device_tokens=120)
+    retract, retracted = tight.memory.retract, []
+    tight.memory.retract = lambda request: (retracted.append(request), retract(request))
+    want = [answer.tokens for answer in roomy.generate(prompts, num_tokens=12)]
+    assert [answer.tokens for answer in tight.generate(prompts, num_tokens=12)] == want
+    assert any(request.output_ids for request in retracted)
+
+
+def test_the_answers_depend_on_what_is_cached() -> None:
+    prompt = engine.chats()[0]
+    other = [(prompt[0] + 1) % engine.VOCABULARY, *prompt[1:]]
+    answers = engine.Engine(engine.random_model(0)).generate([prompt, other], num_tokens=12)
+    assert answers[0].tokens != answers[1].tokens
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_with_outputs_that_show_without_a_kernel(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    pictures = [output["data"] for output in outputs if "data" in output]
+    assert sum("image/svg+xml" in data for data in pictures) >= 5
+    assert all("image/svg+xml" in data for data in pictures if "application/vnd.plotly.v1+json" in data)
