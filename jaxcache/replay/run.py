@@ -171,6 +171,8 @@ class Replay:
             if self.done // every != sampled:
                 sampled = self.done // every
                 self._sample(time.perf_counter() - started)
+        if self.done != self.result.samples[-1].done_requests:
+            self._sample(time.perf_counter() - started)
 
     def _admit_what_fits(self) -> None:
         manager = self.manager

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from jaxcache.errors import TraceError
 from jaxcache.replay.chart import Line, Series, chart, compact, nice_step
+from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.report import render, write_report
 from jaxcache.replay.result import ReplayResult, Sample
+from jaxcache.replay.run import run_replay
 from jaxcache.replay.summary import Mood, duration, figures, size, verdict
 from jaxcache.replay.terminal import ReplayProgress, render_table
 
@@ -179,6 +181,20 @@ def test_progress_in_a_log_is_a_few_lines() -> None:
     lines = out.getvalue().splitlines()
     assert 10 <= len(lines) <= 12
     assert lines[-1] == "replay 100/100  50.0 requests/s  hit rate 40.0%  7 running  2 s"
+
+
+def test_a_replay_is_sampled_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxcache.replay.run.SAMPLES", 3)
+    config = ReplayConfig(requests=11, device_tokens=60_000, layers=1, concurrency=3, chunk=2048)
+    result = run_replay(config)
+    last = result.samples[-1]
+    assert (last.done_requests, last.running, last.prompt_tokens) == (11, 0, result.prompt_tokens)
+    assert len({sample.done_requests for sample in result.samples}) == len(result.samples)
+    assert all(
+        sample.used_tokens + sample.evictable_tokens <= result.device_tokens
+        and sample.evictable_tokens <= sample.cached_tokens
+        for sample in result.samples
+    )
 
 
 def test_progress_in_a_terminal_is_a_bar() -> None:
