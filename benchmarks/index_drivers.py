@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.sglang_tree import SGLangClasses
 from jaxcache.caches.radix import RadixCache
 from jaxcache.index.key import RadixKey
 from jaxcache.index.recency import Policy
@@ -124,20 +125,51 @@ class Slots(Packed):
             self.allocator.free(self.values[: self.present])
 
 
+class TreeAlone(Packed):
+    """Packed keys in a RadixCache without an allocator: pages are numbers that nobody checks or keeps a list of."""
+
+    def __init__(self, device_tokens: int, page_size: int):
+        super().__init__(device_tokens, page_size)
+        self.available = self.allocator.size
+        self.cache = RadixCache(None, None, page_size)
+        self._numbers = np.arange(device_tokens, dtype=np.int32)
+
+    def make_room(self) -> bool:
+        short = self.tokens - self.available
+        if short <= 0:
+            return False
+        self.available += self.cache.evict(short)
+        return True
+
+    def allocate(self) -> None:
+        self.available -= self.tokens
+        self.values = self._numbers[: self.tokens // self.page_size].copy()
+
+    def free_duplicates(self) -> None:
+        self.available += self.present
+
+
 class SGLang(Driver):
-    """SGLang's RadixCache, given what it takes natively: lists, and int64 slots as a tensor.
+    """SGLang's RadixCache and allocator, given what they take natively: lists, and int64 slots as a tensor."""
 
-    Its allocator is a stand-in that only counts, so that nothing but the tree is timed.
-    """
+    allocator: Any
 
-    def __init__(self, radix_cache: type, device_tokens: int, page_size: int):
+    def __init__(self, sglang: SGLangClasses, device_tokens: int, page_size: int):
         import torch
 
         torch.set_num_threads(1)
-        self._arange = torch.arange(device_tokens, dtype=torch.int64)
-        self.allocator = CountingAllocator(device_tokens // page_size * page_size)
-        self.cache = radix_cache(None, self.allocator, page_size)
         self.page_size = page_size
+        self._make_allocator(sglang, device_tokens // page_size * page_size)
+        self.cache = sglang.radix_cache(None, self.allocator, page_size)
+
+    def _make_allocator(self, sglang: SGLangClasses, size: int) -> None:
+        import torch
+
+        rest = {"dtype": torch.bfloat16, "device": "cpu", "kvcache": None, "need_sort": False}
+        if self.page_size == 1:
+            self.allocator = sglang.token_allocator(size, **rest)
+        else:
+            self.allocator = sglang.paged_allocator(size, self.page_size, **rest)
 
     def prepare(self, prompt: np.ndarray, sequence: np.ndarray) -> None:
         self.tokens = len(sequence) // self.page_size * self.page_size
@@ -147,21 +179,27 @@ class SGLang(Driver):
         return len(self.cache.match_prefix(self.prompt).device_indices)
 
     def make_room(self) -> bool:
-        short = self.tokens - self.allocator.available
+        short = self.tokens - self.allocator.available_size()
         if short <= 0:
             return False
         self.cache.evict(short)
         return True
 
     def allocate(self) -> None:
-        self.allocator.available -= self.tokens
-        self.slots = self._arange[: self.tokens].clone()
+        self.slots = self.allocator.alloc(self.tokens)
 
     def insert(self) -> None:
         self.present = self.cache.insert(self.whole_pages, self.slots)
 
     def free_duplicates(self) -> None:
-        self.allocator.available += self.present
+        self.allocator.free(self.slots[: self.present])
+
+
+class SGLangTreeAlone(SGLang):
+    """SGLang's RadixCache with an allocator that only counts, so that nothing but the tree is timed."""
+
+    def _make_allocator(self, sglang: SGLangClasses, size: int) -> None:
+        self.allocator = CountingAllocator(size)
 
 
 class CountingAllocator:
@@ -170,8 +208,20 @@ class CountingAllocator:
     device = "cpu"
 
     def __init__(self, size: int):
-        self.available = size
+        import torch
+
+        self._available = size
+        self._slots = torch.arange(size, dtype=torch.int64)
+
+    def available_size(self) -> int:
+        """Free slots."""
+        return self._available
+
+    def alloc(self, need_size: int) -> Any:
+        """Some slots, always the same."""
+        self._available -= need_size
+        return self._slots[:need_size].clone()
 
     def free(self, slots: Any) -> None:
         """Gets slots back."""
-        self.available += len(slots)
+        self._available += len(slots)

@@ -1,7 +1,7 @@
-"""SGLang's Python RadixCache, loaded from an installed or unpacked `sglang` without the rest of that package.
+"""SGLang's Python RadixCache and allocators, from an installed or unpacked `sglang`, without the rest of that package.
 
-Only two of its files run: `radix_cache.py` and `base_prefix_cache.py`. What else they import (kernels, servers, CUDA)
-is replaced by empty modules while they load. Nothing of SGLang is copied into this repository.
+Only three of its files run: `base_prefix_cache.py`, `radix_cache.py` and `allocator.py`. What else they import (Triton,
+servers, CUDA) is replaced by stand-ins while they load. Nothing of SGLang is copied into this repository.
 """
 
 from __future__ import annotations
@@ -9,23 +9,37 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from jaxcache.errors import ArgumentError
 
 HOW_TO_GET_IT = "pip install --no-deps --target DIR sglang==0.5.2, pip install torch, and give --sglang DIR"
 
 _MEM_CACHE = "sglang.srt.mem_cache"
-_STUBS: dict[str, tuple[str, ...]] = {
-    "sglang": (),
-    "sglang.srt": (),
-    _MEM_CACHE: (),
-    "sglang.srt.disaggregation": (),
-    "sglang.srt.disaggregation.kv_events": ("AllBlocksCleared", "BlockRemoved", "BlockStored"),
-    f"{_MEM_CACHE}.allocator": ("BaseTokenToKVPoolAllocator",),
-    f"{_MEM_CACHE}.memory_pool": ("ReqToTokenPool",),
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "triton": {"jit": lambda kernel: kernel},
+    "triton.language": {"constexpr": int},
+    "sglang": {},
+    "sglang.srt": {},
+    "sglang.srt.utils": {"get_bool_env_var": lambda name: False, "next_power_of_2": None},
+    "sglang.srt.disaggregation": {},
+    "sglang.srt.disaggregation.kv_events": {"AllBlocksCleared": None, "BlockRemoved": None, "BlockStored": None},
+    _MEM_CACHE: {},
+    f"{_MEM_CACHE}.memory_pool": {"ReqToTokenPool": None, "SWAKVPool": None},
 }
+
+
+@dataclass(frozen=True)
+class SGLangClasses:
+    """What the benchmark uses of SGLang."""
+
+    version: str
+    radix_cache: Any
+    token_allocator: Any
+    paged_allocator: Any
 
 
 def find_sglang(folder: Path | None) -> Path | None:
@@ -42,26 +56,32 @@ def find_sglang(folder: Path | None) -> Path | None:
     return folder
 
 
-def load_radix_cache(folder: Path) -> type:
-    """SGLang's class `RadixCache` out of `folder`. Needs torch."""
+def load_sglang(folder: Path) -> SGLangClasses:
+    """SGLang's classes out of `folder`. Needs torch."""
     if importlib.util.find_spec("torch") is None:
         raise ArgumentError(f"SGLang's RadixCache needs torch, which is not installed: {HOW_TO_GET_IT}")
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "sglang"}
+    before = dict(sys.modules)
     try:
-        for name, classes in _STUBS.items():
-            stub = ModuleType(name)
-            vars(stub).update({cls: type(cls, (), {}) for cls in classes})
-            sys.modules[name] = stub
+        for name, names in _STAND_INS.items():
+            sys.modules[name] = stand_in = ModuleType(name)
+            vars(stand_in).update(names)
+        vars(sys.modules["triton"])["language"] = sys.modules["triton.language"]
+        allocator = _load(folder, "allocator")
         _load(folder, "base_prefix_cache")
-        return _load(folder, "radix_cache").RadixCache
+        radix_cache = _load(folder, "radix_cache")
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("sglang", "triton")]:
             del sys.modules[name]
-        sys.modules.update(before)
+        sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
+    return SGLangClasses(
+        _version_of(folder),
+        radix_cache.RadixCache,
+        allocator.TokenToKVPoolAllocator,
+        allocator.PagedTokenToKVPoolAllocator,
+    )
 
 
-def version_of(folder: Path) -> str:
-    """Version of the `sglang` in `folder`."""
+def _version_of(folder: Path) -> str:
     for distribution in importlib.metadata.distributions(name="sglang", path=[str(folder)]):
         return distribution.version
     return "unknown"
