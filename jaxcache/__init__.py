@@ -13,6 +13,7 @@ from jaxcache.errors import NotInPlaceError as NotInPlaceError
 from jaxcache.errors import OwnershipError as OwnershipError
 from jaxcache.errors import ReceiptError as ReceiptError
 from jaxcache.errors import RequestStateError as RequestStateError
+from jaxcache.errors import ShardingError as ShardingError
 from jaxcache.errors import SnapshotError as SnapshotError
 from jaxcache.errors import StalePoolError as StalePoolError
 from jaxcache.errors import TraceError as TraceError

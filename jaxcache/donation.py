@@ -2,7 +2,8 @@
 
 A step that updates a pool must own its buffers, or XLA copies the whole pool, silently. `donating(step)` jits a step so
 that every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool
-that an earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools.
+that an earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools, a
+pool that hides among arrays which are not to be donated.
 
 Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 """
@@ -10,6 +11,7 @@ Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
@@ -65,6 +67,8 @@ class DevicePool:
 def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> DonatingStep[P, R]:
     """Jits `step` so that every pool among its positional arguments is donated and updated in place.
 
+    A positional argument may also be a list, tuple or dict of pools, nested as you like; it is donated as a whole.
+
     Called with traced pools, inside somebody else's jit, the step is simply traced as a part of that jit, which then
     decides what is donated.
 
@@ -79,8 +83,8 @@ def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ())
     Raises:
       StalePoolError: (calling) if a pool was consumed before.
       BorrowedError: (calling) if a pool is borrowed, or its memory is held by another framework.
-      ArgumentError: (calling) if there is no pool to donate, a pool is passed by keyword, two pools share a buffer, or
-        a pool is a constant of a function being traced.
+      ArgumentError: (calling) if there is no pool to donate, a pool is passed by keyword or in a container beside other
+        things, two pools share a buffer, or a pool is a constant of a function being traced.
 
       In all these cases nothing is lost: every pool is as it was.
 
@@ -105,7 +109,7 @@ class DonatingStep(Generic[P, R]):
         leaves = jax.tree_util.tree_leaves(list(pools.values()))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
-        _refuse_unsafe(pools.values(), leaves, args)
+        _refuse_unsafe(itertools.chain.from_iterable(pools.values()), leaves, args)
         try:
             return self._jit(tuple(pools))(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -123,24 +127,60 @@ class DonatingStep(Generic[P, R]):
     def _jit(self, positions: tuple[int, ...]) -> Any:
         jitted = self._jitted.get(positions)
         if jitted is None:
-            jitted = jax.jit(self._step, donate_argnums=positions, static_argnames=self._static_argnames)
+
+            @functools.wraps(self._step)
+            def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+                # Traced once, where looking through every argument costs nothing.
+                _refuse_hidden({i: arg for i, arg in enumerate(args) if i not in positions} | kwargs)
+                return self._step(*args, **kwargs)
+
+            jitted = jax.jit(checked, donate_argnums=positions, static_argnames=self._static_argnames)
             self._jitted[positions] = jitted
         return jitted
 
 
-def _pools_by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DevicePool]:
+def _pools_by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, list[DevicePool]]:
     for name, value in kwargs.items():
         if isinstance(value, DevicePool):
             raise ArgumentError(
                 f"{name} is a {type(value).__name__} passed by keyword, which cannot be donated: pass it by position"
             )
-    pools = {i: arg for i, arg in enumerate(args) if isinstance(arg, DevicePool)}
+    pools = {i: found for i, arg in enumerate(args) if (found := _pools_of(arg))}
     if not pools:
+        _refuse_hidden(dict(enumerate(args)) | kwargs)
         raise ArgumentError(
-            "a donating step needs at least one pool (DevicePool) as a positional argument, got none: "
-            "pools inside lists, tuples or dicts would be copied, so pass each one by itself"
+            "a donating step needs at least one pool (DevicePool), or a list, tuple or dict of pools, as a positional "
+            "argument, got none"
         )
     return pools
+
+
+def _pools_of(argument: Any) -> list[DevicePool]:
+    """The pools that an argument consists of: none if it begins with something else, so that large trees cost nothing."""
+    if isinstance(argument, DevicePool):
+        return [argument]
+    if not isinstance(argument, (list, tuple, dict)):
+        return []
+    pools: list[DevicePool] = []
+    for item in argument.values() if isinstance(argument, dict) else argument:
+        found = _pools_of(item)
+        if not found:
+            return []
+        pools += found
+    return pools
+
+
+def _refuse_hidden(arguments: dict[Any, Any]) -> None:
+    """Raises ArgumentError if a pool is a part of an argument that is not donated."""
+    for name, argument in arguments.items():
+        parts = jax.tree_util.tree_leaves_with_path(argument, is_leaf=lambda part: isinstance(part, DevicePool))
+        for path, part in parts:
+            if isinstance(part, DevicePool):
+                where = f"args[{name}]" if isinstance(name, int) else name
+                raise ArgumentError(
+                    f"{where}{jax.tree_util.keystr(path)} is a {type(part).__name__} among things that are not donated, "
+                    "and would be copied: pass it by position, by itself or in a list, tuple or dict of pools alone"
+                )
 
 
 def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:

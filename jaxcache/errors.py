@@ -40,6 +40,10 @@ class BorrowedError(CacheError):
     """A pool was to be donated while another framework holds a view of it."""
 
 
+class ShardingError(CacheError):
+    """A sharded pool was used outside the `jax.shard_map` over its axis, or was cut differently from its config."""
+
+
 class NotInPlaceError(CacheError):
     """A step copies a buffer that it was supposed to update in place."""
 

@@ -115,7 +115,7 @@ def alloc_decode(
 
         return alloc_pages_triton.alloc_decode(seq_lens, last_loc, new_pages, page_size=page_size)
     starts_page = (seq_lens > 0) & ((seq_lens - 1) % page_size == 0)
-    ordinal = jnp.cumsum(starts_page, dtype=jnp.int32) - starts_page
+    ordinal = jnp.cumsum(starts_page, dtype=jnp.int32) - starts_page.astype(jnp.int32)
     fresh = _page_at(new_pages, ordinal) * page_size
     return jnp.where(starts_page, fresh, jnp.where(seq_lens > 0, last_loc + 1, SINK_SLOT))
 

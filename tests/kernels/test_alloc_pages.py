@@ -126,3 +126,11 @@ def test_decode_refuses(change, named):
     good: dict[str, Any] = dict.fromkeys(("seq_lens", "last_loc", "new_pages"), np.zeros(3, np.int32))
     with pytest.raises(ArgumentError, match=named):
         alloc_decode(**{**good, "page_size": 4, **change})
+
+
+def test_the_references_promote_no_dtype_silently():
+    rows = i32([5, 6, 0]), i32([3, 12, -1]), i32([9])
+    with jax.numpy_dtype_promotion("strict"):
+        assert alloc_decode(*rows, page_size=4).tolist() == [36, 13, 0]
+        slots = alloc_extend(rows[0] - 1, rows[0], rows[1], rows[2], page_size=4, num_tokens=4)
+    assert slots.tolist() == [36, 13, 0, 0]

@@ -53,19 +53,28 @@ def scan_inputs_and_outputs(pool, loc, rows):
 
 def old_pool_after_the_write(pool, loc, rows):
     new = write(pool, loc, rows)
-    return new, write(pool, loc, rows * 2)[0, : TOKENS * 2].sum() + new[1, loc].sum()
+    # Which old rows are read depends on what was written: no schedule can read them first.
+    return new, pool[1, new[0, loc].astype(jnp.int32)[:, 0]]
 
 
-def transposed(pool, loc, rows):
-    return jnp.swapaxes(jnp.swapaxes(pool, 0, 1).at[loc, 0].set(rows), 0, 1)
-
-
-@pytest.mark.parametrize("step", [scan_inputs_and_outputs, old_pool_after_the_write, transposed])
+@pytest.mark.parametrize("step", [scan_inputs_and_outputs, old_pool_after_the_write])
 def test_a_copy_inside_the_step_is_found(step):
     report = prove(step)
     assert not report.ok
     assert report.copies
     assert f"copies {report.copies[0]}" in report.why
+
+
+def test_a_transposed_pool_is_found():
+    """As copies on the CPU, as temporary memory on a GPU, which transposes in fusions."""
+
+    def step(pool, loc, rows):
+        columns = jnp.swapaxes(pool, 0, 2).reshape(DIM, SLOTS * LAYERS).at[:, loc].set(rows.T)
+        return jnp.swapaxes(columns.reshape(DIM, SLOTS, LAYERS), 0, 2)
+
+    report = prove(step)
+    assert not report.ok
+    assert report.copies or "temporary memory" in report.why
 
 
 def test_a_pool_that_is_not_donated_is_found():

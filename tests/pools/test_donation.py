@@ -92,12 +92,64 @@ def test_two_pools_that_share_a_buffer_are_refused():
     assert not pool.is_stale
 
 
-@pytest.mark.parametrize("call", [lambda p: bump(pool=p, by=1.0), lambda p: donating(lambda x: x)([p])])
-def test_a_pool_that_could_not_be_donated_is_refused(call):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Holder:
+    """A pytree of the user's own that holds a pool."""
+
+    pool: Counters
+    weights: float
+
+
+first = donating(lambda x, *rest, **more: x)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: bump(pool=p, by=1.0), "pool is a Counters passed by keyword"),
+        (lambda p: first(1.0), "at least one pool"),
+        (lambda p: first([]), "at least one pool"),
+        (lambda p: first({"a": p, "weights": 1.0}), r"args\[0\]\['a'\] is a Counters among things"),
+        (lambda p: first({"a": 1.0, "pool": p}), r"args\[0\]\['pool'\] is a Counters among things"),
+        (lambda p: first(counters(), [p, 1.0]), r"args\[1\]\[0\] is a Counters among things"),
+        (lambda p: first(counters(), Holder(p, 1.0)), r"args\[1\].pool is a Counters among things"),
+        (lambda p: first(counters(), more=[p]), r"more\[0\] is a Counters among things"),
+    ],
+)
+def test_a_pool_that_could_not_be_donated_is_refused(call, message):
     pool = counters()
-    with pytest.raises(ArgumentError, match=r"by position|at least one pool"):
-        call(pool)
+    for _ in range(2):  # a refusal is not cached away
+        with pytest.raises(ArgumentError, match=message):
+            call(pool)
     assert not pool.is_stale
+
+
+@pytest.mark.parametrize(
+    "container",
+    [lambda a, b: [a, b], lambda a, b: (a, b), lambda a, b: {"k": a, "v": b}, lambda a, b: {"k": [a], "v": ((b,),)}],
+)
+def test_containers_of_pools_are_donated_as_a_whole(container):
+    pools = counters(1024), counters(1024)
+    pointers = [pool.values.unsafe_buffer_pointer() for pool in pools]
+    step = donating(lambda by, pools: jax.tree.map(lambda values: values + by, pools))
+    new = jax.tree.leaves(step(2.0, container(*pools)))
+    assert [values.unsafe_buffer_pointer() for values in new] == pointers
+    assert [values.sum() for values in new] == [2048, 2048]
+    assert all(pool.is_stale for pool in pools)
+
+
+def test_pools_in_containers_are_checked_like_others():
+    stale, borrowed, live = counters(), counters(), counters()
+    bump(stale, 1.0)
+    borrowed.mark_borrowed()
+    with pytest.raises(StalePoolError):
+        first([live, stale])
+    with pytest.raises(BorrowedError):
+        first({"a": live, "b": [borrowed]})
+    with pytest.raises(ArgumentError, match="donated only once"):
+        first([live], [live])
+    assert live.values.sum() == 0
 
 
 def test_a_pool_that_a_jitted_function_closes_over_is_refused():
