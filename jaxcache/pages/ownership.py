@@ -60,6 +60,7 @@ class PageOwners:
         self._states[pages] = state
 
     def describe(self, page: int) -> str:
+        """The page and its state, for messages."""
         return f"page {page} is {PageState(self._states[page]).name}"
 
     def require_in_range(self, name: str, pages: np.ndarray, lowest: int) -> None:
