@@ -229,10 +229,10 @@ class RadixTree:
     def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
         if len(values) != len(self.components):
             raise ArgumentError(f"values: expected one array a component ({len(self.components)}), got {len(values)}")
-        for i, component in enumerate(self.components):
-            need = pages if component.spans else min(pages, 1)
-            if len(values[i]) < need:
-                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(values[i])}")
+        for component, array in zip(self.components, values, strict=False):  # strict costs time, and was just checked
+            if len(array) < pages and (component.spans or not len(array)):
+                need = pages if component.spans else 1
+                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(array)}")
 
     def _add_leaf(
         self, key: RadixKey, length: int, parent: Node, values: Sequence[np.ndarray], first_page: int
@@ -343,7 +343,7 @@ class RadixTree:
             self._version += 1
             if parent.children:
                 return
-            if isinstance(parent, Root):
+            if parent.parent is None:
                 del self._roots[parent.namespace]
                 return
             if parent.locks:
@@ -357,9 +357,10 @@ class RadixTree:
 
     def _drop(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
         slot = node.slot(i)
-        if slot.value is not None:
-            freed[i].append(slot.value)
-            self.evictable[i] -= len(slot.value)
+        value = slot.value
+        if value is not None:
+            freed[i].append(value)
+            self.evictable[i] -= len(value)
             slot.value = None
             self._policies[i].discard(node)
 
@@ -426,9 +427,9 @@ class RadixTree:
         if not match.length:
             return path
         is_there = root is not None and self._walk(match.key.packed, end, root, 0, path) == end
-        if is_there and (self._is_single or self._usable(path, match.length) == match.length):
-            if np.array_equal(self._values_to(path, match.length), match.pages):  # not cached anew, elsewhere
-                return path
+        is_usable = is_there and (self._is_single or self._usable(path, match.length) == match.length)
+        if is_usable and np.array_equal(self._values_to(path, match.length), match.pages):  # not cached anew, elsewhere
+            return path
         raise ReceiptError("where: the matched prefix is not in this tree, or no longer: match again")
 
     def _holds(self, node: Node) -> bool:
