@@ -227,7 +227,8 @@ def test_insert_checks_slots_before_anything_changes():
 
 
 @pytest.mark.parametrize(
-    "tokens", [[1.5], ["a"], [2**31], [[1, 2]], np.zeros((2, 2), np.int32), np.array([0.5]), b"abc", bytearray(b"abc"), None]
+    "tokens",
+    [[1.5], ["a"], [2**31], [[1, 2]], np.zeros((2, 2), np.int32), np.array([0.5]), b"abc", bytearray(b"abc"), None],
 )
 def test_tokens_that_are_no_tokens(tokens):
     cache = make_cache()

@@ -16,7 +16,7 @@ from collections import deque
 from jaxcache.index.recency import Policy
 from tests.model.life import Life, Shape
 
-OPS_PER_LIFE = 2500
+OPS_PER_LIFE = 1000
 CHECK_ALL_EVERY = 16
 SMALL_POOL = 24
 
@@ -33,7 +33,7 @@ class Driver:
             num_rows=rng.randint(1, 6),
             policy=rng.choice([Policy.LRU, Policy.LRU, Policy.PRIORITY]),
             events=rng.random() < 0.2,
-            disable=rng.random() < 0.04,
+            disable=rng.random() < 0.05,
             max_pages=max(8, num_pages // 2),
         )
         self.life = Life(self.shape)

@@ -330,7 +330,9 @@ class Life:
         if short > 0:
             self.evict(short)
         pages = self.world.alloc(sum(counts))
-        last = [self._slots(live.pages)[start - 1] if start else -1 for (live, _), start in zip(work, prefix, strict=True)]
+        last = [
+            self._slots(live.pages)[start - 1] if start else -1 for (live, _), start in zip(work, prefix, strict=True)
+        ]
         got = self._alloc(how, prefix, target, last, sum(counts))
         if pages is None:
             same(got, None, "pages that are not there")

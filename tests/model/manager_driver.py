@@ -8,38 +8,60 @@ request's own tokens. Fewer operations than `driver`, but nothing is left out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import time
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.index.recency import Policy
 from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pages.base import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
+from jaxcache.step import StepPlan
 
 READ_BACK_EVERY = 8
 OPS_PER_LIFE = 500
 
 
 def write_step(pool, batch):
-    """Keys say (token, position), values (owner, token + position), in every layer."""
+    """Keys say (token, position), values (owner, token + position), in every layer.
+
+    Returns the sum of the tokens, and how many slots the table inside the step disagrees with.
+    """
     owner = batch.tag[batch.request]
     k = jnp.stack([batch.tokens, batch.positions], axis=-1)[:, None, :].astype(jnp.float32)
     v = jnp.stack([owner, batch.tokens + batch.positions], axis=-1)[:, None, :].astype(jnp.float32)
     for layer in range(pool.config.layer_num):
         pool = pool.set_kv_buffer(layer, batch.slots, k, v)
-    return pool, jnp.sum(jnp.where(batch.valid, batch.tokens, 0))
+    slots = batch.table.slots(batch.row[batch.request], batch.positions, pool.config.page_size)
+    return pool, (jnp.sum(jnp.where(batch.valid, batch.tokens, 0)), jnp.sum(batch.valid & (slots != batch.slots)))
+
+
+_POOL_PAGES = {1: 64, 4: 40, 16: 12}
+_compiled: dict[int, dict] = {}
 
 
 def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4, **options) -> MemoryManager:
-    """A manager with two layers of two numbers a row."""
-    kv = MHAConfig(
-        size=page_size * num_pages, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=2
-    )
-    options = {"max_context_len": page_size * num_pages, "chunk": 32} | options
-    return init_memory_pool_and_cache(MemoryConfig(kv=kv, max_running=max_running, **options))
+    """A manager with two layers of two numbers a row, and `num_pages` pages to use.
+
+    The pool is of one size whatever `num_pages` is (the rest is withheld), and compiled steps are shared by all
+    managers: a test should not pay for XLA.
+    """
+    size = page_size * _POOL_PAGES[page_size]
+    kv = MHAConfig(size=size, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=2)
+    options = {"max_context_len": 64, "chunk": 32} | options
+    manager = init_memory_pool_and_cache(MemoryConfig(kv=kv, max_running=max_running, **options))
+    manager._steps = _compiled.setdefault(page_size, {})
+    withheld = np.arange(num_pages + 1, _POOL_PAGES[page_size] + 1, dtype=np.int32)
+    pages = manager.allocator.alloc_pages(_POOL_PAGES[page_size])
+    assert pages is not None
+    manager.allocator.transfer(withheld, PageState.PRIVATE, PageState.QUARANTINED)
+    manager.allocator.release(np.arange(1, num_pages + 1, dtype=np.int32), PageState.PRIVATE)
+    return manager
 
 
 def assert_contents(manager: MemoryManager, requests: list[Request]) -> None:
@@ -63,8 +85,10 @@ class ManagerDriver:
 
     def __init__(self, seed: int, page_size: int, policy: Policy = Policy.LRU):
         self.rng = random.Random(seed)
-        num_pages = {1: 64, 4: 20, 16: 12}[page_size]
-        self.manager = small_manager(page_size, num_pages, policy=policy)
+        self.num_pages = {1: 32, 4: 12, 16: 8}[page_size]
+        self.manager = small_manager(page_size, self.num_pages, policy=policy)
+        # Little room for table changes in a step, and in a patch: what does not fit has to travel ahead, in pieces.
+        self.manager.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
         self.manager.warm_up(write_step)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -91,7 +115,7 @@ class ManagerDriver:
         manager.check_memory(read_device=True)
         assert manager.cache.protected_size() == 0
         manager.cache.evict(manager.allocator.size)
-        assert manager.allocator.available_size() == manager.allocator.size
+        assert manager.allocator.available_size() == self.num_pages * manager.page_size
         assert manager.req_to_token_pool.available_size() == manager.config.max_running
 
     def admit(self) -> None:
@@ -106,12 +130,12 @@ class ManagerDriver:
             self.count += 1
             tag = rng.randrange(2)
             cap = rng.randint(0, len(tokens)) if rng.random() < 0.1 else None
-            request = Request(
-                str(self.count), tokens, str(tag), rng.randrange(3), tag=tag, logprob_start_len=cap
-            )
-        if self.manager.admit(request) is None:
+            request = Request(str(self.count), tokens, str(tag), rng.randrange(3), tag=tag, logprob_start_len=cap)
+        found = self.manager.admit(request)
+        if found is None:
             self.waiting.append(request)
         else:
+            assert found == request.kv_len < request.num_tokens
             self.running.append(request)
 
     def extend(self) -> None:
@@ -128,12 +152,13 @@ class ManagerDriver:
         if self.rng.random() < 0.1:
             self.manager.cancel(plan)
         else:
-            out = self.manager.run(write_step, plan)
-            assert int(out) == sum(int(request.key.token_ids[i]) for request, i in self._computed(plan))
+            self.dispatch(plan)
 
-    def _computed(self, plan):
-        for request, start, stop in zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True):
-            yield from ((request, i) for i in range(start, stop))
+    def dispatch(self, plan: StepPlan) -> None:
+        total, strangers = self.manager.run(write_step, plan)
+        work = zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True)
+        assert int(total) == sum(int(request.key.token_ids[start:stop].sum()) for request, start, stop in work)
+        assert int(strangers) == 0, "the table in the step is not the host's"
 
     def decode(self) -> None:
         batch = []
@@ -144,7 +169,7 @@ class ManagerDriver:
                 batch.append(request)
         plan = self.manager.decode(batch) if batch else None
         if plan is not None:
-            self.manager.run(write_step, plan)
+            self.dispatch(plan)
 
     def some(self) -> list[Request]:
         return self.rng.sample(self.running, self.rng.randint(0, len(self.running)))
@@ -162,6 +187,7 @@ class ManagerDriver:
         if self.running:
             request = self.running.pop(self.rng.randrange(len(self.running)))
             self.manager.retract(request, offload=self.rng.random() < 0.5)
+            assert (request.kv_len, request.num_pages, request.lock) == (0, 0, None)
             self.waiting.append(request)
 
     def evict(self) -> None:
@@ -170,9 +196,10 @@ class ManagerDriver:
 
 def drive(seed: int, ops: int, page_size: int, policy: Policy = Policy.LRU) -> None:
     """`ops` operations on one manager, winding down now and then."""
-    driver = ManagerDriver(seed, page_size, policy)
-    for start in range(0, ops, OPS_PER_LIFE):
-        driver.run(min(OPS_PER_LIFE, ops - start))
+    with mock.patch("jaxcache.manager.TABLE_PATCH_ENTRIES", 4):
+        driver = ManagerDriver(seed, page_size, policy)
+        for start in range(0, ops, OPS_PER_LIFE):
+            driver.run(min(OPS_PER_LIFE, ops - start))
 
 
 def main() -> None:

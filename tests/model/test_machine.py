@@ -17,6 +17,8 @@ index = st.integers(0, 7)
 class MemoryLife(RuleBasedStateMachine):
     """Requests, locks and direct inserts in one small memory."""
 
+    life: Life | None = None
+
     @initialize(
         page_size=st.sampled_from([1, 2, 4, 16]),
         num_pages=st.integers(1, 16),
@@ -90,11 +92,11 @@ class MemoryLife(RuleBasedStateMachine):
 
     @invariant()
     def everything_agrees(self):
-        if hasattr(self, "life"):
+        if self.life is not None:
             self.life.check_all()
 
     def teardown(self):
-        if hasattr(self, "life"):
+        if self.life is not None:
             self.life.wind_down()
 
 

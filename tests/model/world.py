@@ -116,7 +116,7 @@ class World:
     def insert(
         self, space: bytes, tokens: bytes, pages: list[int], owned: int, priority: int
     ) -> tuple[list[Entry], list[int]]:
-        """Caches whole pages of `tokens`; `owned` of them are the tree's already. Returns the path, and what is spare."""
+        """Caches whole pages of `tokens`; `owned` of them are the tree's already. Returns path and spare pages."""
         path = self.match(space, tokens)
         assert len(path) >= owned, "a locked prefix has left the tree"
         spare = pages[owned : len(path)]
@@ -166,7 +166,9 @@ class World:
         """At least `n` entries, run by run in order of eviction, unless fewer can go; each run from its start."""
         gone: list[Entry] = []
         while len(gone) < n:
-            leaves = [entry for entry in self.cached.values() if entry.is_end and not entry.children and not entry.locks]
+            leaves = [
+                entry for entry in self.cached.values() if entry.is_end and not entry.children and not entry.locks
+            ]
             if not leaves:
                 break
             last = min(leaves, key=self._value)

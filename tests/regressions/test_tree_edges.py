@@ -117,7 +117,12 @@ def test_s14_only_the_shortage_is_evicted():
 def test_s15_block_names_know_position_prefix_and_namespace():
     cache = RadixCache(None, None, 2, enable_kv_cache_events=True)
     page = [7, 7]
-    keys = [RadixKey(page * 3), RadixKey([1, 2, *page]), RadixKey(page, "tenant"), RadixKey(page, Namespace(lora_id="tenant"))]
+    keys = [
+        RadixKey(page * 3),
+        RadixKey([1, 2, *page]),
+        RadixKey(page, "tenant"),
+        RadixKey(page, Namespace(lora_id="tenant")),
+    ]
     for key in keys:
         cache.insert(key, None)
     named = [name for event in cache.take_events() for name in event.block_hashes]
