@@ -2,9 +2,9 @@
 
     python -m benchmarks.index TRACE --sglang DIR --json OUT.json
 
-Both run in this process and take turns, each on the same requests. Of each step of each request the fastest turn counts:
-what another process on the machine does to one turn is not measured. `in all` is match + evict + insert. SGLang is given
-what it takes natively: lists, and int64 slots in a tensor.
+Both run in this process, on the same requests, and take turns of 100 requests. Of each step of each request the fastest
+of several passes counts, so that what other processes do to the machine is hardly measured. `in all` is match + evict +
+insert. SGLang is given what it takes natively: lists, and int64 slots in a tensor.
 
 Each cache has its own allocator: ours checks and changes the owner of every page inserted or evicted, SGLang's gathers
 the pages of every slot evicted. `tree alone` is each cache without: evicting and inserting then keep no books of pages.
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from benchmarks.index_drivers import (
     Slots,
     TreeAlone,
 )
-from benchmarks.index_scale import EVICTED_PAGES, measure_scale
+from benchmarks.index_scale import measure_scale
 from benchmarks.sglang_tree import HOW_TO_GET_IT, SGLangClasses, find_sglang, load_sglang
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.replay.chat import generate_chat
@@ -53,50 +52,48 @@ CASES: dict[str, type[Packed]] = {
     "Python lists": ListKeys,
     "packed keys, tree alone": TreeAlone,
 }
+STEP_COLUMNS = ("match", "evict", "insert", "allocator")
+TURN = 100
 STEPS = ("match", "evict", "allocate", "insert", "free")
 
 
-@dataclass
 class Run:
-    """One pass over the trace.
+    """One cache on its way through the requests.
 
     Attributes:
       nanoseconds: int64 (requests, steps).
       hits: int64 (requests,), tokens matched.
-      first_eviction: The first request that had to evict; the number of requests if none had.
+      first_eviction: The first request that had to evict; the number of requests while none had.
     """
 
-    nanoseconds: np.ndarray
-    hits: np.ndarray
-    first_eviction: int
+    def __init__(self, driver: Driver, requests: Sequence[TraceRequest]):
+        self.nanoseconds = np.zeros((len(requests), len(STEPS)), np.int64)
+        self.hits = np.zeros(len(requests), np.int64)
+        self.first_eviction = len(requests)
+        self._driver = driver
+        self._requests = requests
 
-
-def run_once(driver: Driver, requests: Sequence[TraceRequest]) -> Run:
-    """Drives every request through the cache, and times each step."""
-    clock = time.perf_counter_ns
-    nanoseconds = np.zeros((len(requests), len(STEPS)), np.int64)
-    hits = np.zeros(len(requests), np.int64)
-    first_eviction = len(requests)
-    for i, request in enumerate(requests):
-        prompt = prompt_tokens(request)
-        driver.prepare(prompt, np.concatenate([prompt, output_tokens(i, request.output_length)]))
-        start = clock()
-        hits[i] = driver.match()
-        matched = clock()
-        evicted = driver.make_room()
-        roomy = clock()
-        driver.allocate()
-        allocated = clock()
-        driver.insert()
-        inserted = clock()
-        driver.free_duplicates()
-        freed = clock()
-        nanoseconds[i] = (
-            matched - start, roomy - matched, allocated - roomy, inserted - allocated, freed - inserted
-        )  # fmt: skip
-        if evicted:
-            first_eviction = min(first_eviction, i)
-    return Run(nanoseconds, hits, first_eviction)
+    def advance(self, start: int, stop: int) -> None:
+        """Drives some requests through the cache, and times each step."""
+        driver, clock = self._driver, time.perf_counter_ns
+        for i, request in enumerate(self._requests[start:stop], start):
+            prompt = prompt_tokens(request)
+            driver.prepare(prompt, np.concatenate([prompt, output_tokens(i, request.output_length)]))
+            begun = clock()
+            hit = driver.match()
+            matched = clock()
+            evicted = driver.make_room()
+            roomy = clock()
+            driver.allocate()
+            allocated = clock()
+            driver.insert()
+            inserted = clock()
+            driver.free_duplicates()
+            freed = clock()
+            self.nanoseconds[i] = np.diff([begun, matched, roomy, allocated, inserted, freed])
+            self.hits[i] = hit
+            if evicted:
+                self.first_eviction = min(self.first_eviction, i)
 
 
 def summarise(runs: Sequence[Run], tokens: int) -> dict[str, float]:
@@ -121,8 +118,8 @@ def summarise(runs: Sequence[Run], tokens: int) -> dict[str, float]:
 def check_hits(ours: Run, theirs: Run) -> None:
     """Both must find the same until something is evicted; only the order of eviction may differ.
 
-    SGLang's match splits the node it ends in and makes both halves young; ours changes nothing and makes the covered part
-    young. So after the first eviction ours keeps shared prefixes a little better.
+    SGLang's match splits the node it ends in and makes both halves young; ours changes nothing and leaves the part that
+    was not matched as old as it is. So after the first eviction ours keeps what is shared a little better.
     """
     end = min(ours.first_eviction, theirs.first_eviction) + 1
     differs = ours.hits[:end] != theirs.hits[:end]
@@ -145,9 +142,12 @@ def measure(
         makers[PEER_ALONE] = functools.partial(SGLangTreeAlone, sglang, device_tokens, page_size)
     runs: dict[str, list[Run]] = {name: [] for name in makers}
     for _ in range(repeat):
+        gc.collect()
         for name, make in makers.items():
-            gc.collect()
-            runs[name].append(run_once(make(), requests))
+            runs[name].append(Run(make(), requests))
+        for start in range(0, len(requests), TURN):
+            for of_case in runs.values():
+                of_case[-1].advance(start, start + TURN)
     tokens = sum(request.input_length for request in requests)
     rows = {name: summarise(of_case, tokens) for name, of_case in runs.items()}
     if sglang is not None:
@@ -189,11 +189,13 @@ def trace_table(page_size: int, rows: dict[str, dict[str, float]]) -> Table:
     """The cases of one page size, each with its ratio to the peer in brackets."""
     table = Table(title=f"page size {page_size}: microseconds a request (times faster than {PEER})")
     table.add_column("")
-    for column in ("in all", "match p50", "match p99", "match", "evict", "insert", "allocator", "hit rate"):
+    for column in ("in all", "to its tree alone", "match p50", "match p99", *STEP_COLUMNS, "hit rate"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        cells = [_with_ratio(row, figure) for figure in ("in_all", "match_p50", "match_p99")]
-        cells += [f"{row[f'{figure}_us']:.1f}" for figure in ("match", "evict", "insert", "allocator")]
+        strictly = row.get("in_all_ratio_to_tree_alone")
+        cells = [_with_ratio(row, "in_all"), "" if strictly is None else f"{strictly:.1f}x"]
+        cells += [_with_ratio(row, figure) for figure in ("match_p50", "match_p99")]
+        cells += [f"{row[f'{figure}_us']:.1f}" for figure in STEP_COLUMNS]
         table.add_row(name, *cells, f"{row['hit_rate']:.4f}")
     return table
 
@@ -221,7 +223,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=2_000, help="only the first so many")
     parser.add_argument("--device-tokens", type=int, default=3_000_000, help="room of the cache")
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--repeat", type=int, default=5, help="turns of each case")
+    parser.add_argument("--repeat", type=int, default=5, help="passes of each case")
     parser.add_argument("--sglang", type=Path, help="folder that holds SGLang's package; default: an installed one")
     parser.add_argument(
         "--nodes", type=int, nargs="*", default=[10_000, 1_000_000], help="trees to measure growth with"

@@ -181,7 +181,7 @@ class Insertion:
 
     @property
     def kept(self) -> np.ndarray:
-        """The tree's own page ids from where the caller's lock ends to `present`: they stand for what it offered there."""
+        """The tree's own page ids from where the caller's lock ends to `present`, for what was offered there."""
         return joined(self._kept)
 
 
