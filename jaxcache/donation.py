@@ -156,7 +156,7 @@ def _pools_by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[in
 
 
 def _pools_of(argument: Any) -> list[DevicePool]:
-    """The pools that an argument consists of: none if it begins with something else, so that large trees cost nothing."""
+    """The pools that an argument consists of: none if it begins with another thing; large trees cost nothing."""
     if isinstance(argument, DevicePool):
         return [argument]
     if not isinstance(argument, (list, tuple, dict)):
@@ -178,8 +178,8 @@ def _refuse_hidden(arguments: dict[Any, Any]) -> None:
             if isinstance(part, DevicePool):
                 where = f"args[{name}]" if isinstance(name, int) else name
                 raise ArgumentError(
-                    f"{where}{jax.tree_util.keystr(path)} is a {type(part).__name__} among things that are not donated, "
-                    "and would be copied: pass it by position, by itself or in a list, tuple or dict of pools alone"
+                    f"{where}{jax.tree_util.keystr(path)} is a {type(part).__name__} among things that are not "
+                    "donated, and would be copied: pass it by position, alone or in a list, tuple or dict of pools"
                 )
 
 

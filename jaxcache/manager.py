@@ -21,6 +21,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
@@ -66,8 +67,13 @@ class MemoryConfig:
     need_sort: bool = False
 
 
-def init_memory_pool_and_cache(config: MemoryConfig) -> MemoryManager:
+def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None) -> MemoryManager:
     """Builds pool, allocator, request table and prefix cache as the scheduler would choose them.
+
+    Args:
+      config: All sizes and choices.
+      mesh: Where a sharded pool lies (`config.kv.axis_name`). The steps of `run` are then `jax.shard_map`s, with
+        `manager.pool.partition_specs()` for the pool and `PartitionSpec()` for the batch.
 
     Raises:
       ArgumentError: Sizes do not fit together.
@@ -76,9 +82,9 @@ def init_memory_pool_and_cache(config: MemoryConfig) -> MemoryManager:
     """
     kv = config.kv
     if isinstance(kv, MHAConfig):
-        pool: KVCache = MHATokenToKVPool.create(kv)
+        pool: KVCache = MHATokenToKVPool.create(kv, mesh=mesh)
     elif isinstance(kv, MLAConfig):
-        pool = MLATokenToKVPool.create(kv)
+        pool = MLATokenToKVPool.create(kv, mesh=mesh)
     else:
         raise ArgumentError(f"kv must be an MHAConfig or MLAConfig, got {type(kv).__name__}")
     if kv.page_size == 1:
@@ -124,7 +130,7 @@ class MemoryManager:
         self.req_to_token_pool = req_to_token_pool
         self.cache = cache
         self.page_size = config.kv.page_size
-        self.table: RequestTable = req_to_token_pool.device_table()
+        self.table: RequestTable = req_to_token_pool.device_table(pool.mesh)
         self.buckets = default_buckets(config.max_running, config.chunk, self.page_size)
         self.running: dict[int, Request] = {}
         self._steps: dict[Callable, Callable] = {}

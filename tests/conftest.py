@@ -7,6 +7,9 @@ import pytest
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("jaxcache")
 
+# Devices to shard over, for a machine with one CPU. Must come before anything asks JAX for its devices.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none; asks JAX for its devices only if a test needs one."""

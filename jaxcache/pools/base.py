@@ -13,6 +13,7 @@ Source: SGLang 0.5.2 memory_pool.py, KVCache.
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Sharding
+from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.donation import DevicePool, donating
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.copy_kv import gather_rows, move_rows, scatter_rows
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
+from jaxcache.pools.layout import BufferInfo, layer_infos
+from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
@@ -50,29 +53,6 @@ COPY_BUCKET_TOKENS = 2048
 """Tokens that one step of `get_cpu_copy` and `load_cpu_copy` moves: one compilation serves every length."""
 
 PoolT = TypeVar("PoolT", bound="KVCache")
-
-
-@dataclass(frozen=True)
-class BufferInfo:
-    """Where the rows of one layer lie, for transfer engines. No pointer: one that outlives its pool would go unnoticed.
-
-    Attributes:
-      name: Field of the pool that holds the stacked array.
-      layer_id: Global layer.
-      shape: `(size + page_size, *row)`.
-      strides_bytes: Bytes from one element to the next, by dimension.
-      offset_bytes: Where the layer begins in the stacked array.
-      size_bytes: Bytes of the layer.
-      page_bytes: Bytes of one page.
-    """
-
-    name: str
-    layer_id: int
-    shape: tuple[int, ...]
-    strides_bytes: tuple[int, ...]
-    offset_bytes: int
-    size_bytes: int
-    page_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +95,42 @@ class KVCache(DevicePool, abc.ABC):
         config: KVCacheConfig,
         *,
         device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        mesh: Mesh | None = None,
     ) -> Self:
-        """A pool of zeros on `device`, by default JAX's default device."""
+        """A pool of zeros on `device`, by default JAX's default device; or on `mesh`, if the config names its axis.
+
+        Raises:
+          ArgumentError: if the mesh is missing, unwanted, or has no such axis, or `device` stands for several devices.
+        """
+        if mesh is not None or config.axis_name is not None:
+            require(device is None, "device", "must be None for a pool on a mesh", device)
+            return cls(config, *zeros_on(mesh, config))
+        is_one = not isinstance(device, Sharding) or device.num_devices == 1
+        require(is_one, "device", "must be one device; for several, pass mesh and set config.axis_name", device)
         platform = next(iter(jnp.zeros((), device=device).devices())).platform
         return cls(config, *(jnp.zeros(b.shape, b.dtype, device=device) for b in config.abstract_buffers(platform)))
 
     @classmethod
-    def abstract(cls, config: KVCacheConfig, *, platform: str) -> Self:
+    def abstract(cls, config: KVCacheConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
         """A pool of shapes without memory, to lower a step and prove it in place (`jaxcache.kernels.in_place`)."""
-        return cls(config, *config.abstract_buffers(platform))
+        buffers = config.abstract_buffers(platform)
+        if mesh is not None or config.axis_name is not None:
+            sharding = sharding_on(mesh, config)
+            buffers = tuple(jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in buffers)
+        return cls(config, *buffers)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that a sharded pool lies on; None for a pool on one device.
+
+        Raises:
+          ShardingError: if a sharded pool lies elsewhere, or is traced.
+        """
+        return mesh_of(self.config, self.buffers[0])
+
+    def partition_specs(self) -> Self:
+        """A pool of `PartitionSpec`s: what to give `jax.shard_map` as the pool's in_specs and out_specs."""
+        return self.with_buffers(*[self.config.partition_spec] * len(self.buffers))  # pyright: ignore[reportArgumentType]
 
     @property
     def buffers(self) -> tuple[Shaped[Array, "layers slots *row"], ...]:
@@ -160,10 +167,12 @@ class KVCache(DevicePool, abc.ABC):
         Raises:
           StalePoolError: if the pool was consumed.
           ArgumentError: on a layer or slot outside the pool.
+          ShardingError: if this pool is sharded and this is not one shard of it.
 
         Cost: reads and writes `n` rows, a layer.
         """
         self.require_live()
+        self._require_one_shard()
         loc = self._checked_loc("loc", loc)
         rows = _gather(self, loc, None if layer is None else self._layer_index(layer))
         return rows if len(rows) > 1 else rows[0]
@@ -181,10 +190,12 @@ class KVCache(DevicePool, abc.ABC):
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: on wrong shapes, dtypes or slots.
+          ShardingError: if this pool is sharded and this is not one shard of it.
         """
+        self._require_one_shard()
         loc = self._checked_loc("loc", loc)
         require(len(rows) == len(self.buffers), "rows", f"must be {len(self.buffers)} arrays", len(rows))
-        for i, (array, row) in enumerate(zip(rows, self.config.row_shapes, strict=True)):
+        for i, (array, row) in enumerate(zip(rows, self.config.shard_row_shapes, strict=True)):
             self._check_rows(f"rows[{i}]", array, (self.config.layer_num, loc.shape[0], *row))
         return _set_all_layers(self, loc, *rows)
 
@@ -202,10 +213,12 @@ class KVCache(DevicePool, abc.ABC):
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: on lists of different lengths, slots outside the pool, or a target named twice.
+          ShardingError: if this pool is sharded and this is not one shard of it.
 
         Cost: `n` rows of every layer are read and written twice, through a temporary of that size.
         Source: SGLang 0.5.2 memory_pool.py, MHATokenToKVPool.move_kv_cache and copy_all_layer_kv_cache.
         """
+        self._require_one_shard()
         tgt_loc, src_loc = self._checked_loc("tgt_loc", tgt_loc), self._checked_loc("src_loc", src_loc)
         rule = f"must be as many as src_loc, {src_loc.shape[0]}"
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", rule, tgt_loc.shape[0])
@@ -218,25 +231,31 @@ class KVCache(DevicePool, abc.ABC):
     def get_cpu_copy(self, indices: Int32[Array, " n"]) -> CpuCopy:
         """Copies the rows of `n` slots of every layer to host memory, as for a retracted request. Blocks until done.
 
+        A sharded pool is copied whole, each shard by its own device; call this outside `jax.shard_map` and jit.
+
         Raises:
           StalePoolError: if the pool was consumed.
           ArgumentError: on slots outside the pool.
+          ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
 
         Cost: `n` rows of every layer over the host link, 2,048 tokens at a time.
         Source: SGLang 0.5.2 memory_pool.py, get_cpu_copy.
         """
         self.require_live()
+        mesh = self.mesh
         slots = self._host_loc("indices", indices)
         copies = tuple(
             np.empty((self.config.layer_num, len(slots), *buffer.shape[2:]), buffer.dtype) for buffer in self.buffers
         )
         for start, chunk in _chunks(slots):
-            for copy, rows in zip(copies, _gather_stored(self, _pad(chunk, COPY_BUCKET_TOKENS)), strict=True):
+            for copy, rows in zip(copies, _read(self, _pad(chunk, COPY_BUCKET_TOKENS), mesh=mesh), strict=True):
                 copy[:, start : start + len(chunk)] = np.asarray(rows)[:, : len(chunk)]
         return CpuCopy(self.config, copies)
 
     def load_cpu_copy(self, copy: CpuCopy, indices: Int32[Array, " n"]) -> Self:
         """Writes rows taken by `get_cpu_copy` to as many slots, the same or others, of this pool or a like one.
+
+        The pools may be sharded differently: a copy holds whole rows.
 
         Args:
           copy: What `get_cpu_copy` returned. Stays valid.
@@ -248,6 +267,7 @@ class KVCache(DevicePool, abc.ABC):
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: on another number of tokens, another kind of pool, or slots outside the pool or named twice.
+          ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
 
         Cost: `n` rows of every layer over the host link, 2,048 tokens at a time.
         Source: SGLang 0.5.2 memory_pool.py, load_cpu_copy.
@@ -257,34 +277,42 @@ class KVCache(DevicePool, abc.ABC):
         _require_distinct("indices", slots)
         mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
         require(mine == theirs, "copy", f"must come from a pool of the same layers, rows and dtype, {mine}", theirs)
-        pool = self
+        pool, mesh = self, self.mesh
         for start, chunk in _chunks(slots):
             rows = (
                 _pad(stored[:, start : start + len(chunk)].view(buffer.dtype), COPY_BUCKET_TOKENS, axis=1)
                 for stored, buffer in zip(copy.buffers, pool.buffers, strict=True)
             )
-            pool = _scatter_stored(pool, _pad(chunk, COPY_BUCKET_TOKENS), *rows)
+            if mesh is not None:  # a mesh of explicit axes wants them cut beforehand
+                rows = (jax.device_put(r, b.sharding) for r, b in zip(rows, pool.buffers, strict=True))
+            pool = _load(pool, _pad(chunk, COPY_BUCKET_TOKENS), *rows, mesh=mesh)
         return pool
 
     def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:
         """Where each layer of each array lies: all layers of the first array, then of the second.
 
+        Of a sharded pool this is one device's share, and the same on all of them.
+
         Source: SGLang 0.5.2 memory_pool.py, get_contiguous_buf_infos, which returns pointers, sizes and bytes per page.
         """
         paths = jax.tree_util.tree_flatten_with_path(self)[0]
         return tuple(
-            _buffer_info(path[0].name, buffer, self.config.start_layer + i, i, self.config.page_size)
-            for path, buffer in paths
-            for i in range(self.config.layer_num)
+            info
+            for (path, buffer), row in zip(paths, self.config.shard_row_shapes, strict=True)
+            for info in layer_infos(self.config, path[0].name, row, buffer.dtype.itemsize)
         )
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all arrays, the sink page included."""
+        """Bytes of all arrays, the sink page included; over all shards, a copy on several devices counted once."""
         return sum(_nbytes(buffer) for buffer in self.buffers)
 
     def maybe_get_custom_mem_pool(self) -> None:
         """None: XLA allocates the pool. Kept for callers of SGLang's name."""
+
+    def _require_one_shard(self) -> None:
+        """Refuses a device op on a sharded pool outside `jax.shard_map`."""
+        require_one_shard(self.config, self.buffers)
 
     def _layer_index(self, layer: LayerId) -> Any:
         """The index into the stack of a global layer id."""
@@ -335,6 +363,7 @@ class KVCache(DevicePool, abc.ABC):
     def _layer_rows(self, buffer: jax.Array, layer: LayerId) -> jax.Array:
         """One layer of a stacked array, in the pool's dtype. A copy."""
         self.require_live()
+        self._require_one_shard()
         index = self._layer_index(layer)
         return from_storage(jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False), self.config.dtype)
 
@@ -358,6 +387,19 @@ def _scatter_stored(pool: PoolT, loc: jax.Array, *rows: jax.Array) -> PoolT:
     return pool.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(pool.buffers, rows, strict=True)))
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _read(pool: KVCache, loc: jax.Array, *, mesh: Mesh | None) -> tuple[jax.Array, ...]:
+    specs = pool.partition_specs()
+    return on_every_shard(_gather_stored, mesh, (specs, PartitionSpec()), specs.buffers)(pool, loc)
+
+
+@functools.partial(donating, static_argnames="mesh")
+def _load(pool: PoolT, loc: jax.Array, *rows: jax.Array, mesh: Mesh | None) -> PoolT:
+    specs = pool.partition_specs()
+    load = on_every_shard(_scatter_stored, mesh, (specs, PartitionSpec(), *specs.buffers), specs)
+    return load(pool, loc, *rows)
+
+
 @donating
 def _set_all_layers(pool: PoolT, loc: jax.Array, *rows: ArrayLike) -> PoolT:
     return _scatter_stored(pool, loc, *map(pool._stored, rows))
@@ -366,13 +408,6 @@ def _set_all_layers(pool: PoolT, loc: jax.Array, *rows: ArrayLike) -> PoolT:
 @donating
 def _move(pool: PoolT, tgt_loc: Any, src_loc: Any) -> PoolT:
     return pool.with_buffers(*(move_rows(buffer, tgt_loc, src_loc) for buffer in pool.buffers))
-
-
-def _buffer_info(name: str, buffer: jax.Array, layer_id: int, index: int, page_size: int) -> BufferInfo:
-    shape, itemsize = buffer.shape[1:], buffer.dtype.itemsize
-    strides = tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    size_bytes = itemsize * math.prod(shape)
-    return BufferInfo(name, layer_id, shape, strides, index * size_bytes, size_bytes, page_size * strides[0])
 
 
 def _nbytes(buffer: Any) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcache.errors import ArgumentError
@@ -67,6 +68,9 @@ class KVCacheConfig(abc.ABC):
       start_layer: Global id of the first of them (pipeline parallelism).
       end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is
         refused.
+      axis_name: Mesh axis that the pool is sharded over, or None for a pool on one device. Every op on a sharded pool
+        runs inside a `jax.shard_map` over that axis; see `jaxcache.pools.sharding`.
+      shards: Devices along that axis.
 
     Raises:
       ArgumentError: on sizes that do not fit together, or more than 2**31 slots.
@@ -78,9 +82,11 @@ class KVCacheConfig(abc.ABC):
     layer_num: int
     start_layer: int = 0
     end_layer: int | None = None
+    axis_name: str | None = None
+    shards: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("size", "page_size", "layer_num"):
+        for name in ("size", "page_size", "layer_num", "shards"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
         require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
         require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
@@ -88,6 +94,7 @@ class KVCacheConfig(abc.ABC):
         last = self.start_layer + self.layer_num - 1
         rule = f"must be {last}, for {self.layer_num} layers from layer {self.start_layer} on, or None"
         require(self.end_layer in (None, last), "end_layer", rule, self.end_layer)
+        require(self.axis_name is not None or self.shards == 1, "shards", "must be 1 without an axis_name", self.shards)
         dtype = np.dtype(self.dtype)
         require(dtype in _POOL_DTYPES, "dtype", f"must be one of {', '.join(map(str, _POOL_DTYPES))}", dtype)
         object.__setattr__(self, "end_layer", last)
@@ -101,7 +108,17 @@ class KVCacheConfig(abc.ABC):
     @property
     @abc.abstractmethod
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of a token's row in each array of the pool, in the order of the arrays."""
+        """Shape of a token's row in each array of the pool, in the order of the arrays, over all shards."""
+
+    @property
+    def shard_row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The same as one device sees it: whole rows, unless the kind of pool can be cut."""
+        return self.row_shapes
+
+    @property
+    def partition_spec(self) -> PartitionSpec:
+        """How each array of the pool lies on a mesh: a copy on every device, unless the kind of pool can be cut."""
+        return PartitionSpec()
 
     def abstract_buffers(self, platform: str) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and storage dtypes of the pool's arrays on `platform`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxcache.donation import donating
@@ -34,7 +35,7 @@ class MHAConfig(KVCacheConfig):
     """Sizes of an `MHATokenToKVPool`; see `KVCacheConfig` for the fields that are not listed here.
 
     Attributes:
-      head_num: KV heads on this device.
+      head_num: KV heads, over all shards: a multiple of `shards`. Each device holds as many consecutive ones.
       head_dim: Width of a key head.
       v_head_dim: Width of a value head; None means `head_dim`.
     """
@@ -49,12 +50,24 @@ class MHAConfig(KVCacheConfig):
             object.__setattr__(self, "v_head_dim", self.head_dim)
         for name in ("head_num", "head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+        rule = f"must be a multiple of shards = {self.shards}: repeat the heads if the model has fewer"
+        require(self.head_num % self.shards == 0, "head_num", rule, self.head_num)
 
     @property
     def row_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """A key and a value, `(heads, dim)` each."""
         v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
         return (self.head_num, self.head_dim), (self.head_num, v_head_dim)
+
+    @property
+    def shard_row_shapes(self) -> tuple[tuple[int, int], ...]:
+        """A key and a value of the heads on one device."""
+        return tuple((heads // self.shards, dim) for heads, dim in self.row_shapes)
+
+    @property
+    def partition_spec(self) -> PartitionSpec:
+        """Cut along the heads."""
+        return PartitionSpec() if self.axis_name is None else PartitionSpec(None, None, self.axis_name)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("config",))
@@ -103,12 +116,16 @@ class MHATokenToKVPool(KVCache):
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: on a layer or slot outside the pool, wrong shapes, rows that are not floats for a pool of
             floats, or a scale for a pool of integers.
+          ShardingError: if this pool is sharded and this is not one shard of it.
 
         Cost: reads and writes `n` rows.
         """
+        self._require_one_shard()
         index = self._layer_index(layer if layer_id_override is None else layer_id_override)
         loc = self._checked_loc("loc", loc)
-        for name, rows, scale, row_shape in zip("kv", (k, v), (k_scale, v_scale), self.config.row_shapes, strict=True):
+        for name, rows, scale, row_shape in zip(
+            "kv", (k, v), (k_scale, v_scale), self.config.shard_row_shapes, strict=True
+        ):
             self._check_rows(name, rows, (loc.shape[0], *row_shape))
             if scale is not None:
                 self._check_scale(f"{name}_scale", scale, rows.shape)

@@ -28,6 +28,8 @@ PoolT = TypeVar("PoolT", bound="MLATokenToKVPool")
 class MLAConfig(KVCacheConfig):
     """Sizes of an `MLATokenToKVPool`; see `KVCacheConfig` for the fields that are not listed here.
 
+    A sharded one has a copy of all rows on every device: its rows have no heads to cut.
+
     Attributes:
       kv_lora_rank: Width of the latent part, which serves as the value.
       qk_rope_head_dim: Width of the rope part.
@@ -84,9 +86,11 @@ class MLATokenToKVPool(KVCache):
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: on a layer or slot outside the pool, wrong shapes, or rows that are not floats for a pool of
             floats.
+          ShardingError: if this pool is sharded and this is not inside a `jax.shard_map` over its axis.
 
         Cost: reads and writes `n` rows.
         """
+        self._require_one_shard()
         index, loc = self._layer_index(layer), self._checked_loc("loc", loc)
         nope = self._flat_rows("k_nope", k_nope, loc.shape[0], self.config.kv_lora_rank)
         rope = self._flat_rows("k_rope", k_rope, loc.shape[0], self.config.qk_rope_head_dim)

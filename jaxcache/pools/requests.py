@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxcache.errors import ArgumentError, DoubleFreeError
@@ -207,7 +208,10 @@ class ReqToTokenPool:
         """Changes that were taken and did not reach the device wait again."""
         self._changed.extend(changes.ranges)
 
-    def device_table(self) -> RequestTable:
-        """A new device twin with all present entries."""
+    def device_table(self, mesh: Mesh | None = None) -> RequestTable:
+        """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changed.clear()
-        return RequestTable(jnp.array(self._pages))
+        if mesh is None:
+            return RequestTable(jnp.array(self._pages))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
