@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TARGET = """
 gpu_device_info {
@@ -37,12 +37,24 @@ def missing() -> str | None:
     return None
 
 
-def compile_for_h200(step: Callable[..., Any], *args: jax.ShapeDtypeStruct, donate: tuple[int, ...] = ()):
-    """The compiled step, for arguments given by shape and dtype."""
+def h200_mesh(devices: int = 1, axis_name: str = "x") -> Mesh:
+    """As many H200s of one host, none of which need exist."""
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # tuning would run kernels
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    args = tuple(jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=sharding) for arg in args)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=f"1x1x{devices}")
+    return topologies.make_mesh(topology, (devices,), (axis_name,))
+
+
+def compile_for_h200(
+    step: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), mesh: Mesh | None = None
+) -> jax.stages.Compiled:
+    """The compiled step, for arguments given as trees of `jax.ShapeDtypeStruct`s; those without a sharding lie on every
+    device of the mesh, by default that of one H200."""
+    mesh = h200_mesh() if mesh is None else mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(arg: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=arg.sharding or everywhere)
+
+    args = jax.tree.map(placed, args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=donate).trace(*args).lower(lowering_platforms=("cuda",)).compile()

@@ -92,6 +92,11 @@ def move(pool, loc, rows, all_rows):
     return pool.move_kv_cache(loc, loc[::-1])
 
 
+def pool_a_layer(pools, loc, rows, all_rows):
+    """A list with a pool for each layer, or kind of layer, is as good as one stack."""
+    return [set_layer(pool, 2, loc, rows) for pool in pools]
+
+
 OPS = [one_layer, all_layers, move]
 SHAPES = [
     python_loop,

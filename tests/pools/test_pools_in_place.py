@@ -15,7 +15,7 @@ from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.mha import MHATokenToKVPool
 from tests.pools.numpy_pool import DTYPES, mha_config
-from tests.pools.steps import KINDS, LAYERS, OPS, SHAPES, SIZES, TOKENS, abstract_args, set_layer
+from tests.pools.steps import KINDS, LAYERS, OPS, SHAPES, SIZES, TOKENS, abstract_args, pool_a_layer, set_layer
 
 LOC = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
 
@@ -64,19 +64,14 @@ def test_methods_called_outside_a_jit_keep_the_memory(kind, make_config):
         assert [buffer.unsafe_buffer_pointer() for buffer in pool.buffers] == pointers
 
 
-def test_a_list_of_pools_and_a_tuple_are_in_place():
-    """What has a pool a layer, or a pool for each kind of layer, is as good as one stack."""
-    kind, make_config = KINDS[0]
-    config = make_config(jnp.bfloat16, **SIZES | {"layer_num": 1})
-    pools, args = [], ()
-    for _ in range(3):
-        pool, *args = abstract_args(kind, config, jax.default_backend())
-        pools.append(pool)
+@pytest.mark.parametrize(("kind", "make_config"), KINDS, ids=["mha", "mla"])
+@pytest.mark.parametrize("container", [list, tuple, lambda pools: dict(enumerate(pools))])
+def test_a_container_of_pools_is_in_place(kind, make_config, container):
+    pool, *args = abstract_args(kind, make_config(jnp.bfloat16, **SIZES | {"layer_num": 1}), jax.default_backend())
 
-    def step(pools, pair, loc, rows, all_rows):
-        write = [set_layer(pool, 2, loc, rows) for pool in pools]
-        return write, jax.tree.map(lambda x: x, tuple(set_layer(pool, 2, loc, rows) for pool in pair))
+    def step(pools, *args):
+        return pool_a_layer(list(pools.values()) if isinstance(pools, dict) else pools, *args)
 
-    report = prove_in_place(donating(step), pools, (pools[0], pools[1]), *args)
+    report = prove_in_place(donating(step), container([pool] * 3), *args)
     assert report.ok, report.why
-    assert len(report.buffers) == 10
+    assert sum(buffer.size_bytes for buffer in report.buffers) == 3 * pool.size_bytes
