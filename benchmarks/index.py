@@ -2,9 +2,9 @@
 
     python -m benchmarks.index TRACE --sglang DIR --json OUT.json
 
-Both run in this process, on the same requests, and take turns of 100 requests. Of each step of each request the fastest
-of several passes counts, so that what other processes do to the machine is hardly measured. `in all` is match + evict +
-insert. SGLang is given what it takes natively: lists, and int64 slots in a tensor.
+Both run in this process, on the same requests, and take turns. Of each step of each request the fastest of several
+passes counts, so that what other processes do to the machine is hardly measured. `in all` is match + evict + insert.
+SGLang is given what it takes natively: lists, and int64 slots in a tensor.
 
 Each cache has its own allocator: ours checks and changes the owner of every page inserted or evicted, SGLang's gathers
 the pages of every slot evicted. `tree alone` is each cache without: evicting and inserting then keep no books of pages.
@@ -53,30 +53,24 @@ CASES: dict[str, type[Packed]] = {
     "packed keys, tree alone": TreeAlone,
 }
 STEP_COLUMNS = ("match", "evict", "insert", "allocator")
-TURN = 100
 STEPS = ("match", "evict", "allocate", "insert", "free")
 
 
 class Run:
-    """One cache on its way through the requests.
+    """One pass of a cache through all requests.
 
     Attributes:
       nanoseconds: int64 (requests, steps).
       hits: int64 (requests,), tokens matched.
-      first_eviction: The first request that had to evict; the number of requests while none had.
+      first_eviction: The first request that had to evict; the number of requests if none had.
     """
 
     def __init__(self, driver: Driver, requests: Sequence[TraceRequest]):
         self.nanoseconds = np.zeros((len(requests), len(STEPS)), np.int64)
         self.hits = np.zeros(len(requests), np.int64)
         self.first_eviction = len(requests)
-        self._driver = driver
-        self._requests = requests
-
-    def advance(self, start: int, stop: int) -> None:
-        """Drives some requests through the cache, and times each step."""
-        driver, clock = self._driver, time.perf_counter_ns
-        for i, request in enumerate(self._requests[start:stop], start):
+        clock = time.perf_counter_ns
+        for i, request in enumerate(requests):
             prompt = prompt_tokens(request)
             driver.prepare(prompt, np.concatenate([prompt, output_tokens(i, request.output_length)]))
             begun = clock()
@@ -142,12 +136,9 @@ def measure(
         makers[PEER_ALONE] = functools.partial(SGLangTreeAlone, sglang, device_tokens, page_size)
     runs: dict[str, list[Run]] = {name: [] for name in makers}
     for _ in range(repeat):
-        gc.collect()
         for name, make in makers.items():
+            gc.collect()
             runs[name].append(Run(make(), requests))
-        for start in range(0, len(requests), TURN):
-            for of_case in runs.values():
-                of_case[-1].advance(start, start + TURN)
     tokens = sum(request.input_length for request in requests)
     rows = {name: summarise(of_case, tokens) for name, of_case in runs.items()}
     if sglang is not None:
