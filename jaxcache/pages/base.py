@@ -434,11 +434,11 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         return self._take(new_pages, sort_above=num_tokens // self.page_size + len(seq_lens) + 1)
 
     def _release(self, name: str, pages: np.ndarray, owner: PageState) -> None:
+        pages = self._in_free_order(pages)  # Not the caller's array: it may go on writing to that.
         rows = self._owners.require(name, pages, owner, repeated=DoubleFreeError)
         if len(pages) == 0:
             return
         self._num_available += len(pages)
-        pages = pages.copy()  # The caller may go on writing to its array.
         if self._group_depth:
             self._owners.assign(rows, PageState.PENDING)
             self._pending.append(pages)
@@ -450,16 +450,18 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         """Moves all pending pages to the free list (or the released ones), as if one call had freed them."""
         if not self._pending:
             return
-        pages = _concatenate(self._pending)
+        pages = self._in_free_order(_concatenate(self._pending))
         self._pending = []
         self._owners.assign(pages, PageState.FREE)
         self._recycle(pages)
 
+    def _in_free_order(self, pages: np.ndarray) -> np.ndarray:
+        """The pages of one call in the order in which they join the free list, in an array of their own."""
+        return np.sort(pages) if self.free_order is FreeOrder.LIFO else pages.copy()
+
     def _recycle(self, pages: np.ndarray) -> None:
-        """Puts pages, which are FREE now and in an array of their own, where `_take` finds them."""
+        """Puts pages, which are FREE now and in free order, where `_take` finds them."""
         self._snapshots = []
-        if self.free_order is FreeOrder.LIFO:
-            pages.sort()
         if self.need_sort:
             self._released.append(pages)
         elif self.free_order is FreeOrder.LIFO:

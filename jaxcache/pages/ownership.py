@@ -44,8 +44,7 @@ class PageOwners:
         self._num_pages = num_pages
         self._guarded = np.full(2 * (num_pages + 1), PageState.SINK, np.uint8)  # Negative pages read the second half.
         self._states = self._guarded[: num_pages + 1]
-        self._order = np.arange(num_pages + 1, dtype=np.int32)
-        self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `require`.
+        self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `_require_distinct`.
         self.states = self._states.view()
         self.states.flags.writeable = False
         self.clear()
@@ -82,23 +81,27 @@ class PageOwners:
           OwnershipError: if that page is another owner's, or a page is out of range.
           CacheError: of the kind `repeated`, if a page is named twice.
         """
-        # Each check is one gather and one memcmp. The sink is nobody's, and what a negative page reads is nobody's
-        # either, so both fail like a page beyond the end.
+        # One gather and one memcmp. The sink is nobody's, and what a negative page reads is nobody's either, so both
+        # fail like a page beyond the end.
         rows = pages.astype(_INTP)
-        n = len(rows)
         try:
-            is_owned = self._guarded[rows].tobytes() == _BYTES[owner] * n
+            is_owned = self._guarded[rows].tobytes() == _BYTES[owner] * len(rows)
         except IndexError:
             is_owned = False
         if not is_owned:
             self._refuse(name, pages, owner)
-        order = self._order[:n] if n <= self._num_pages else np.arange(n, dtype=np.int32)
+        is_ascending = b"\0" not in (pages[1:] > pages[:-1]).tobytes()
+        if not is_ascending:
+            self._require_distinct(name, pages, rows, repeated)
+        return rows
+
+    def _require_distinct(self, name: str, pages: np.ndarray, rows: np.ndarray, repeated: type[CacheError]) -> None:
+        order = np.arange(len(pages), dtype=np.int32)
         self._tags[rows] = order  # Of equal pages, one tag stays.
         tags = self._tags[rows]
         if tags.tobytes() != order.tobytes():
             page = pages[(tags != order).argmax()]
             raise repeated(f"{name}: every page must be named once, but page {page} is named twice: drop the repeat")
-        return rows
 
     def _refuse(self, name: str, pages: np.ndarray, owner: PageState) -> NoReturn:
         """Raises the error for the first page that `owner` does not have; there is one."""
