@@ -59,6 +59,10 @@ from jaxcache.observe.events import BlockRemoved as BlockRemoved
 from jaxcache.observe.events import BlockStored as BlockStored
 
 # ruff: isort: split
+from jaxcache.decode_loop import DecodeLoop as DecodeLoop
+from jaxcache.decode_loop import LoopShape as LoopShape
+from jaxcache.loop_plan import LoopPlan as LoopPlan
+from jaxcache.loop_plan import LoopReplay as LoopReplay
 from jaxcache.manager import MemoryConfig as MemoryConfig
 from jaxcache.manager import MemoryManager as MemoryManager
 from jaxcache.manager import init_memory_pool_and_cache as init_memory_pool_and_cache

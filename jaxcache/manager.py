@@ -7,6 +7,9 @@
 
     while running:   plan = extend(...) or decode(...)        take pages, write the table     (None: memory is short)
                      out  = run(step, plan)                   dispatch, then commit what was computed
+    or many steps:   plan = decode_loop(...)                  lend pages                      (None: memory is short)
+                     out  = run_loop(step, plan)              dispatch; the steps take pages and write the table
+                     absorb(plan.replay(...))                 commit what they did
 
 Every acquisition is all or nothing: what fails, or comes back None, has changed nothing.
 """
@@ -25,9 +28,12 @@ from jax.sharding import Mesh
 
 from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
+from jaxcache.decode_loop import LoopShape
 from jaxcache.donation import donating
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.index.recency import Policy
+from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay, loop_limits
+from jaxcache.pages.arguments import as_count
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
@@ -135,6 +141,7 @@ class MemoryManager:
         self.running: dict[int, Request] = {}
         self._steps: dict[Callable, Callable] = {}
         self._patch = donating(RequestTable.patched)
+        self._loops = DecodeLoops(allocator, req_to_token_pool)
 
     # ---- the life of a request -----------------------------------------------------------------------------------
 
@@ -263,10 +270,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A request has more, or fewer, than one token to compute, or is named twice.
         """
-        for request in requests:
-            if request.num_tokens - request.kv_len != 1:
-                left = request.num_tokens - request.kv_len
-                raise ArgumentError(f"requests: {request.rid} has {left} tokens to compute, decode computes one")
+        self._require_one_left(requests)
         prefix = [request.kv_len for request in requests]
         tokens = [request.output_ids[-1:] or request.origin_input_ids[-1:] for request in requests]
         return self._plan(StepKind.DECODE, list(requests), prefix, [length + 1 for length in prefix], tokens)
@@ -274,12 +278,7 @@ class MemoryManager:
     def _plan(
         self, kind: StepKind, requests: list[Request], prefix: list[int], target: list[int], tokens: list
     ) -> StepPlan | None:
-        for request in requests:
-            self._require_running(request)
-            if request.num_pages != self._pages_of(request.kv_len):
-                raise RequestStateError(f"request {request.rid} has a plan that has not run: run or cancel it first")
-        if len({id(request) for request in requests}) != len(requests) or not requests:
-            raise ArgumentError("requests: name each request once, and at least one")
+        self._require_batch(requests)
         for request, end in zip(requests, target, strict=True):
             if end > self.config.max_context_len:
                 raise ArgumentError(
@@ -395,15 +394,96 @@ class MemoryManager:
                 self.req_to_token_pool.give_back(changes)
                 raise
 
+    # ---- loops of decode steps: jaxcache.decode_loop ---------------------------------------------------------------
+
+    def decode_loop(
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        width: int = 1,
+        *,
+        limits: Sequence[int] | None = None,
+        pages: int | None = None,
+    ) -> LoopPlan | None:
+        """Plans several decode steps in one jitted call and lends them pages. None if memory is short.
+
+        Until `absorb` or `cancel_loop` its requests can do nothing else; others can.
+
+        Args:
+          requests: As for `decode`.
+          steps: Most steps; static.
+          width: Tokens each request computes in a step: 1, or one and its drafts; static.
+          limits: Most tokens of each request that may have KV; at most, and by default, `max_context_len`.
+          pages: Most pages to lend; by default all that the steps can need, which is more than they do need where
+            drafts are rejected or requests stop. The step that finds too few, and all after it, do nothing.
+
+        Raises:
+          RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
+        """
+        self._require_batch(requests)
+        self._require_one_left(requests)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(requests), len(requests), 0)
+        shape = LoopShape(bucket.requests, steps, width, self.page_size)
+        plan = LoopPlan.of(shape, requests, loop_limits(requests, limits, self.config.max_context_len))
+        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
+        self._evict_for(num_pages)
+        return self._loops.open(plan, num_pages)
+
+    def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
+        """Dispatches a loop on the pools.
+
+        The step is `step(pool, loop, *args) -> (pool, loop, out)`, a pure function that scans over at most
+        `loop.shape.steps` steps, see `DecodeLoop`; it is jitted once a shape, with pool and request table donated.
+
+        Returns:
+          `out`, perhaps still being computed: what was sampled and accepted, and who stopped, step by step.
+
+        Raises:
+          RequestStateError: The loop was launched already, or is over. Nothing has changed.
+        """
+        self._loops.require_planned(plan)
+        self._send_table_changes(0)
+        self.pool, self.table, out = self._loops.launch(step, plan, self.pool, self.table, *args)
+        return out
+
+    def absorb(self, replay: LoopReplay, *, read_device: bool = False) -> None:
+        """Commits what a loop did, and ends it. Pages without accepted tokens go back. Waits for nothing.
+
+        Args:
+          replay: From `plan.replay(accepted, stopped)`. Append the tokens that count to the requests first, and
+            `finish` those that stopped afterwards.
+          read_device: Also read back what the loop left on the device, and compare bit for bit.
+
+        Raises: (and nothing has changed)
+          RequestStateError: The loop was not launched, or is over.
+          ArgumentError: A request lacks tokens that the loop computed.
+          BrokenInvariant: The device did something else, such as for other `accepted` lengths.
+        """
+        self._loops.absorb(replay, self.table if read_device else None)
+
+    def cancel_loop(self, plan: LoopPlan) -> None:
+        """Gives the pages of a loop back, launched or not. Its requests are where they were when it was planned."""
+        self._loops.cancel(plan)
+
+    def warm_up_loop(self, step: Callable, steps: int, width: int = 1, *args: Any) -> None:
+        """Compiles a loop of that many steps for every batch size, with batches of padding."""
+        for bucket in self.buckets:
+            if bucket.kind is StepKind.DECODE:
+                plan = LoopPlan.of(LoopShape(bucket.requests, steps, width, self.page_size), (), ())
+                self.pool, self.table, _ = self._loops.launch(step, plan, self.pool, self.table, *args)
+
     # ---- memory --------------------------------------------------------------------------------------------------
 
     def _take_pages(self, prefix: list[int], target: list[int]) -> np.ndarray | None:
         """Fresh pages for a batch, evicting only what is short; None, with no page taken, if that is not enough."""
         need = sum(map(self._pages_of, target)) - sum(map(self._pages_of, prefix))
-        short = need * self.page_size - self.allocator.available_size()
+        self._evict_for(need)
+        return self.allocator.alloc_pages(need)
+
+    def _evict_for(self, num_pages: int) -> None:
+        short = num_pages * self.page_size - self.allocator.available_size()
         if short > 0:
             self.cache.evict(short)
-        return self.allocator.alloc_pages(need)
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -422,6 +502,22 @@ class MemoryManager:
     def _require_running(self, request: Request) -> None:
         if request.state is not RequestState.RUNNING or self.running.get(self._row(request)) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
+        if self._loops.holds(self._row(request)):
+            raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
+
+    def _require_batch(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._require_running(request)
+            if request.num_pages != self._pages_of(request.kv_len):
+                raise RequestStateError(f"request {request.rid} has a plan that has not run: run or cancel it first")
+        if len({id(request) for request in requests}) != len(requests) or not requests:
+            raise ArgumentError("requests: name each request once, and at least one")
+
+    def _require_one_left(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.num_tokens - request.kv_len != 1:
+                left = request.num_tokens - request.kv_len
+                raise ArgumentError(f"requests: {request.rid} has {left} tokens to compute, decode computes one")
 
     def get_token_info(self) -> tuple[int, float, int, int]:
         """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.

@@ -42,6 +42,25 @@ class PageAllocatorState:
     page_size: int = dataclasses.field(metadata={"static": True})
     free_order: FreeOrder = dataclasses.field(metadata={"static": True})
 
+    def alloc_pages(
+        self, n: Int32[Array, ""] | int, *, most: int
+    ) -> tuple[PageAllocatorState, Int32[Array, " most"], Bool[Array, ""]]:
+        """`BaseTokenToKVPoolAllocator.alloc_pages` in the graph.
+
+        Args:
+          n: Number of pages, at most `most`.
+          most: Length of the result, but for a pool of fewer pages; static.
+
+        Returns:
+          The new state; the pages in free-list order, then page 0; and whether it worked. It does not if pages are
+          short or `n` is not in [0, most]: then the state is unchanged and all pages are 0.
+
+        Cost: O(most), whatever the size of the pool.
+        """
+        n, front = jnp.asarray(n, jnp.int32), self._front(most)
+        pages = jnp.where(jnp.arange(front.shape[0], dtype=jnp.int32) < n, front, 0)
+        return self._taken(n, pages, (n >= 0) & (n <= most))
+
     def alloc_extend(
         self,
         prefix_lens: Int32[Array, " bs"],

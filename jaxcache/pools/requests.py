@@ -158,8 +158,14 @@ class ReqToTokenPool:
             raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
         self.write_pages(int(row), start // size, pages)
 
-    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"]) -> None:
+    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"], on_device: bool = False) -> None:
         """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
+
+        Args:
+          row: A row in use.
+          first: Entry to start at.
+          pages: What to write.
+          on_device: The device has written these entries itself: nothing is sent.
 
         Raises:
           ArgumentError: The row is not in use or the entries do not fit.
@@ -173,7 +179,8 @@ class ReqToTokenPool:
             )
         if len(pages):
             self._pages[row, first:stop] = pages
-            self._changed.append((row, first, stop))
+            if not on_device:
+                self._changed.append((row, first, stop))
 
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
