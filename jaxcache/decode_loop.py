@@ -103,7 +103,7 @@ class DecodeRows:
           all, nobody is granted anything, in this step and every later one.
         """
         xp = _namespace(self.seq_len)
-        granted = xp.where(self.active & self.ok, xp.clip(self.limit - self.seq_len, 0, width), 0)
+        granted = xp.where(self.active, xp.clip(self.limit - self.seq_len, 0, width), 0)
         need = xp.maximum(-(-(self.seq_len + granted) // page_size) - self.num_pages, 0)
         ok = self.ok & (need.sum() <= available)
         granted, need = xp.where(ok, granted, 0), xp.where(ok, need, 0)

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxcache.decode_loop import DecodeLoop, LoopShape, unpack_loop
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
 from jaxcache.loop_plan import LoopPlan, loop_step
+from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pages.base import FreeOrder, PageState
 from jaxcache.pages.state import PageAllocatorState
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
@@ -705,6 +707,59 @@ def test_the_whole_scan_is_in_place_on_an_h200(kind):
     assert len(report.buffers) == len(jax.tree.leaves(arguments[:2]))
     program = compiled.as_text()
     assert not any(word in program for word in HOST_TRAFFIC)
+
+
+def heads_step(pool, loop):
+    """Three tokens a step, two of them kept; rows that tell layer, position and head apart."""
+    config = pool.config
+    first_head = 0 if config.axis_name is None else jax.lax.axis_index(config.axis_name) * config.shard_row_shapes[0][0]
+
+    def one_step(carry, _):
+        pool, loop = carry
+        loop, slots = loop.grow()
+        for layer in range(config.layer_num):
+            heads, dim = config.shard_row_shapes[0]
+            head = jnp.arange(heads, dtype=jnp.int32) + first_head
+            rows = loop.positions.reshape(-1, 1, 1) * 8 + head[:, None] + jnp.zeros(dim, jnp.int32) + 100 * layer
+            pool = pool.set_kv_buffer(layer, slots.ravel(), rows.astype(jnp.float32), -rows.astype(jnp.float32))
+        return (pool, loop.accept(jnp.full(loop.row.shape, 2, jnp.int32))), None
+
+    pool, loop = jax.lax.scan(one_step, (pool, loop), length=loop.shape.steps)[0]
+    return pool, loop, loop.rows.seq_len
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_a_sharded_pool_is_bit_equal_to_one_device(shards):
+    kv = MHAConfig(size=160, page_size=4, dtype=jnp.float32, layer_num=2, head_num=8, head_dim=4)
+    config = MemoryConfig(kv, max_running=4, max_context_len=64, chunk=32)
+    mesh = Mesh(np.array(jax.devices("cpu")[:shards]), ("tp",))
+    single = init_memory_pool_and_cache(config)
+    split_kv = dataclasses.replace(kv, axis_name="tp", shards=shards)
+    split = init_memory_pool_and_cache(dataclasses.replace(config, kv=split_kv), mesh=mesh)
+    specs, everywhere = split.pool.partition_specs(), PartitionSpec()
+    split_step = jax.shard_map(
+        heads_step,
+        mesh=mesh,
+        in_specs=(specs, everywhere),
+        out_specs=(specs, everywhere, everywhere),
+        check_vma=False,
+    )
+    for manager, step in ((single, heads_step), (split, split_step)):
+        requests = [Request(str(i), range(i, i + 1), str(i)) for i in range(3)]
+        for request in requests:
+            assert manager.admit(request) == 0
+        plan = manager.decode_loop(requests, 5, 3)
+        manager.run_loop(step, plan)
+        replay = plan.replay(everything(5, 3, 2))
+        for request in requests:
+            request.output_ids += range(10)
+        manager.absorb(replay, read_device=True)
+        manager.check_memory(read_device=True)
+    for one, many in zip(
+        (*single.pool.buffers, single.table.pages), (*split.pool.buffers, split.table.pages), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(many))
+    assert np.asarray(single.pool.k).any()
 
 
 def test_a_loop_is_a_pytree_of_arrays():
