@@ -11,10 +11,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxcache.errors import ShardingError
+from jaxcache.kernels.in_place import inspect_compiled
 from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
-from jaxcache.pools.mha import MHAConfig
-from jaxcache.pools.mla import MLAConfig
+from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
+from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from jaxcache.pools.requests import RequestTable
 from jaxcache.request import Request
+from jaxcache.step import StepKind, default_buckets, unpack
+from tests.kernels import h200
 
 MHA = MHAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, head_num=8, head_dim=4)
 MLA = MLAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, kv_lora_rank=12, qk_rope_head_dim=4)
@@ -123,3 +127,32 @@ def test_a_step_that_forgot_its_shard_map_is_refused_and_nothing_is_lost():
     manager.run(sharded_step, plan)
     manager.finish(request)
     manager.check_memory(read_device=True)
+
+
+@pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+@pytest.mark.parametrize(("kind", "kv"), [(MHATokenToKVPool, MHA), (MLATokenToKVPool, MLA)], ids=["mha", "mla"])
+@pytest.mark.parametrize("step_kind", StepKind)
+def test_a_whole_step_compiled_for_two_h200s_is_in_place_and_gathers_nothing(kind, kv, step_kind):
+    """The plan is unpacked outside the shard_map, on both devices alike."""
+    mesh = h200.h200_mesh(2, "tp")
+    kv = dataclasses.replace(kv, size=65_536, axis_name="tp", shards=2)
+    pool = kind.abstract(kv, platform="gpu", mesh=mesh)
+    table = RequestTable(jax.ShapeDtypeStruct((4, 8), jnp.int32))
+    bucket = next(bucket for bucket in default_buckets(4, 16, 4) if bucket.kind is step_kind)
+    packed = jax.ShapeDtypeStruct((sum(length for _, length in bucket.fields),), jnp.int32)
+    specs = pool.partition_specs(), PartitionSpec()
+    sharded_step = jax.shard_map(
+        step, mesh=mesh, in_specs=specs, out_specs=(specs[0], kv.partition_spec), check_vma=False
+    )
+
+    def whole_step(pool, table, packed):
+        batch = unpack(packed, bucket, table, kv.page_size)
+        pool, out = sharded_step(pool, batch)
+        return pool, batch.table, out
+
+    compiled = h200.compile_for_h200(whole_step, pool, table, packed, donate=(0, 1), mesh=mesh)
+    report = inspect_compiled(compiled)
+    assert report.ok, report.why
+    text = compiled.as_text() or ""
+    assert "triton_kernel_call" in text
+    assert not any(word in text for word in ("all-gather", "all-reduce", "collective-permute", "all-to-all"))
