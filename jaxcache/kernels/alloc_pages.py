@@ -73,10 +73,15 @@ def alloc_extend(
         return jnp.full(num_tokens, SINK_SLOT, jnp.int32)
     rows = jnp.asarray(prefix_lens), jnp.asarray(seq_lens), jnp.asarray(last_loc)
     new_pages = _never_empty(jnp.asarray(new_pages))
-    if choose(Op.ALLOC_EXTEND, implementation=implementation).implementation is Implementation.TRITON:
+    chosen = choose(Op.ALLOC_EXTEND, implementation=implementation, rows=seq_lens.shape[0]).implementation
+    if chosen is Implementation.TRITON:
         from jaxcache.kernels import alloc_pages_triton
 
         return alloc_pages_triton.alloc_extend(*rows, new_pages, page_size=page_size, num_tokens=num_tokens)
+    if chosen is Implementation.MOSAIC:
+        from jaxcache.kernels import alloc_pages_mosaic
+
+        return alloc_pages_mosaic.alloc_extend(*rows, new_pages, page_size=page_size, num_tokens=num_tokens)
     return _alloc_extend_reference(row_plan(*rows, page_size), new_pages, page_size, num_tokens)
 
 
@@ -110,10 +115,15 @@ def alloc_decode(
     if seq_lens.shape[0] == 0:
         return jnp.zeros(0, jnp.int32)
     seq_lens, last_loc, new_pages = jnp.asarray(seq_lens), jnp.asarray(last_loc), _never_empty(jnp.asarray(new_pages))
-    if choose(Op.ALLOC_DECODE, implementation=implementation).implementation is Implementation.TRITON:
+    chosen = choose(Op.ALLOC_DECODE, implementation=implementation, rows=seq_lens.shape[0]).implementation
+    if chosen is Implementation.TRITON:
         from jaxcache.kernels import alloc_pages_triton
 
         return alloc_pages_triton.alloc_decode(seq_lens, last_loc, new_pages, page_size=page_size)
+    if chosen is Implementation.MOSAIC:
+        from jaxcache.kernels import alloc_pages_mosaic
+
+        return alloc_pages_mosaic.alloc_decode(seq_lens, last_loc, new_pages, page_size=page_size)
     starts_page = (seq_lens > 0) & ((seq_lens - 1) % page_size == 0)
     ordinal = jnp.cumsum(starts_page, dtype=jnp.int32) - starts_page.astype(jnp.int32)
     fresh = _page_at(new_pages, ordinal) * page_size

@@ -11,10 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxcache.kernels.arguments import AnyArray, require_int32, require_pool, require_rows, require_same_length
+from jaxcache.kernels.dispatch import Implementation, Op, choose
 from jaxcache.kernels.write_kv import drop_sink
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
+
+
+MAX_MOVE = 512
+"""Most slots that a kernel moves at once: one program holds a column of all of them between reading and writing."""
 
 
 def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[AnyArray, " n"]) -> Shaped[Array, "layers n *row"]:
@@ -58,7 +63,11 @@ def scatter_rows(
 
 
 def move_rows(
-    pool: Shaped[Array, "layers slots *row"], tgt: Int32[AnyArray, " n"], src: Int32[AnyArray, " n"]
+    pool: Shaped[Array, "layers slots *row"],
+    tgt: Int32[AnyArray, " n"],
+    src: Int32[AnyArray, " n"],
+    *,
+    implementation: Implementation | None = None,
 ) -> Shaped[Array, "layers slots *row"]:
     """Copies slot `src[i]` to slot `tgt[i]` in every layer, all at the same instant: overlapping lists are safe.
 
@@ -66,12 +75,23 @@ def move_rows(
       pool: The stack. Consumed: use the returned pool from here on.
       tgt: Slots to write, distinct but for slot 0. Pad with 0.
       src: Slots to read. Pad with 0.
+      implementation: Overrides `dispatch.choose`.
 
     Raises:
       ArgumentError: on a wrong dtype or shape.
 
-    Cost: moves `layers * n` rows twice, through a temporary of that size.
+    Cost: moves `layers * n` rows, read once and written once, up to MAX_MOVE slots on a GPU; else twice, through a
+    temporary of that size.
     """
+    require_pool("pool", pool)
     require_int32(tgt=tgt, src=src)
     require_same_length(tgt=tgt, src=src)
+    if (
+        pool.size
+        and 0 < tgt.shape[0] <= MAX_MOVE
+        and (choose(Op.MOVE_ROWS, implementation=implementation).implementation is Implementation.TRITON)
+    ):
+        from jaxcache.kernels import copy_pages_triton
+
+        return copy_pages_triton.move_rows(pool, tgt, src)
     return scatter_rows(pool, tgt, gather_rows(pool, src))

@@ -16,6 +16,8 @@ import jax
 
 from jaxcache.errors import UnsupportedError
 
+GPU_PLATFORMS = ("gpu", "cuda")
+
 
 class Op(enum.Enum):
     """The ops that have more than one implementation."""
@@ -24,6 +26,11 @@ class Op(enum.Enum):
     ALLOC_DECODE = "alloc_decode"
     WRITE_KV = "write_kv"
     WRITE_MLA_KV = "write_mla_kv"
+    WRITE_KV_FP8 = "write_kv_fp8"
+    WRITE_KV_INT8 = "write_kv_int8"
+    MOVE_ROWS = "move_rows"
+    GATHER_PAGES = "gather_pages"
+    SCATTER_PAGES = "scatter_pages"
 
 
 class Implementation(enum.Enum):
@@ -33,6 +40,8 @@ class Implementation(enum.Enum):
     """Plain `jax.numpy`: runs everywhere and is the oracle of the others."""
     TRITON = "triton"
     """A Triton kernel launched through jax-triton: NVIDIA GPUs."""
+    MOSAIC = "mosaic"
+    """A Pallas kernel compiled by Mosaic GPU: Hopper and newer GPUs, JAX 0.11 and newer, no further package."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +54,35 @@ class Choice:
 
 @dataclass(frozen=True)
 class Target:
-    """The kind of device that a trace is for. `device_kind` is JAX's, such as "NVIDIA H200"."""
+    """The kind of device that a trace is for. `device_kind` is JAX's, such as "NVIDIA H200"; empty if unknown."""
 
     platform: str
     device_kind: str
 
+    def compute_capability(self) -> int | None:
+        """Ten times the compute capability of a GPU, or None for a kind that is not in the list."""
+        words = self.device_kind.replace("-", " ").split()
+        return next((_COMPUTE_CAPABILITY[word] for word in words if word in _COMPUTE_CAPABILITY), None)
 
-_GPU_TABLE: Mapping[Op, Implementation] = MappingProxyType(
-    {
-        Op.ALLOC_EXTEND: Implementation.TRITON,
-        Op.ALLOC_DECODE: Implementation.TRITON,
-        Op.WRITE_KV: Implementation.TRITON,
-        Op.WRITE_MLA_KV: Implementation.TRITON,
-    }
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table: this implementation from so many rows (tokens, requests, pages) on."""
+
+    implementation: Implementation
+    from_rows: int
+    measured: str
+
+
+_COMPUTE_CAPABILITY: Mapping[str, int] = MappingProxyType(
+    {"A100": 80, "A10": 86, "L4": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100}
 )
+MOSAIC_OPS = frozenset({Op.ALLOC_EXTEND, Op.ALLOC_DECODE, Op.WRITE_KV, Op.WRITE_MLA_KV})
+"""Ops that have a Mosaic kernel; all have a Triton kernel."""
+
+_TRITON = (Rule(Implementation.TRITON, 0, "fastest at all sizes measured"),)
+_GPU_TABLE: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(dict.fromkeys(Op, _TRITON))
+"""Rules of an op, the one to try first in front."""
 
 
 def current_target() -> Target:
@@ -87,37 +111,67 @@ def abstract_target() -> Target | None:
     return Target(device.platform, device.device_kind)
 
 
-def choose(op: Op, *, platform: str | None = None, implementation: Implementation | None = None) -> Choice:
+def choose(
+    op: Op, *, platform: str | None = None, implementation: Implementation | None = None, rows: int | None = None
+) -> Choice:
     """Picks the implementation of `op`.
 
     Args:
       op: The op.
       platform: "cpu", "gpu" ("cuda" is the same) or "tpu"; by default the platform of `current_target()`.
       implementation: What the caller insists on, or None for the table's choice.
+      rows: How many tokens, requests or pages the call is for; None takes no rule that needs a number.
 
     Raises:
       UnsupportedError: if the caller insists on an implementation that cannot run on `platform`.
     """
-    if platform is None:
-        platform = current_target().platform
-    missing = _missing_for_triton(platform)
-    if implementation is Implementation.TRITON and missing:
-        raise UnsupportedError(
-            f"implementation=TRITON of {op.value} cannot run: {missing}. Leave implementation=None for the reference."
-        )
+    target = current_target() if platform is None else Target(platform, "")
     if implementation is not None:
+        missing = why_not(op, implementation, target)
+        if missing:
+            raise UnsupportedError(
+                f"implementation={implementation.name} of {op.value} cannot run: {missing}. "
+                "Leave implementation=None for the table's choice."
+            )
         return Choice(implementation, "the caller asked for it")
-    wanted = _GPU_TABLE[op] if platform in ("gpu", "cuda") else Implementation.REFERENCE
-    if wanted is Implementation.TRITON and missing:
-        return Choice(Implementation.REFERENCE, missing)
-    return Choice(wanted, f"the table's choice for {op.value} on {platform}")
+    if target.platform not in GPU_PLATFORMS:
+        return Choice(Implementation.REFERENCE, f"the table's choice for {op.value} on {target.platform}")
+    passed_over = []
+    for rule in _GPU_TABLE[op]:
+        if rule.from_rows > (rows or 0):
+            continue
+        missing = why_not(op, rule.implementation, target)
+        if missing is None:
+            reason = f"the table's choice for {op.value} on {target.platform}: {rule.measured}"
+            return Choice(rule.implementation, "; ".join([reason, *passed_over]))
+        passed_over.append(missing)
+    return Choice(Implementation.REFERENCE, "; ".join(passed_over) or f"no kernel of {op.value} is faster here")
+
+
+def why_not(op: Op, implementation: Implementation, target: Target) -> str | None:
+    """Why an implementation of `op` cannot run on `target`, or None if it can."""
+    if implementation is Implementation.TRITON:
+        return _missing_for_triton(target.platform)
+    if implementation is Implementation.MOSAIC:
+        return f"{op.value} has no Mosaic kernel" if op not in MOSAIC_OPS else _missing_for_mosaic(target)
+    return None
 
 
 def _missing_for_triton(platform: str) -> str | None:
-    """Why Triton kernels cannot run on `platform`, or None if they can."""
-    if platform not in ("gpu", "cuda"):
+    if platform not in GPU_PLATFORMS:
         return f"Triton kernels need an NVIDIA GPU, and the platform is {platform!r}"
     for module, package in (("triton", "triton"), ("jax_triton", "jax-triton")):
         if importlib.util.find_spec(module) is None:
             return f"Triton kernels need the package {package!r}, which is not installed"
+    return None
+
+
+def _missing_for_mosaic(target: Target) -> str | None:
+    if target.platform not in GPU_PLATFORMS:
+        return f"Mosaic kernels need an NVIDIA GPU, and the platform is {target.platform!r}"
+    if jax.__version_info__ < (0, 11):
+        return f"Mosaic kernels need JAX 0.11 or newer, and this is {jax.__version__}"
+    capability = target.compute_capability()
+    if capability is not None and capability < 90:
+        return f"Mosaic kernels need a Hopper GPU or newer, and this is {target.device_kind}"
     return None

@@ -15,6 +15,7 @@ are never used, and are None except under 0.3.x.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,8 @@ from jaxcache.kernels.dispatch import abstract_target
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-_COMPUTE_CAPABILITY: Mapping[str, int] = MappingProxyType(
-    {"A100": 80, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100}
-)
+
+_FFI_TARGET = "triton_kernel_call_ffi"
 
 
 def triton_call(
@@ -67,10 +67,8 @@ def triton_call(
     if jax_triton.__version_info__ < (0, 4):
         updated = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in updates]
         aliases = {operand: output for output, operand in enumerate(updates)}
-        results = jax_triton.triton_call(
-            *arrays, *scalars, out_shape=[*updated, *outputs], input_output_aliases=aliases, **options
-        )
-        return tuple(results)
+        call = _call_through_ffi if jax.__version_info__ >= (0, 11) else _call_directly
+        return tuple(call(jax_triton, arrays, scalars, [*updated, *outputs], aliases, options))
     refs = {i: jax.new_ref(arrays[i]) for i in updates}
     operands = [refs.get(i, array) for i, array in enumerate(arrays)]
     unused = dict.fromkeys(updates.values())
@@ -96,6 +94,60 @@ def torch_call(
     kernel[grid](*arrays, *scalars, *[None] * num_updates, *outputs, num_warps=num_warps, **constexprs)
 
 
+def _call_directly(
+    jax_triton: ModuleType, arrays: list, scalars: Sequence[int], results: list, aliases: dict[int, int], options: dict
+) -> Sequence[jax.Array]:
+    """The call of jax-triton 0.3 as it is meant. XLA launches such a kernel from the host each time, 5 us apart."""
+    return jax_triton.triton_call(*arrays, *scalars, out_shape=results, input_output_aliases=aliases, **options)
+
+
+def _call_through_ffi(
+    jax_triton: ModuleType, arrays: list, scalars: Sequence[int], results: list, aliases: dict[int, int], options: dict
+) -> Sequence[jax.Array]:
+    """The same kernel through the entry point of jax-triton 0.4, which jaxlib 0.11 has.
+
+    XLA records calls of this one in a CUDA graph: the launches of a step follow one another within a tenth of a us.
+    """
+    from jaxlib import gpu_triton
+
+    lib = jax_triton.triton_lib
+    kernel, grid, num_warps, capability, constexprs = _split(options)
+    abstract = [jax.typeof(array) for array in arrays]
+    produced = [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+    kinds = [lib.get_triton_type(argument) for argument in (*abstract, *scalars, *produced)]
+    numbers = {len(arrays) + i: int(value) for i, value in enumerate(scalars)}
+    compiled, attributes = lib.get_or_create_triton_kernel(
+        lib.get_cuda_backend,
+        "cuda",
+        kernel,
+        kinds,
+        [(i, kinds[i], value) for i, value in numbers.items()],
+        num_warps=num_warps,
+        num_stages=None,
+        num_ctas=1,
+        compute_capability=capability,
+        enable_fp_fusion=True,
+        metaparams=constexprs,
+        dump=False,
+    )
+    parameters = []
+    for i, kind in enumerate(kinds):
+        if i not in numbers:
+            aligned = ["tt.divisibility", 16] in attributes[(i,)]
+            parameters.append(gpu_triton.create_array_parameter(0, 16 if aligned else 0))
+        elif numbers[i] != 1:  # Triton makes a 1 part of the kernel
+            parameters.append(gpu_triton.create_scalar_parameter(numbers[i], kind))
+    call = gpu_triton.TritonKernelCall(compiled, *grid, *[1] * (3 - len(grid)), parameters)
+    opaque = zlib.compress(call.to_proto(kernel.__name__, b""))
+    return jax.ffi.ffi_call(_FFI_TARGET, results, input_output_aliases=aliases)(*arrays, opaque=opaque)
+
+
+def _split(options: dict) -> tuple[Any, tuple[int, ...], int, int | None, dict]:
+    constexprs = dict(options)
+    named = [constexprs.pop(name) for name in ("kernel", "grid", "num_warps", "compute_capability")]
+    return (*named, constexprs)
+
+
 def _import_jax_triton() -> ModuleType:
     """jax-triton without its side effect: it changes TRITON_CACHE_DIR, and 0.3 so that PyTorch can launch no kernel."""
     before = os.environ.get("TRITON_CACHE_DIR")
@@ -113,8 +165,7 @@ def _compute_capability() -> int | None:
     target = abstract_target()
     if target is None or jax.default_backend() == "gpu":
         return None
-    for word in target.device_kind.replace("-", " ").split():
-        if word in _COMPUTE_CAPABILITY:
-            return _COMPUTE_CAPABILITY[word]
-    known = ", ".join(_COMPUTE_CAPABILITY)
-    raise UnsupportedError(f"abstract device {target.device_kind!r} has no known compute capability; known: {known}")
+    capability = target.compute_capability()
+    if capability is None:
+        raise UnsupportedError(f"abstract device {target.device_kind!r} has no known compute capability")
+    return capability

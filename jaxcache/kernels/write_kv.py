@@ -67,11 +67,16 @@ def write_kv(
     n = loc.shape[0]
     require_rows("k", k, (n, *k_pool.shape[2:]), k_pool.dtype)
     require_rows("v", v, (n, *v_pool.shape[2:]), v_pool.dtype)
-    if choose(Op.WRITE_KV, implementation=implementation).implementation is Implementation.TRITON:
+    chosen = choose(Op.WRITE_KV, implementation=implementation, rows=loc.shape[0]).implementation
+    if chosen is Implementation.TRITON:
         from jaxcache.kernels import write_kv_triton
 
         return write_kv_triton.write_kv(k_pool, v_pool, layer, loc, k, v)
-    return _put_rows(k_pool, layer, loc, k), _put_rows(v_pool, layer, loc, v)
+    if chosen is Implementation.MOSAIC:
+        from jaxcache.kernels import write_kv_mosaic
+
+        return write_kv_mosaic.write_kv(k_pool, v_pool, layer, loc, k, v)
+    return put_rows(k_pool, layer, loc, k), put_rows(v_pool, layer, loc, v)
 
 
 def write_mla_kv(
@@ -108,11 +113,16 @@ def write_mla_kv(
     n, rank = loc.shape[0], nope.shape[-1]
     require_rows("nope", nope, (n, rank), pool.dtype)
     require_rows("rope", rope, (n, pool.shape[2] - rank), pool.dtype)
-    if choose(Op.WRITE_MLA_KV, implementation=implementation).implementation is Implementation.TRITON:
+    chosen = choose(Op.WRITE_MLA_KV, implementation=implementation, rows=loc.shape[0]).implementation
+    if chosen is Implementation.TRITON:
         from jaxcache.kernels import write_kv_triton
 
         return write_kv_triton.write_mla_kv(pool, layer, loc, nope, rope)
-    return _put_rows(pool, layer, loc, jnp.concatenate([nope, rope], axis=-1))
+    if chosen is Implementation.MOSAIC:
+        from jaxcache.kernels import write_kv_mosaic
+
+        return write_kv_mosaic.write_mla_kv(pool, layer, loc, nope, rope)
+    return put_rows(pool, layer, loc, jnp.concatenate([nope, rope], axis=-1))
 
 
 def drop_sink(loc: Int32[AnyArray, " n"], slots: int) -> Int32[Array, " n"]:
@@ -120,7 +130,8 @@ def drop_sink(loc: Int32[AnyArray, " n"], slots: int) -> Int32[Array, " n"]:
     return jnp.where(jnp.asarray(loc) == SINK_SLOT, slots, loc)
 
 
-def _put_rows(pool: jax.Array, layer: int | AnyArray, loc: AnyArray, rows: AnyArray) -> jax.Array:
+def put_rows(pool: jax.Array, layer: int | AnyArray, loc: AnyArray, rows: AnyArray) -> jax.Array:
+    """The reference of every write: rows to their slots of one layer, but for the sink's and those outside the pool."""
     # With the sink gone the slots are unique, and XLA needs that promise to scatter rows in parallel on a GPU.
     return pool.at[layer, drop_sink(loc, pool.shape[1])].set(
         rows, mode="drop", unique_indices=True, wrap_negative_indices=False

@@ -61,17 +61,17 @@ def write_mla_kv(pool: jax.Array, layer: int | AnyArray, loc: AnyArray, nope: An
 
 def write_kv_launch(n: int, k_width: int, v_width: int, itemsize: int) -> dict:
     """Grid and constexprs of `write_kv_kernel`, for rows of these widths in elements."""
-    k_block, v_block, rows, grid = _tile(n, k_width, v_width, itemsize)
+    k_block, v_block, rows, grid = tile(n, k_width, v_width, itemsize)
     return dict(grid=grid, num_warps=4, K_WIDTH=k_width, V_WIDTH=v_width, K_BLOCK=k_block, V_BLOCK=v_block, ROWS=rows)
 
 
 def write_mla_kv_launch(n: int, rank: int, rope: int, itemsize: int) -> dict:
     """Grid and constexprs of `write_mla_kv_kernel`, for parts of these widths in elements."""
-    rank_block, rope_block, rows, grid = _tile(n, rank, rope, itemsize)
+    rank_block, rope_block, rows, grid = tile(n, rank, rope, itemsize)
     return dict(grid=grid, num_warps=4, RANK=rank, ROPE=rope, RANK_BLOCK=rank_block, ROPE_BLOCK=rope_block, ROWS=rows)
 
 
-def _tile(n: int, first: int, second: int, itemsize: int) -> tuple[int, int, int, tuple[int, int]]:
+def tile(n: int, first: int, second: int, itemsize: int) -> tuple[int, int, int, tuple[int, int]]:
     """Block widths of two parts of a row, rows a program, and the grid (row tiles, column tiles)."""
     blocks = [min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK) for width in (first, second)]
     columns = max(triton.cdiv(width, block) for width, block in zip((first, second), blocks, strict=True))

@@ -1,0 +1,141 @@
+"""Mosaic GPU kernels of `write_kv`: rows go through shared memory by the bulk copy engine of Hopper and newer GPUs.
+
+One block moves `rows` consecutive tokens: one bulk load brings them in, one bulk store a token takes each to its slot.
+The slots are read while the load is in flight. A bulk copy covers at most 256 elements along a dimension and moves
+multiples of 16 bytes, so a row is seen as `(width / w, w)` for the widest `w` that fits. Widths that have none, such as
+33, are left to the other implementations.
+
+The pool is a `Ref` of the step's own array: updated in place when the step owns it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxcache.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from jaxcache.kernels.arguments import AnyArray
+
+MAX_BOX = 256
+"""Most elements that a bulk copy covers along one dimension."""
+BULK_BYTES = 16
+"""Bulk copies move multiples of this many bytes."""
+BLOCK_BYTES = 32 * 1024
+"""Shared memory of one block; several blocks a multiprocessor keep enough bytes in flight."""
+FULL_GRID = 512
+"""Blocks that keep every GPU busy; below it a block takes fewer rows."""
+
+
+def write_kv(
+    k_pool: jax.Array, v_pool: jax.Array, layer: int | AnyArray, loc: AnyArray, k: AnyArray, v: AnyArray
+) -> tuple[jax.Array, jax.Array]:
+    """See `write_kv.write_kv`."""
+    if loc.shape[0] == 0:
+        return k_pool, v_pool
+    targets = (Target(0, 0), Target(1, 0))
+    k_pool, v_pool = write_parts((k_pool, v_pool), jnp.asarray(layer, jnp.int32), loc, (k, v), targets=targets)
+    return k_pool, v_pool
+
+
+def write_mla_kv(pool: jax.Array, layer: int | AnyArray, loc: AnyArray, nope: AnyArray, rope: AnyArray) -> jax.Array:
+    """See `write_kv.write_mla_kv`."""
+    if loc.shape[0] == 0:
+        return pool
+    targets = (Target(0, 0), Target(0, nope.shape[1]))
+    (pool,) = write_parts((pool,), jnp.asarray(layer, jnp.int32), loc, (nope, rope), targets=targets)
+    return pool
+
+
+class Target(NamedTuple):
+    """Where a part of a row goes: which pool, and from which column on."""
+
+    pool: int
+    column: int
+
+
+# Jitted, so that all calls of a step with the same shapes are one kernel, compiled once.
+@partial(jax.jit, static_argnames=("targets", "interpret"))
+def write_parts(
+    pools: tuple[jax.Array, ...],
+    layer: jax.Array,
+    loc: jax.Array,
+    parts: tuple[jax.Array, ...],
+    *,
+    targets: tuple[Target, ...],
+    interpret: object = None,
+) -> list[jax.Array]:
+    """Writes each of `parts` to its target. `interpret` takes a `plgpu.InterpretGPUParams`: no GPU needed."""
+    layers, slots = pools[0].shape[:2]
+    n = loc.shape[0]
+    parts = tuple(part.reshape(n, -1) for part in parts)
+    units = [bulk_width(index, pool, parts, targets) for index, pool in enumerate(pools)]
+    views = [part.reshape(n, -1, units[target.pool]) for part, target in zip(parts, targets, strict=True)]
+    rows = rows_of_block(n, sum(part.shape[1] * part.dtype.itemsize for part in parts))
+
+    def body(layer_ref, loc_ref, *refs):
+        part_refs, pool_refs = refs[: len(parts)], refs[len(parts) : len(parts) + len(pools)]
+        *buffers, barrier = refs[len(parts) + len(pools) :]
+        first = jax.lax.axis_index("block") * rows
+        for source, buffer in zip(part_refs, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, rows)], buffer, barrier)
+        which = layer_ref[0]
+        found = [loc_ref[first + i] for i in range(rows)]
+        plgpu.barrier_wait(barrier)
+        for i, slot in enumerate(found):
+            keep = (slot > 0) & (slot < slots) & (which >= 0) & (which < layers)
+            pl.when(keep)(partial(store_row, i, which * slots + slot, buffers, pool_refs))
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def store_row(i, row, buffers, pool_refs):
+        for buffer, view, target in zip(buffers, views, targets, strict=True):
+            columns = pl.ds(target.column // view.shape[2], view.shape[1])
+            plgpu.copy_smem_to_gmem(buffer.at[i], pool_refs[target.pool].at[row, columns], commit_group=False)
+
+    refs = [jax.new_ref(pool.reshape(layers * slots, -1, unit)) for pool, unit in zip(pools, units, strict=True)]
+    plgpu.kernel(
+        body,
+        out_type=(),
+        grid=(n // rows,),
+        grid_names=("block",),
+        scratch_types=[
+            *(plgpu.SMEM((rows, *view.shape[1:]), view.dtype) for view in views),
+            plgpu.Barrier(num_arrivals=len(parts)),
+        ],
+        interpret=interpret,
+    )(layer.reshape(1), loc, *views, *refs)
+    return [jax.freeze(ref).reshape(pool.shape) for ref, pool in zip(refs, pools, strict=True)]
+
+
+def bulk_width(index: int, pool: jax.Array, parts: tuple[jax.Array, ...], targets: tuple[Target, ...]) -> int:
+    """The `w` of a pool: the widest that divides its rows and all that goes there, and that a bulk copy can move.
+
+    Raises:
+      UnsupportedError: if the rows have no such `w`.
+    """
+    here = [(part, target) for part, target in zip(parts, targets, strict=True) if target.pool == index]
+    widths = [part.shape[1] for part, _ in here]
+    common = math.gcd(math.prod(pool.shape[2:]), *widths, *(target.column for _, target in here))
+    for w in range(min(MAX_BOX, common), 0, -1):
+        if common % w == 0 and w * pool.dtype.itemsize % BULK_BYTES == 0 and max(widths) // w <= MAX_BOX:
+            return w
+    raise UnsupportedError(
+        f"implementation=MOSAIC cannot write parts of {widths} elements of {pool.dtype}: bulk copies move multiples of "
+        f"{BULK_BYTES} bytes, at most {MAX_BOX} elements a dimension. Leave implementation=None for the table's choice."
+    )
+
+
+def rows_of_block(n: int, row_bytes: int) -> int:
+    """Tokens a block moves: a power of two that divides `n`, so that no tile is ragged."""
+    rows = 1
+    while n % (rows * 2) == 0 and rows * 2 * row_bytes <= BLOCK_BYTES and n // (rows * 2) >= FULL_GRID:
+        rows *= 2
+    return rows
