@@ -1,59 +1,15 @@
-"""Who is evicted next: policies behind one small interface.
-
-The tree tells a policy which nodes may go (`add`, `discard`), which were used (`touch`) and which became leaves
-(`exposed`), and asks for the next `victim`. A policy never looks at the tree.
-"""
+"""Who is evicted next: the policies by name, and those that go by last use alone."""
 
 from __future__ import annotations
 
 import enum
 import heapq
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from jaxcache.index.eviction import EvictionPolicy
 from jaxcache.index.node import Node
-
-
-class EvictionPolicy(ABC):
-    """The order in which one component lets nodes go.
-
-    Args:
-      leaves_only: Only childless nodes may be chosen (the first component); otherwise any node added may.
-    """
-
-    def __init__(self, leaves_only: bool):
-        self.leaves_only = leaves_only
-
-    @abstractmethod
-    def add(self, node: Node) -> None:
-        """`node` may be evicted from now on and counts as just used."""
-
-    @abstractmethod
-    def discard(self, node: Node) -> None:
-        """`node` may not be evicted (it was locked, or is gone). It must have been added."""
-
-    @abstractmethod
-    def touch(self, path: Sequence[Node]) -> None:
-        """The nodes of `path`, from the root down, were used; those that were not added are ignored."""
-
-    @abstractmethod
-    def exposed(self, node: Node) -> None:
-        """`node`, which was added, lost its last child."""
-
-    @abstractmethod
-    def victim(self) -> Node | None:
-        """The next node to evict; it stays until discarded. None when there is none."""
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Node]:
-        """Every node added, in no particular order."""
-
-    @abstractmethod
-    def __contains__(self, node: Node) -> bool: ...
-
-    @abstractmethod
-    def __len__(self) -> int: ...
 
 
 class LRU(EvictionPolicy):
@@ -81,6 +37,12 @@ class LRU(EvictionPolicy):
         for node in reversed(path):
             if node in order:
                 order.move_to_end(node)
+
+    remove = discard
+    hit = touch
+
+    def split(self, upper: Node, lower: Node) -> None:
+        """Nothing to do: the upper half is added or locked next."""
 
     def exposed(self, node: Node) -> None:
         """Nothing to do: the order needs no leaves."""
@@ -131,6 +93,9 @@ class Ranked(EvictionPolicy):
         for node in reversed(path):
             if node in self._stamp:
                 self._renew(node)
+
+    def split(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.split`."""
 
     def exposed(self, node: Node) -> None:
         """See `EvictionPolicy.exposed`."""

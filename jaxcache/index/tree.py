@@ -102,7 +102,7 @@ class RadixTree:
             return Match(key, 0, found, NOTHING, path, self._version)
         whole = path if path[-1].end == length else path[:-1]
         for policy in self._policies:
-            policy.touch(whole)
+            policy.hit(whole)
         return Match(key, length, found, self._values_to(path, length), path, self._version)
 
     def _walk(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
@@ -309,6 +309,7 @@ class RadixTree:
         top.locks = bottom.locks
         if bottom.value is not None:
             top.value, bottom.value = _owned(bottom.value[:pages]), _owned(bottom.value[pages:])
+            self._policies[i].split(upper, lower)
             if not top.locks:
                 self._policies[i].add(upper)
 
@@ -362,7 +363,7 @@ class RadixTree:
             freed[i].append(value)
             self.evictable[i] -= len(value)
             slot.value = None
-            self._policies[i].discard(node)
+            self._policies[i].remove(node)
 
     def reset(self) -> None:
         """Forgets everything, without freeing anything; receipts given out before are refused from now on."""

@@ -1,0 +1,66 @@
+"""What an eviction policy is.
+
+The tree tells a policy which nodes may go (`add`, `discard`), which have gone (`remove`), which were used (`touch`) or
+found by a lookup (`hit`), which were divided (`split`) and which became leaves (`exposed`), and asks for the next
+`victim`. A policy never looks at the tree.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from jaxcache.index.node import Node
+
+
+class EvictionPolicy(ABC):
+    """The order in which one component lets nodes go.
+
+    Args:
+      leaves_only: Only childless nodes may be chosen (the first component); otherwise any node added may.
+    """
+
+    def __init__(self, leaves_only: bool):
+        self.leaves_only = leaves_only
+
+    @abstractmethod
+    def add(self, node: Node) -> None:
+        """`node` may be evicted from now on and counts as just used: it is new, or its last lock went."""
+
+    @abstractmethod
+    def discard(self, node: Node) -> None:
+        """`node`, which was added, may not be evicted: it was locked. What is known of it stays known."""
+
+    def remove(self, node: Node) -> None:
+        """`node`, which was added, was let go. Its key and its parent are still what they were."""
+        self.discard(node)
+
+    @abstractmethod
+    def touch(self, path: Sequence[Node]) -> None:
+        """The nodes of `path`, from the root down, were used; those that were not added are ignored."""
+
+    def hit(self, path: Sequence[Node]) -> None:
+        """A lookup found the nodes of `path`, from the root down: a use, and a sign that more may follow."""
+        self.touch(path)
+
+    @abstractmethod
+    def split(self, upper: Node, lower: Node) -> None:
+        """`upper` was cut off the front of `lower` because it was found without the rest. `add` follows, or a lock."""
+
+    @abstractmethod
+    def exposed(self, node: Node) -> None:
+        """`node`, which was added, lost its last child."""
+
+    @abstractmethod
+    def victim(self) -> Node | None:
+        """The next node to evict; it stays until removed. None when there is none."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Node]:
+        """Every node added, in no particular order."""
+
+    @abstractmethod
+    def __contains__(self, node: Node) -> bool: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
