@@ -257,6 +257,11 @@ class DecodeLoops:
         self._flights: dict[LoopPlan, _Flight] = {}
         self._steps: dict[Callable, Callable] = {}
 
+    @property
+    def are_over(self) -> bool:
+        """Whether there is no loop to absorb or cancel."""
+        return not self._flights
+
     def holds(self, row: int) -> bool:
         """Whether the request in that row is part of a loop that is not over."""
         return any(row in plan.row for plan in self._flights)

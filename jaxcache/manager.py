@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.audit import check_device_table, check_owners
 from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
 from jaxcache.decode_loop import LoopShape
 from jaxcache.donation import donating
-from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
+from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.recency import Policy
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay, loop_limits
 from jaxcache.pages.arguments import as_count
@@ -43,6 +45,9 @@ from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.request import Request, RequestState
 from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
+
+_OUTPUT_IDS = operator.attrgetter("output_ids")
+_LAST = operator.itemgetter(-1)
 
 TABLE_PATCH_ENTRIES = 8192
 """Table entries that travel by themselves when a step's bucket has no room for them."""
@@ -109,6 +114,27 @@ def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None
     return MemoryManager(config, pool, allocator, table, cache)
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What does not change about a batch while nobody comes or goes; a decode step after another needs no new one."""
+
+    epoch: int
+    requests: tuple[Request, ...]
+    row: np.ndarray
+    prompt_len: np.ndarray
+    tag: np.ndarray
+
+    @classmethod
+    def of(cls, epoch: int, requests: Sequence[Request]) -> _Batch:
+        return cls(
+            epoch,
+            tuple(requests),
+            row=np.array([request.req_pool_idx for request in requests], np.int32),
+            prompt_len=np.array([len(request.origin_input_ids) for request in requests], np.int32),
+            tag=np.array([request.tag for request in requests], np.int32),
+        )
+
+
 class MemoryManager:
     """Owner of the pools and of every running request's share of them. See `init_memory_pool_and_cache`.
 
@@ -142,6 +168,8 @@ class MemoryManager:
         self._steps: dict[Callable, Callable] = {}
         self._patch = donating(RequestTable.patched)
         self._loops = DecodeLoops(allocator, req_to_token_pool)
+        self._epoch = 0  # counts changes of what runs, and so of what a batch may consist of
+        self._last_batch: _Batch | None = None
 
     # ---- the life of a request -----------------------------------------------------------------------------------
 
@@ -176,7 +204,7 @@ class MemoryManager:
             undo.callback(self.cache.dec_lock_ref, lock)
             copied = min(request.cpu_copy.num_tokens, request.num_tokens - 1) if request.cpu_copy is not None else 0
             kv_len = max(lock.length, copied)
-            fresh = self._take_pages([lock.length], [kv_len])
+            fresh = self._take_pages(self._pages_of(kv_len) - len(found.pages))
             if fresh is None:
                 return None
             undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
@@ -187,12 +215,13 @@ class MemoryManager:
             if len(fresh):
                 self._load_back(request.cpu_copy, lock.length, kv_len, fresh)
             undo.pop_all()
-        request.req_pool_idx, request.lock, request.state = row, lock, RequestState.RUNNING
-        request.num_pages = len(found.pages) + len(fresh)
+        request.enter(self.req_to_token_pool, row)
+        request.kv_len, request.num_pages = kv_len, len(found.pages) + len(fresh)
+        request.lock, request.state = lock, RequestState.RUNNING
         request.cached_tokens = lock.length
-        request.kv_len = kv_len
         request.cpu_copy = None
         self.running[row] = request
+        self._epoch += 1
         if len(fresh):
             self.cache.cache_unfinished_req(request)
         return kv_len
@@ -234,8 +263,8 @@ class MemoryManager:
         row = self._row(request)
         self.cache.cache_finished_req(request)
         del self.running[row]
+        self._epoch += 1
         request.state = state
-        request.kv_len = 0
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -251,62 +280,60 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
-        prefix = [request.kv_len for request, _ in work]
-        target = [request.kv_len + n for request, n in work]
-        for (request, n), end in zip(work, target, strict=True):
-            if n < 1 or end > request.num_tokens:
-                raise ArgumentError(
-                    f"work: request {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}"
-                )
-        parts = [
-            request.key.token_ids[start:end] for (request, _), start, end in zip(work, prefix, target, strict=True)
-        ]
-        return self._plan(StepKind.EXTEND, [request for request, _ in work], prefix, target, parts)
+        batch = self._batch([request for request, _ in work])
+        counts = np.array([n for _, n in work])
+        for request, n in work:
+            if not 1 <= n <= request.num_tokens - request.kv_len:
+                left = request.num_tokens - request.kv_len
+                raise ArgumentError(f"work: request {request.rid} has {left} tokens, not {n}")
+        tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
+        return self._plan(StepKind.EXTEND, batch, counts, np.concatenate(tokens))
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
+
+        Cost: some NumPy calls and one pass of C loops over the batch, if it is the batch of the call before.
 
         Raises:
           RequestStateError: A request is not running.
           ArgumentError: A request has more, or fewer, than one token to compute, or is named twice.
         """
-        self._require_one_left(requests)
-        prefix = [request.kv_len for request in requests]
-        tokens = [request.output_ids[-1:] or request.origin_input_ids[-1:] for request in requests]
-        return self._plan(StepKind.DECODE, list(requests), prefix, [length + 1 for length in prefix], tokens)
+        batch = self._batch(requests)
+        outputs = self._require_one_left(batch)
+        if all(outputs):
+            tokens = np.fromiter(map(_LAST, outputs), np.int32, len(outputs))
+        else:
+            last = (request.output_ids or request.origin_input_ids for request in batch.requests)
+            tokens = np.fromiter(map(_LAST, last), np.int32, len(outputs))
+        return self._plan(StepKind.DECODE, batch, np.ones(len(outputs), np.int32), tokens)
 
-    def _plan(
-        self, kind: StepKind, requests: list[Request], prefix: list[int], target: list[int], tokens: list
-    ) -> StepPlan | None:
-        self._require_batch(requests)
-        for request, end in zip(requests, target, strict=True):
-            if end > self.config.max_context_len:
-                raise ArgumentError(
-                    f"request {request.rid} would have {end} tokens, max_context_len is {self.config.max_context_len}: "
-                    "finish it"
-                )
-        counts = [self._pages_of(end) - request.num_pages for end, request in zip(target, requests, strict=True)]
-        num_tokens = sum(target) - sum(prefix)
-        bucket = smallest(self.buckets, kind, len(requests), num_tokens, sum(counts))
-        fresh = self._take_pages(prefix, target)
+    def _plan(self, kind: StepKind, batch: _Batch, counts: np.ndarray, tokens: np.ndarray) -> StepPlan | None:
+        """Takes the pages that `counts` more tokens of each request need, and says what the step is to do."""
+        table, row = self.req_to_token_pool, batch.row
+        prefix, held = table.kv_len[row], table.num_pages[row]
+        target = (prefix + counts).astype(np.int32)
+        if target.max() > self.config.max_context_len:
+            i = int(target.argmax())
+            raise ArgumentError(
+                f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
+                f"{self.config.max_context_len}: finish it"
+            )
+        new = (target + self.page_size - 1) // self.page_size - held
+        bucket = smallest(self.buckets, kind, len(row), len(tokens), int(new.sum()))
+        fresh = self._take_pages(int(new.sum()))
         if fresh is None:
             return None
-        last_loc = [self._last_loc(request) for request in requests]
-        start = 0
-        for request, count in zip(requests, counts, strict=True):
-            if count:
-                self.req_to_token_pool.write_pages(self._row(request), request.num_pages, fresh[start : start + count])
-                request.num_pages += count
-                start += count
+        last_loc = table.last_slots(row)
+        table.append_pages(row, new, fresh)
         return StepPlan(
             bucket,
-            tuple(requests),
-            row=np.array([request.req_pool_idx for request in requests], np.int32),
-            prefix_len=np.array(prefix, np.int32),
-            seq_len=np.array(target, np.int32),
-            last_loc=np.array(last_loc, np.int32),
-            tag=np.array([request.tag for request in requests], np.int32),
-            tokens=np.concatenate(tokens).astype(np.int32, copy=False),
+            batch.requests,
+            row=row,
+            prefix_len=prefix,
+            seq_len=target,
+            last_loc=last_loc,
+            tag=batch.tag,
+            tokens=tokens,
             new_pages=fresh,
         )
 
@@ -333,22 +360,31 @@ class MemoryManager:
             self.req_to_token_pool.give_back(changes)
             raise
         self.pool, self.table, out = result
-        for request, length in zip(plan.requests, plan.seq_len.tolist(), strict=True):
-            request.kv_len = length
+        self.req_to_token_pool.kv_len[plan.row] = plan.seq_len
         if plan.bucket.kind is StepKind.EXTEND:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
         return out
 
     def _require_current(self, plan: StepPlan) -> None:
-        for i, request in enumerate(plan.requests):
-            self._require_running(request)
+        """Raises unless every request is still in its row, as long as the plan expects, with the plan's pages."""
+        rows = plan.row.tolist()
+        if tuple(map(self.running.get, rows)) != plan.requests or not self._loops.are_over:
+            for request in plan.requests:
+                self._require_running(request)
+        for request, row in zip(plan.requests, rows, strict=True) if self._is_outdated(plan) else ():
             now = (request.req_pool_idx, request.kv_len, request.num_pages)
-            planned = (int(plan.row[i]), int(plan.prefix_len[i]), self._pages_of(int(plan.seq_len[i])))
-            if now != planned:
-                raise RequestStateError(
-                    f"request {request.rid} has (row, tokens, pages) = {now}, the plan needs {planned}: plan again"
-                )
+            raise RequestStateError(
+                f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
+                f"(row, tokens, pages) = {now}; plan again"
+            )
+
+    def _is_outdated(self, plan: StepPlan) -> bool:
+        table, row = self.req_to_token_pool, plan.row
+        needed = (plan.seq_len + self.page_size - 1) // self.page_size
+        is_in_place = tuple(map(self.running.get, row.tolist())) == plan.requests
+        same_length = np.array_equal(table.kv_len[row], plan.prefix_len)
+        return not (is_in_place and same_length and np.array_equal(table.num_pages[row], needed))
 
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan that will not run back."""
@@ -420,13 +456,13 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        self._require_batch(requests)
-        self._require_one_left(requests)
+        self._require_one_left(self._batch(requests))
         bucket = smallest(self.buckets, StepKind.DECODE, len(requests), len(requests), 0)
         shape = LoopShape(bucket.requests, steps, width, self.page_size)
         plan = LoopPlan.of(shape, requests, loop_limits(requests, limits, self.config.max_context_len))
         num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
         self._evict_for(num_pages)
+        self._epoch += 1
         return self._loops.open(plan, num_pages)
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
@@ -474,9 +510,8 @@ class MemoryManager:
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
-    def _take_pages(self, prefix: list[int], target: list[int]) -> np.ndarray | None:
-        """Fresh pages for a batch, evicting only what is short; None, with no page taken, if that is not enough."""
-        need = sum(map(self._pages_of, target)) - sum(map(self._pages_of, prefix))
+    def _take_pages(self, need: int) -> np.ndarray | None:
+        """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""
         self._evict_for(need)
         return self.allocator.alloc_pages(need)
 
@@ -487,12 +522,6 @@ class MemoryManager:
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    def _last_loc(self, request: Request) -> int:
-        if not request.kv_len:
-            return -1
-        page, offset = divmod(request.kv_len - 1, self.page_size)
-        return int(self.req_to_token_pool.row_pages(self._row(request), page, page + 1)[0]) * self.page_size + offset
 
     def _row(self, request: Request) -> int:
         if request.req_pool_idx is None:
@@ -505,19 +534,37 @@ class MemoryManager:
         if self._loops.holds(self._row(request)):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
 
-    def _require_batch(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._require_running(request)
-            if request.num_pages != self._pages_of(request.kv_len):
-                raise RequestStateError(f"request {request.rid} has a plan that has not run: run or cancel it first")
-        if len({id(request) for request in requests}) != len(requests) or not requests:
-            raise ArgumentError("requests: name each request once, and at least one")
+    def _batch(self, requests: Sequence[Request]) -> _Batch:
+        """Distinct running requests that wait for a step, with their rows.
 
-    def _require_one_left(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.num_tokens - request.kv_len != 1:
-                left = request.num_tokens - request.kv_len
-                raise ArgumentError(f"requests: {request.rid} has {left} tokens to compute, decode computes one")
+        Raises:
+          RequestStateError: One is not running, is in a decode loop, or has a plan that has not run.
+          ArgumentError: One is named twice, or there is none.
+        """
+        batch = self._last_batch
+        if batch is None or batch.epoch != self._epoch or batch.requests != tuple(requests):
+            for request in requests:
+                self._require_running(request)
+            if len(set(map(id, requests))) != len(requests) or not requests:
+                raise ArgumentError("requests: name each request once, and at least one")
+            batch = self._last_batch = _Batch.of(self._epoch, requests)
+        table, row = self.req_to_token_pool, batch.row
+        is_ready = table.num_pages[row] == (table.kv_len[row] + self.page_size - 1) // self.page_size
+        if not is_ready.all():
+            rid = batch.requests[int(is_ready.argmin())].rid
+            raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
+        return batch
+
+    def _require_one_left(self, batch: _Batch) -> list[list[int]]:
+        """Raises ArgumentError unless each request has one token to compute; returns what they sampled so far."""
+        outputs = list(map(_OUTPUT_IDS, batch.requests))
+        sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
+        left = batch.prompt_len + sampled - self.req_to_token_pool.kv_len[batch.row]
+        if (left != 1).any():
+            i = int((left != 1).argmax())
+            rid = batch.requests[i].rid
+            raise ArgumentError(f"requests: {rid} has {left[i]} tokens to compute, decode computes one")
+        return outputs
 
     def get_token_info(self) -> tuple[int, float, int, int]:
         """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.
@@ -541,48 +588,7 @@ class MemoryManager:
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
-        rows = [self.req_to_token_pool.row_pages(row, 0, request.num_pages) for row, request in self.running.items()]
-        private = [
-            pages[request.protected_len // self.page_size :]
-            for pages, request in zip(rows, self.running.values(), strict=True)
-        ]
-        owned = np.sort(np.concatenate([np.empty(0, np.int32), *private]))
-        states = self.allocator.states
-        expected = np.flatnonzero(states == PageState.PRIVATE)
-        if not np.array_equal(owned, expected):
-            odd = np.setxor1d(owned, expected)[:5]
-            raise BrokenInvariant(
-                f"private pages: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}"
-            )
-        for (row, request), pages in zip(self.running.items(), rows, strict=True):
-            self._check_shared(row, request, pages)
-        free_rows = self.req_to_token_pool.free_rows
-        if sorted([*self.running, *free_rows]) != list(range(self.req_to_token_pool.size)):
-            raise BrokenInvariant(f"rows: {sorted(self.running)} are running, {sorted(free_rows)} are free")
+        check_owners(self.running, self.req_to_token_pool, self.allocator)
         if read_device:
-            self._check_device_table()
-
-    def _check_shared(self, row: int, request: Request, pages: np.ndarray) -> None:
-        """The part of a row that its lock covers must be the tree's pages for the request's own tokens."""
-        length = request.protected_len
-        path: list[np.ndarray] = []
-        node = request.lock.node if request.lock is not None else None
-        keys: list[bytes] = []
-        while node is not None and node.parent is not None:
-            path.append(node.value)
-            keys.append(node.key)
-            node = node.parent
-        shared = np.concatenate(path[::-1]) if path else np.empty(0, np.int32)
-        is_same = np.array_equal(shared, pages[: length // self.page_size])
-        if not is_same or b"".join(reversed(keys)) != request.key.packed[: 4 * length]:
-            raise BrokenInvariant(
-                f"row {row} of request {request.rid}: its first {length} tokens are not the tree's pages"
-            )
-
-    def _check_device_table(self) -> None:
-        self._send_table_changes(0)
-        device = np.asarray(self.table.pages)
-        for row, request in self.running.items():
-            host = self.req_to_token_pool.row_pages(row, 0, request.num_pages)
-            if not np.array_equal(device[row, : request.num_pages], host):
-                raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
+            self._send_table_changes(0)
+            check_device_table(self.running, self.req_to_token_pool, self.table)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.node import Receipt
 
@@ -30,6 +30,13 @@ class RequestState(enum.Enum):
     DONE = "done"  # finished or aborted; owns nothing
 
 
+class RowLengths(Protocol):
+    """Where the lengths of running requests live: one entry a row, so that a batch is read in one go."""
+
+    kv_len: np.ndarray
+    num_pages: np.ndarray
+
+
 @dataclass(eq=False)
 class Request:
     """One request and what it owns in the cache.
@@ -40,12 +47,10 @@ class Request:
       output_ids: Tokens sampled so far; the engine appends, nothing is ever taken back while the request runs.
       extra_key: Namespace; KV is shared only inside one.
       priority: Higher stays longer under `Policy.PRIORITY`.
-      tag: A number of the engine's own that its steps see, such as the index of an adapter.
+      tag: A number of the engine's own that its steps see, such as the index of an adapter. Fixed while it runs.
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
       state: See `RequestState`.
-      req_pool_idx: Row in the request table; None unless running.
-      kv_len: Tokens whose KV is in the pool. The last sampled token never has KV.
-      num_pages: Pages in its row: those of `kv_len` tokens, and those taken for a step that has not run yet.
+      req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
       cpu_copy: KV kept in host memory across a retraction.
@@ -60,8 +65,6 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
     req_pool_idx: int | None = None
-    kv_len: int = 0
-    num_pages: int = 0
     lock: Receipt | None = None
     cached_tokens: int = 0
     cpu_copy: Any = None
@@ -76,6 +79,39 @@ class Request:
                 f"logprob_start_len of request {self.rid} must not be negative, got {self.logprob_start_len}"
             )
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
+        self._lengths: RowLengths | None = None
+
+    def enter(self, table: RowLengths, row: int) -> None:
+        """Takes a row of the request table, which holds the request's lengths from now on."""
+        self._lengths, self.req_pool_idx = table, row
+        self.kv_len = self.num_pages = 0
+
+    def leave(self) -> None:
+        """Is without a row, and so without tokens and pages."""
+        self._lengths = self.req_pool_idx = None
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens whose KV is in the pool; 0 without a row. The last sampled token never has KV."""
+        return int(self._lengths.kv_len[self.req_pool_idx]) if self._lengths is not None else 0
+
+    @kv_len.setter
+    def kv_len(self, value: int) -> None:
+        self._row_lengths().kv_len[self.req_pool_idx] = value
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in its row: those of `kv_len` tokens, and those taken for a step that has not run yet."""
+        return int(self._lengths.num_pages[self.req_pool_idx]) if self._lengths is not None else 0
+
+    @num_pages.setter
+    def num_pages(self, value: int) -> None:
+        self._row_lengths().num_pages[self.req_pool_idx] = value
+
+    def _row_lengths(self) -> RowLengths:
+        if self._lengths is None:
+            raise RequestStateError(f"request {self.rid} has no row: it is {self.state.value}; admit it first")
+        return self._lengths
 
     @property
     def num_tokens(self) -> int:

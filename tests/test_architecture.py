@@ -16,7 +16,7 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 
 _LEAVES = {"errors"}
 _STACK = {"errors", "donation", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
-_STACK |= {"decode_loop", "loop_plan"}
+_STACK |= {"decode_loop", "loop_plan", "audit"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": _LEAVES | {"config", "kernels", "pools", "request"},
     "decode_loop": _LEAVES | {"config", "kernels", "pages", "pools"},
     "loop_plan": _LEAVES | {"config", "decode_loop", "donation", "pages", "pools", "request"},
+    "audit": _LEAVES | {"config", "pages", "pools", "request"},
     "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
     "manager": _STACK | {"config"},
     "replay": _STACK | {"config", "manager"},

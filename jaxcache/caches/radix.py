@@ -186,8 +186,7 @@ class RadixCache(BasePrefixCache):
         if len(tail):
             allocator.release(tail.copy(), PageState.PRIVATE)
         table.free(row)
-        req.req_pool_idx = None
-        req.num_pages = 0
+        req.leave()
         if req.lock is not None:
             self.tree.unlock(req.lock)
             req.lock = None

@@ -54,12 +54,10 @@ class TableChanges:
     Attributes:
       index: int32 flat indices.
       page: int32 values.
-      ranges: The same as (row, first, stop).
     """
 
     index: np.ndarray
     page: np.ndarray
-    ranges: tuple[tuple[int, int, int], ...]
 
 
 class ReqToTokenPool:
@@ -71,6 +69,10 @@ class ReqToTokenPool:
       page_size: Tokens an entry. With 1 it is SGLang's table of one slot a token.
 
     Rows are handed out first in, first out. A freed row keeps its old entries; nobody may read them.
+
+    Attributes:
+      kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
+      num_pages: int32 (size,), entries of each row in use.
 
     Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
     """
@@ -87,13 +89,15 @@ class ReqToTokenPool:
         if size * self.max_pages >= 2**31:
             raise ArgumentError(f"size * max_pages = {size * self.max_pages} entries do not fit int32 indices")
         self._pages = np.zeros((size, self.max_pages), np.int32)
+        self.kv_len = np.zeros(size, np.int32)
+        self.num_pages = np.zeros(size, np.int32)
         self.clear()
 
     def clear(self) -> None:
         """Gives every row back. Entries stay as they are."""
         self._free = deque(range(self.size))
         self._is_free = np.ones(self.size, bool)
-        self._changed: list[tuple[int, int, int]] = []
+        self._forget_changes()
 
     def available_size(self) -> int:
         """Free rows."""
@@ -180,7 +184,34 @@ class ReqToTokenPool:
         if len(pages):
             self._pages[row, first:stop] = pages
             if not on_device:
-                self._changed.append((row, first, stop))
+                base = row * self.max_pages
+                self._mark_changed(np.arange(base + first, base + stop, dtype=np.int32))
+
+    def append_pages(
+        self, rows: Int32[np.ndarray, " rows"], counts: Int32[np.ndarray, " rows"], pages: Int32[np.ndarray, " pages"]
+    ) -> None:
+        """The next `counts[i]` of `pages` go behind the last page in use of `rows[i]`, for all rows at once.
+
+        The rows must be in use and distinct, and have room. Cost: some NumPy calls, whatever the number of rows.
+        """
+        if not len(pages):
+            return
+        ends = np.cumsum(counts)
+        first = rows * np.int32(self.max_pages) + self.num_pages[rows] - (ends - counts)
+        index = (np.repeat(first, counts) + np.arange(len(pages))).astype(np.int32)
+        self._pages.reshape(-1)[index] = pages
+        self.num_pages[rows] += counts
+        self._mark_changed(index)
+
+    def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last token with KV of each row; -1 where there is none."""
+        last = self.kv_len[rows] - 1
+        slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
+        return np.where(last < 0, np.int32(-1), slots)
+
+    def _mark_changed(self, index: np.ndarray) -> None:
+        self._changed.append(index)
+        self._num_changed += len(index)
 
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
@@ -195,29 +226,28 @@ class ReqToTokenPool:
 
     def num_changed(self) -> int:
         """Entries waiting to be sent to the device."""
-        return sum(stop - first for _, first, stop in self._changed)
+        return self._num_changed
 
     def take_changes(self, limit: int) -> TableChanges:
         """At most `limit` changed entries with their values of this moment; they count as sent."""
-        taken: list[tuple[int, int, int]] = []
-        while self._changed and limit > 0:
-            row, first, stop = self._changed.pop()
-            cut = min(stop, first + limit)
-            if cut < stop:
-                self._changed.append((row, cut, stop))
-            taken.append((row, first, cut))
-            limit -= cut - first
-        starts = (np.arange(row * self.max_pages + first, row * self.max_pages + stop) for row, first, stop in taken)
-        index = np.concatenate([np.empty(0, np.int32), *starts]).astype(np.int32)
-        return TableChanges(index, self._pages.reshape(-1)[index], tuple(taken))
+        waiting = np.concatenate([np.empty(0, np.int32), *self._changed])
+        index = waiting[:limit]
+        self._forget_changes()
+        if len(waiting) > limit:
+            self._mark_changed(waiting[limit:])
+        return TableChanges(index, self._pages.reshape(-1)[index])
 
     def give_back(self, changes: TableChanges) -> None:
         """Changes that were taken and did not reach the device wait again."""
-        self._changed.extend(changes.ranges)
+        self._mark_changed(changes.index)
+
+    def _forget_changes(self) -> None:
+        self._changed: list[np.ndarray] = []  # flat indices
+        self._num_changed = 0
 
     def device_table(self, mesh: Mesh | None = None) -> RequestTable:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
-        self._changed.clear()
+        self._forget_changes()
         if mesh is None:
             return RequestTable(jnp.array(self._pages))
         everywhere = NamedSharding(mesh, PartitionSpec())

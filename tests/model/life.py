@@ -130,7 +130,8 @@ class Life:
         self.world.lock(path)
         self.table.write_pages(live.row, 0, found.pages)
         live.lock, live.pages = path, [entry.page for entry in path]
-        request.req_pool_idx, request.state = live.row, RequestState.RUNNING
+        request.enter(self.table, live.row)
+        request.state = RequestState.RUNNING
         request.num_pages, request.kv_len = len(path), found.prefix_len
         self.running.append(live)
 
@@ -180,7 +181,6 @@ class Life:
         live = self.running.pop(index % len(self.running))
         self._end(live)
         live.request.state = RequestState.RETRACTED if retract else RequestState.DONE
-        live.request.kv_len = 0
         if retract:
             self.waiting.append(live)
 
@@ -361,14 +361,14 @@ class Life:
         self.cache.cache_unfinished_req(live.request)
         if self.shape.disable:
             return
-        path = self._adopt(live)
+        path = self._adopt(live, live.request.kv_len)
         self.world.lock(path)
         self.world.unlock(live.lock)
         live.lock = path
 
-    def _adopt(self, live: Live) -> list[Entry]:
-        """What the computed whole pages of a request become."""
-        whole = live.request.kv_len // self.shape.page_size
+    def _adopt(self, live: Live, computed: int) -> list[Entry]:
+        """What the whole pages of the `computed` tokens of a request become."""
+        whole = computed // self.shape.page_size
         tokens = live.tokens[: whole * self.shape.page_size]
         path, spare = self.world.insert(live.space, tokens, live.pages[:whole], len(live.lock), live.request.priority)
         if spare:
@@ -377,10 +377,11 @@ class Life:
         return path
 
     def _end(self, live: Live) -> None:
+        computed = live.request.kv_len
         self.cache.cache_finished_req(live.request)
         whole = 0
         if not self.shape.disable:
-            whole = len(self._adopt(live))
+            whole = len(self._adopt(live, computed))
         if live.pages[whole:]:
             self.world.release(live.pages[whole:], PRIVATE)
         self.world.rows.append(live.row)

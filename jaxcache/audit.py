@@ -1,0 +1,66 @@
+"""Do the books balance? Every page and every row has exactly one owner, by identity, not by count.
+
+Source: SGLang 0.5.2 scheduler, check_memory, which compares counts when idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxcache.errors import BrokenInvariant
+from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pools.requests import ReqToTokenPool, RequestTable
+from jaxcache.request import Request
+
+
+def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, allocator: BaseTokenToKVPoolAllocator) -> None:
+    """Private pages are exactly those of running requests; locked prefixes are the tree's; rows are running or free.
+
+    Raises:
+      BrokenInvariant: says which book does not balance.
+    """
+    private = [np.empty(0, np.int32)]
+    for row, request in running.items():
+        pages = table.row_pages(row, 0, request.num_pages)
+        private.append(pages[request.protected_len // table.page_size :])
+        _check_shared(request, pages[: request.protected_len // table.page_size])
+    owned = np.sort(np.concatenate(private))
+    expected = np.flatnonzero(allocator.states == PageState.PRIVATE)
+    if not np.array_equal(owned, expected):
+        odd = np.setxor1d(owned, expected)[:5]
+        raise BrokenInvariant(
+            f"private pages: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}"
+        )
+    if sorted([*running, *table.free_rows]) != list(range(table.size)):
+        raise BrokenInvariant(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
+
+
+def _check_shared(request: Request, pages: np.ndarray) -> None:
+    """The part of a row that its lock covers must be the tree's pages for the request's own tokens."""
+    values: list[np.ndarray] = [np.empty(0, np.int32)]
+    keys: list[bytes] = []
+    node = request.lock.node if request.lock is not None else None
+    while node is not None and node.parent is not None:
+        values.insert(1, node.value)
+        keys.insert(0, node.key)
+        node = node.parent
+    is_same = np.array_equal(np.concatenate(values), pages)
+    if not is_same or b"".join(keys) != request.key.packed[: 4 * request.protected_len]:
+        raise BrokenInvariant(
+            f"row {request.req_pool_idx} of request {request.rid}: its first {request.protected_len} tokens are not the "
+            "tree's pages"
+        )
+
+
+def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, device_table: RequestTable) -> None:
+    """The rows of running requests are the same on the device. Reads the device table back.
+
+    Raises:
+      BrokenInvariant: names the row that differs.
+    """
+    device = np.asarray(device_table.pages)
+    for row, request in running.items():
+        if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
+            raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
