@@ -49,8 +49,8 @@ def _check_shared(request: Request, pages: np.ndarray) -> None:
     is_same = np.array_equal(np.concatenate(values), pages)
     if not is_same or b"".join(keys) != request.key.packed[: 4 * request.protected_len]:
         raise BrokenInvariant(
-            f"row {request.req_pool_idx} of request {request.rid}: its first {request.protected_len} tokens are not the "
-            "tree's pages"
+            f"row {request.req_pool_idx} of request {request.rid}: "
+            f"its first {request.protected_len} tokens are not the tree's pages"
         )
 
 

@@ -145,7 +145,7 @@ class Replay:
         started = time.perf_counter()
         self._warm_up()
         result.warmup_s = round(time.perf_counter() - started, 3)
-        with _count_compilations() as compilations:
+        with count_compilations() as compilations:
             started = time.perf_counter()
             try:
                 self._loop(started)
@@ -401,7 +401,7 @@ class Replay:
 
 
 @contextmanager
-def _count_compilations() -> Iterator[list[str]]:
+def count_compilations() -> Iterator[list[str]]:
     """Every XLA compilation of the process while the block runs."""
     seen: list[str] = []
 
