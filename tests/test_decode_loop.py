@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcache.decode_loop import DecodeLoop, LoopShape, unpack_loop
+from jaxcache.decode_loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
 from jaxcache.loop_plan import LoopPlan, loop_step
@@ -349,6 +349,20 @@ def test_others_live_on_while_a_loop_is_in_flight(page_size, need_sort):
     wind_down(manager)
 
 
+def test_pages_that_others_took_meanwhile_stay_theirs():
+    manager = new_manager(4)
+    requests = prefilled(manager, [range(8)])
+    plan = manager.decode_loop(requests, 9)
+    out = launch(manager, plan, everything(1, 1), never(1, 1))
+    other = Request("other", [7, 8, 9], tag=9)  # takes a page, frees none, and shares none
+    manager.admit(other)
+    manager.run(write_step, manager.extend([(other, 3)]))
+    replay = plan.replay(everything(1, 1))
+    append_tokens(replay, out)
+    manager.absorb(replay, read_device=True)
+    assert_contents(manager, [*requests, other])
+
+
 def test_absorbing_inside_a_free_group():
     manager = new_manager(4)
     requests = prefilled(manager, [range(8), range(50, 58)])
@@ -550,6 +564,17 @@ def test_reading_back_finds(difference):
     with pytest.raises(BrokenInvariant, match="on the device"):
         manager.absorb(wrong, read_device=True)
     assert books(manager) == before
+
+
+def test_nobody_accepts_what_was_not_granted():
+    rows = DecodeRows.start(np.array([5, 0], np.int32), np.array([9, 0], np.int32), 4)
+    assert rows.active.tolist() == [True, False]
+    rows, need = rows.grown(3, 4, 1)
+    assert need.tolist() == [0, 0]
+    assert rows.granted.tolist() == [3, 0]
+    once = rows.accepted(np.array([2, 2], np.int32))
+    assert once.seq_len.tolist() == [7, 0]
+    assert once.accepted(np.array([2, 2], np.int32)).seq_len.tolist() == [7, 0]
 
 
 # ---- pages of the allocator in the graph -----------------------------------------------------------------------------
