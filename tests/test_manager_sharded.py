@@ -33,7 +33,7 @@ def step(pool, batch):
     number = (batch.tokens % 13 + batch.positions).astype(jnp.float32)
     rows = []
     for shape in config.shard_row_shapes:
-        within = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) + first_head * shape[-1]
+        within = (jnp.arange(np.prod(shape)).reshape(shape) + first_head * shape[-1]).astype(jnp.float32)
         rows.append(number.reshape(-1, *[1] * len(shape)) + within)
     for layer in range(config.layer_num):
         pool = pool.set_kv_buffer(layer, batch.slots, *(row + 100 * layer for row in rows))
