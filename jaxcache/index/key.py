@@ -47,6 +47,8 @@ class Namespace:
 
     def encode(self) -> bytes:
         """The injective encoding that tree, hashes and events share; empty for the default namespace."""
+        if not isinstance(self.media, (tuple, list)):
+            raise ArgumentError(f"media must be a tuple of digests, got {self.media!r}")
         fields = [(b"x", self.extra_key), (b"l", self.lora_id), (b"s", self.cache_salt)]
         fields += [(b"m", digest) for digest in self.media]
         return b"".join(tag + _encode_field(value) for tag, value in fields if value is not None)
@@ -54,7 +56,7 @@ class Namespace:
 
 def _encode_field(value: str | bytes) -> bytes:
     if isinstance(value, str):
-        kind, data = b"t", value.encode()
+        kind, data = b"t", value.encode("utf-8", "surrogatepass")
     elif isinstance(value, bytes):
         kind, data = b"b", value
     else:
@@ -164,6 +166,8 @@ def pack(token_ids: bytes | np.ndarray | Iterable[int]) -> bytes:
         return token_ids
     if isinstance(token_ids, np.ndarray):
         return _pack_array(token_ids)
+    if isinstance(token_ids, RadixKey):  # Iterable too, but its namespace would be lost.
+        raise ArgumentError("token_ids: a RadixKey is packed already and has a namespace: use it as it is")
     try:
         packed = array("i", token_ids)
     except (TypeError, ValueError, OverflowError) as error:

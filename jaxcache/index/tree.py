@@ -51,7 +51,7 @@ class RadixTree:
       protected: For each component, values that a lock covers.
 
     Raises:
-      ArgumentError: page_size < 1, or the first component does not reach to infinity.
+      ArgumentError: page_size < 1, no policy, or the first component does not reach to infinity.
 
     Source: SGLang 0.5.2 radix_cache.py, swa_radix_cache.py; pymllm radix_cache and mamba_radix_cache.
     """
@@ -63,8 +63,10 @@ class RadixTree:
         policy: Policy = Policy.LRU,
         with_hashes: bool = False,
     ):
-        if page_size < 1:
-            raise ArgumentError(f"page_size must be at least 1, got {page_size}")
+        if not isinstance(page_size, (int, np.integer)) or page_size < 1:
+            raise ArgumentError(f"page_size must be an integer of at least 1, got {page_size!r}")
+        if not isinstance(policy, Policy):
+            raise ArgumentError(f"policy must be a Policy, got {policy!r}: use Policy({policy!r})")
         if not components or components[0].reach != math.inf or not components[0].spans:
             raise ArgumentError("components: the first one must span with infinite reach, it decides which nodes exist")
         self.page_size = page_size
@@ -172,7 +174,7 @@ class RadixTree:
           values: For each component an int32 array: a page id a page (a longer array is cut), or one state id.
           held: The caller's lock on a prefix of `key`. What it covers is the tree's own: it is neither walked nor
             offered nor returned.
-          priority: Raises the priority of the nodes on the path (see `Policy.PRIORITY`).
+          priority: That of a new leaf; raises the priority of the nodes above it (see `Policy.PRIORITY`).
           claim: Called with the values of the first component that the tree is about to take, before it takes anything;
             what it raises refuses the insert.
 
@@ -180,9 +182,11 @@ class RadixTree:
           What was added and what was not taken; see `Insertion`. The values taken belong to the tree.
 
         Raises:
-          ArgumentError: Too few values for the key, or `held` is longer than the key.
+          ArgumentError: Too few values for the key, `held` is longer than the key, or `priority` is no integer.
           ReceiptError: `held` is not a live receipt of this tree.
         """
+        if type(priority) is not int:
+            priority = _as_priority(priority)
         page_size = self.page_size
         pages = key.length // page_size
         length = pages * page_size
@@ -202,11 +206,13 @@ class RadixTree:
         leaf = None
         if present < length:
             leaf = node = self._add_leaf(key, length, node, values, present // page_size)
+            leaf.priority = priority
             path.append(leaf)
         if not self._is_single:
             self._offer_states(node, length, values, spare)
             path = self._path_to(node)
-        if priority:
+        if priority or self._has_priorities:
+            self._has_priorities = True
             for step in self._path_to(node):
                 step.priority = max(step.priority, priority)
         for policy in self._policies:
@@ -371,6 +377,7 @@ class RadixTree:
         self._policies = [self.policy.build(leaves_only=i == 0) for i in range(len(self.components))]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
+        self._has_priorities = False
         self._epoch += 1
         self._version += 1
 
@@ -383,11 +390,14 @@ class RadixTree:
 
         Raises:
           ReceiptError: What was matched is no longer in the tree: match again.
+          ArgumentError: `where` is neither.
         """
         if isinstance(where, Insertion):
             node, length = where.node, where.length
             if node is not None and not self._holds(node):
                 raise ReceiptError("where: the inserted prefix is not in this tree, or no longer: insert again")
+        elif not isinstance(where, Match):
+            raise ArgumentError(f"where must be a match or an insertion, got {type(where).__name__}: match first")
         else:
             length = where.length
             is_current = where.version == self._version and (not where.path or self._holds(where.path[0]))
@@ -413,6 +423,8 @@ class RadixTree:
         return self.evictable[0] - before
 
     def _check_receipt(self, receipt: Receipt) -> None:
+        if not isinstance(receipt, Receipt):
+            raise ArgumentError(f"receipt must be what a lock returned, got {type(receipt).__name__}: keep that")
         if receipt.tree is not self:
             raise ReceiptError("receipt: it was issued by another tree; give it back there")
         if receipt.epoch != self._epoch:
@@ -501,6 +513,12 @@ class RadixTree:
             path.append(node)
             node = node.parent
         return path[::-1]
+
+
+def _as_priority(priority: Any) -> int:
+    if not isinstance(priority, (int, np.integer)):
+        raise ArgumentError(f"priority must be an integer, got {priority!r}")
+    return int(priority)
 
 
 def _owned(value: np.ndarray) -> np.ndarray:

@@ -42,8 +42,7 @@ class PageOwners:
 
     def __init__(self, num_pages: int) -> None:
         self._num_pages = num_pages
-        self._guarded = np.full(2 * (num_pages + 1), PageState.SINK, np.uint8)  # Negative pages read the second half.
-        self._states = self._guarded[: num_pages + 1]
+        self._states = np.empty(num_pages + 1, np.uint8)
         self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `_require_distinct`.
         self.states = self._states.view()
         self.states.flags.writeable = False
@@ -81,11 +80,10 @@ class PageOwners:
           OwnershipError: if that page is another owner's, or a page is out of range.
           CacheError: of the kind `repeated`, if a page is named twice.
         """
-        # One gather and one memcmp. The sink is nobody's, and what a negative page reads is nobody's either, so both
-        # fail like a page beyond the end.
-        rows = pages.astype(_INTP)
+        # One gather and one memcmp. The sink is nobody's, and a negative page, read as unsigned, lies beyond the end.
+        rows = pages.view(np.uint32).astype(_INTP)
         try:
-            is_owned = self._guarded[rows].tobytes() == _BYTES[owner] * len(rows)
+            is_owned = self._states[rows].tobytes() == _BYTES[owner] * len(rows)
         except IndexError:
             is_owned = False
         if not is_owned:

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 
 from jaxcache.donation import DevicePool, donating
 from jaxcache.errors import ArgumentError
+from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, move_rows, scatter_rows
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
 from jaxcache.pools.layout import BufferInfo, layer_infos
@@ -81,7 +82,7 @@ class KVCache(DevicePool, abc.ABC):
     happens; an array on the device, or traced, is not read back: there, slots outside the pool read as zeros and are
     not written. Slots of one write must be distinct, except for the sink, slot 0, which is never written.
 
-    Layers are global ids. A Python int is checked; a traced one out of range writes nothing.
+    Layers are global ids. A Python int is checked; a traced one out of range reads as zeros and writes nothing.
 
     Inside a jit, read from the pool that the last update returned. A step that reads the old pool beside the new one
     makes XLA keep both: on the CPU a copy of the pool, even if the read comes first in the program.
@@ -272,6 +273,7 @@ class KVCache(DevicePool, abc.ABC):
         Cost: `n` rows of every layer over the host link, 2,048 tokens at a time.
         Source: SGLang 0.5.2 memory_pool.py, load_cpu_copy.
         """
+        require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
         slots = self._host_loc("indices", indices)
         require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
         _require_distinct("indices", slots)
@@ -320,6 +322,7 @@ class KVCache(DevicePool, abc.ABC):
         if isinstance(layer, (int, np.integer)):
             require(first <= layer < first + count, "layer", f"must be in [{first}, {first + count})", layer)
             return np.int32(layer - first)
+        require_array("layer", layer)
         return layer - first
 
     def _checked_loc(self, name: str, loc: Any) -> Any:
@@ -347,6 +350,7 @@ class KVCache(DevicePool, abc.ABC):
 
     def _check_rows(self, name: str, rows: Any, shape: tuple[int, ...]) -> None:
         """Refuses rows of another shape, or of a dtype that a cast would spoil."""
+        require_array(name, rows)
         require(rows.shape == shape, name, f"must have shape {shape}", rows.shape)
         dtype = np.dtype(self.config.dtype)
         if jnp.issubdtype(dtype, jnp.floating):
@@ -365,7 +369,8 @@ class KVCache(DevicePool, abc.ABC):
         self.require_live()
         self._require_one_shard()
         index = self._layer_index(layer)
-        return from_storage(jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False), self.config.dtype)
+        rows = buffer.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return from_storage(rows, self.config.dtype)
 
 
 @jax.jit

@@ -86,17 +86,16 @@ class KVCacheConfig(abc.ABC):
     shards: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("size", "page_size", "layer_num", "shards"):
-            require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+        require_positive(self, "size", "page_size", "layer_num", "shards")
         require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
         require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
-        require(self.start_layer >= 0, "start_layer", "must not be negative", self.start_layer)
+        is_layer = isinstance(self.start_layer, (int, np.integer)) and bool(self.start_layer >= 0)
+        require(is_layer, "start_layer", "must be an integer and not negative", self.start_layer)
         last = self.start_layer + self.layer_num - 1
         rule = f"must be {last}, for {self.layer_num} layers from layer {self.start_layer} on, or None"
         require(self.end_layer in (None, last), "end_layer", rule, self.end_layer)
         require(self.axis_name is not None or self.shards == 1, "shards", "must be 1 without an axis_name", self.shards)
-        dtype = np.dtype(self.dtype)
-        require(dtype in _POOL_DTYPES, "dtype", f"must be one of {', '.join(map(str, _POOL_DTYPES))}", dtype)
+        dtype = _pool_dtype(self.dtype)
         object.__setattr__(self, "end_layer", last)
         object.__setattr__(self, "dtype", dtype)
 
@@ -124,6 +123,23 @@ class KVCacheConfig(abc.ABC):
         """Shapes and storage dtypes of the pool's arrays on `platform`."""
         storage = storage_dtype(self.dtype, platform)
         return tuple(jax.ShapeDtypeStruct((self.layer_num, self.rows, *row), storage) for row in self.row_shapes)
+
+
+def _pool_dtype(dtype: DTypeLike) -> np.dtype:
+    rule = f"must be one of {', '.join(map(str, _POOL_DTYPES))}"
+    try:
+        known = np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentError(f"dtype {rule}; got {dtype!r}") from error
+    require(known in _POOL_DTYPES, "dtype", rule, known)
+    return known
+
+
+def require_positive(config: KVCacheConfig, *names: str) -> None:
+    """Raises ArgumentError unless these fields are positive integers."""
+    for name in names:
+        value = getattr(config, name)
+        require(isinstance(value, (int, np.integer)) and bool(value > 0), name, "must be positive, and an integer", value)
 
 
 def require(condition: bool, name: str, rule: str, value: Any) -> None:

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxcache.donation import donating
 from jaxcache.kernels.write_kv import write_kv
 from jaxcache.pools.base import KVCache
-from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.config import KVCacheConfig, require, require_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
@@ -48,8 +48,7 @@ class MHAConfig(KVCacheConfig):
         super().__post_init__()
         if self.v_head_dim is None:
             object.__setattr__(self, "v_head_dim", self.head_dim)
-        for name in ("head_num", "head_dim", "v_head_dim"):
-            require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+        require_positive(self, "head_num", "head_dim", "v_head_dim")
         rule = f"must be a multiple of shards = {self.shards}: repeat the heads if the model has fewer"
         require(self.head_num % self.shards == 0, "head_num", rule, self.head_num)
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import jax
 
 from jaxcache.donation import donating
+from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.write_kv import write_mla_kv
 from jaxcache.pools.base import KVCache
-from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.config import KVCacheConfig, require, require_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
@@ -40,8 +41,7 @@ class MLAConfig(KVCacheConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_lora_rank", "qk_rope_head_dim"):
-            require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
+        require_positive(self, "kv_lora_rank", "qk_rope_head_dim")
 
     @property
     def row_shapes(self) -> tuple[tuple[int]]:
@@ -102,7 +102,8 @@ class MLATokenToKVPool(KVCache):
         """`set_mla_kv_buffer` of rows whose parts stand side by side already. `cache_v` is ignored, as in SGLang."""
         del cache_v
         rank, rope = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        require(cache_k.shape[-1] == rank + rope, "cache_k", f"must have rows of {rank} + {rope}", cache_k.shape)
+        require_array("cache_k", cache_k)
+        require(cache_k.shape[-1:] == (rank + rope,), "cache_k", f"must have rows of {rank} + {rope}", cache_k.shape)
         return self.set_mla_kv_buffer(layer, loc, cache_k[..., :rank], cache_k[..., rank:])
 
     def get_key_buffer(self, layer: LayerId) -> Shaped[Array, "slots rank+rope"]:
@@ -119,6 +120,7 @@ class MLATokenToKVPool(KVCache):
 
     def _flat_rows(self, name: str, rows: Any, tokens: int, width: int) -> Any:
         """Rows as `(tokens, width)`."""
+        require_array(name, rows)
         flat = rows[:, 0] if rows.ndim == 3 and rows.shape[1] == 1 else rows
         self._check_rows(name, flat, (tokens, width))
         return flat
