@@ -16,8 +16,10 @@ import numpy as np
 
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import gather_rows, move_rows, scatter_rows
-from jaxcache.kernels.dispatch import Implementation, Op, choose
+from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
+from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
+from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
 from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.pools.mla import MLATokenToKVPool
 from tests.kernels import oracles
@@ -25,8 +27,8 @@ from tests.pools import numpy_pool
 
 
 def implementations(op: Op) -> list[Implementation]:
-    """The implementations of `op` that run here: the reference, and the table's choice."""
-    return list(dict.fromkeys([Implementation.REFERENCE, choose(op).implementation]))
+    """The implementations of `op` that run here."""
+    return [i for i in Implementation if why_not(op, i, current_target()) is None]
 
 
 def check_everything(*, huge: bool) -> Iterator[str]:
@@ -39,6 +41,12 @@ def check_everything(*, huge: bool) -> Iterator[str]:
         yield f"write_kv {implementation.value}: {check_write_kv(implementation)} pools"
     for implementation in implementations(Op.WRITE_MLA_KV):
         yield f"write_mla_kv {implementation.value}: {check_write_mla_kv(implementation)} pools"
+    for implementation in implementations(Op.GATHER_PAGES):
+        yield f"gather_pages, scatter_pages, move_rows {implementation.value}: {check_pages(implementation)} pools"
+    for implementation in implementations(Op.WRITE_KV_FP8):
+        yield f"write_kv_fp8 {implementation.value}: {check_fp8(implementation)} pools"
+    for implementation in implementations(Op.WRITE_KV_INT8):
+        yield f"write_kv_int8 {implementation.value}: {check_int8(implementation)} pools"
     yield f"gather, scatter and move of rows: {check_copies()} pools"
     yield f"MHA and MLA pools, every op: {check_pools()} pools"
     if huge:
@@ -72,7 +80,9 @@ def check_alloc_decode(implementation: Implementation) -> int:
 
 
 def check_write_kv(implementation: Implementation) -> int:
-    shapes = [(3, 64, 2, 8, 8, 40), (2, 33, 3, 5, 7, 50), (2, 9000, 8, 128, 96, 5000), (1, 40, 5, 1000, 8, 20)]
+    shapes = [(3, 64, 2, 8, 8, 40), (2, 9000, 8, 128, 96, 4096), (2, 9000, 8, 128, 96, 5000), (1, 40, 5, 1000, 8, 20)]
+    if implementation is not Implementation.MOSAIC:  # whose bulk copies move pieces of 16 bytes
+        shapes.append((2, 33, 3, 5, 7, 50))
     for seed, (layers, slots, heads, k_dim, v_dim, n) in enumerate(shapes):
         for dtype in oracles.STORAGE_DTYPES:
             rng = np.random.default_rng(seed)
@@ -87,7 +97,9 @@ def check_write_kv(implementation: Implementation) -> int:
 
 
 def check_write_mla_kv(implementation: Implementation) -> int:
-    shapes = [(2, 40, 96, 33, 21), (2, 9000, 512, 64, 5000), (1, 20, 1, 1, 30), (2, 50, 130, 64, 40)]
+    shapes = [(2, 40, 96, 32, 21), (2, 9000, 512, 64, 4096), (2, 9000, 512, 64, 5000)]
+    if implementation is not Implementation.MOSAIC:
+        shapes += [(2, 40, 96, 33, 21), (1, 20, 1, 1, 30), (2, 50, 130, 64, 40)]
     for seed, (layers, slots, rank, rope, n) in enumerate(shapes):
         for dtype in oracles.STORAGE_DTYPES:
             rng = np.random.default_rng(seed)
@@ -98,6 +110,62 @@ def check_write_mla_kv(implementation: Implementation) -> int:
             got = step(jnp.array(pool), np.int32(0), loc, rows[:, :rank], rows[:, rank:])
             same_bits(got, oracles.put_rows(pool, 0, loc, rows))
     return len(shapes) * len(oracles.STORAGE_DTYPES)
+
+
+def check_pages(implementation: Implementation) -> int:
+    shapes = [(3, 16, (8, 128), 100, 60), (2, 3, (5, 7), 30, 40), (1, 1, (33,), 20, 9)]
+    for seed, (layers, page_size, row, num_pages, n) in enumerate(shapes):
+        for dtype in oracles.STORAGE_DTYPES:
+            rng = np.random.default_rng(seed)
+            pool = oracles.random_bits(rng, (layers, num_pages * page_size, *row), dtype)
+            pages = oracles.random_loc(rng, n, num_pages)
+            options = {"page_size": page_size, "implementation": implementation}
+            got = jax.jit(partial(gather_pages, **options))(jnp.array(pool), pages)
+            same_bits(got, oracles.gather_pages(pool, pages, page_size))
+            blocks = oracles.random_bits(rng, got.shape, dtype)
+            got = jax.jit(partial(scatter_pages, **options), donate_argnums=0)(jnp.array(pool), pages, blocks)
+            same_bits(got, oracles.scatter_pages(pool, pages, blocks, page_size))
+            order = (1 + rng.permutation(pool.shape[1] - 1)).astype(np.int32)
+            tgt, src = order[: len(order) // 2], order[len(order) // 4 :][: len(order) // 2]
+            move = jax.jit(partial(move_rows, implementation=implementation), donate_argnums=0)
+            same_bits(move(jnp.array(pool), tgt, src), oracles.move_rows(pool, tgt, src))
+    return len(shapes) * len(oracles.STORAGE_DTYPES)
+
+
+def check_fp8(implementation: Implementation) -> int:
+    formats = [jnp.float8_e4m3fn, jnp.float8_e5m2]
+    for seed, dtype in enumerate(formats * 3):
+        rng, source = np.random.default_rng(seed), (jnp.bfloat16, jnp.float32, jnp.float16)[seed // 2]
+        pools = [oracles.random_bits(rng, (2, 4000, 8, dim), np.uint8) for dim in (128, 96)]
+        rows = [oracles.random_floats(rng, (3000, 8, dim), source) for dim in (128, 96)]
+        rows[0][0, 0, :4] = [np.nan, np.inf, -np.inf, -0.0]
+        scales = [rng.uniform(0.1, 3, shape).astype(np.float32) for shape in ((8,), ())]
+        loc = oracles.random_loc(rng, 3000, 4000)
+        write = partial(write_kv_fp8, dtype=dtype, implementation=implementation)
+        got = jax.jit(write, donate_argnums=(0, 1))(*map(jnp.array, pools), np.int32(1), loc, *rows, *scales)
+        for pool, row, scale, result in zip(pools, rows, scales, got, strict=True):
+            same_bits(result, oracles.put_rows(pool, 1, loc, oracles.fp8(row, scale, dtype)))
+    return 3 * len(formats)
+
+
+def check_int8(implementation: Implementation) -> int:
+    sources = [jnp.bfloat16, jnp.float32, jnp.float16]
+    for seed, source in enumerate(sources):
+        rng = np.random.default_rng(seed)
+        shapes = [(2, 4000, 8, 128), (2, 4000, 8, 96)]
+        payloads = [oracles.random_bits(rng, shape, np.int8) for shape in shapes]
+        scales = [oracles.random_bits(rng, shape[:3], np.float32) for shape in shapes]
+        rows = [oracles.random_floats(rng, (3000, *shape[2:]), source) for shape in shapes]
+        loc = oracles.random_loc(rng, 3000, 4000)
+        pools = [QuantizedPool(jnp.array(p), jnp.array(s)) for p, s in zip(payloads, scales, strict=True)]
+        write = jax.jit(partial(write_kv_int8, implementation=implementation), donate_argnums=(0, 1))
+        for payload, scale, row, got in zip(
+            payloads, scales, rows, write(*pools, np.int32(1), loc, *rows), strict=True
+        ):
+            units, steps = oracles.int8(row)
+            same_bits(got.payload, oracles.put_rows(payload, 1, loc, units))
+            same_bits(got.scales, oracles.put_rows(scale, 1, loc, steps))
+    return len(sources)
 
 
 def check_copies() -> int:

@@ -1,9 +1,10 @@
 """How things are timed, and the row that a measurement becomes.
 
-A time is the median over `SAMPLES` of the time of one sample divided by the repeats inside it. JAX: the repeats are
-unrolled in one jitted call, so that host dispatch is paid once a sample; what XLA's runtime needs to launch each kernel
-is in the number. PyTorch: the repeats are captured in one CUDA graph and timed by CUDA events, which is the kernel
-alone.
+A time is the median over `SAMPLES` of the time of one sample divided by the repeats inside it. JAX: the repeats (the
+layers of a step) are unrolled in one jitted call, and a sample is `IN_FLIGHT` calls, one dispatched after another as an
+engine does, with one wait at the end, since a wait alone takes 0.1 to 0.6 ms; what XLA's runtime needs to launch the
+kernels is in the number. PyTorch: the repeats are captured in one CUDA graph and timed by CUDA events, which is the
+kernel alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,20 @@ import jax
 
 StateT = TypeVar("StateT")
 
-SAMPLES = 15
+SAMPLES = 11
 WARM_UPS = 3
+IN_FLIGHT = 8
+
+
+class Time(float):
+    """Median us of one repeat, and beside it the seconds of the first call, which traces and compiles."""
+
+    first_call_s: float
+
+    def __new__(cls, us: float, first_call_s: float) -> Time:
+        self = super().__new__(cls, us)
+        self.first_call_s = first_call_s
+        return self
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Row:
     median_us: float
     gb_per_s: float | None
     ratio_to_copy: float | None
+    first_call_s: float | None
     device: str
     jax_version: str
     commit: str
@@ -51,18 +65,27 @@ class Report:
         path.write_text("")
 
     def add(
-        self, bench: str, case: str, implementation: str, us: float, *, moved: int | None = None, is_peer: bool = False
+        self,
+        bench: str,
+        case: str,
+        implementation: str,
+        us: float,
+        *,
+        moved: int | None = None,
+        is_peer: bool = False,
     ) -> None:
-        """Records a median time in us. `moved` counts the bytes read and written, if they are what bounds the op."""
+        """Records a time in us. `moved` counts the bytes read and written, if they are what bounds the op."""
+        first_call_s = us.first_call_s if isinstance(us, Time) else None
         copy_us = self.copy_us.get(moved) if moved else None
         row = Row(
             bench=bench,
             case=case,
             implementation=implementation,
             is_peer=is_peer,
-            median_us=round(us, 2),
+            median_us=round(float(us), 2),
             gb_per_s=round(moved / us / 1e3, 1) if moved else None,
             ratio_to_copy=round(copy_us / us, 3) if copy_us else None,
+            first_call_s=None if first_call_s is None else round(first_call_s, 2),
             device=self.device,
             jax_version=jax.__version__,
             commit=self.commit,
@@ -72,23 +95,28 @@ class Report:
             file.write(json.dumps(asdict(row)) + "\n")
         speed = "" if row.gb_per_s is None else f"{row.gb_per_s:9.1f} GB/s"
         ratio = "" if row.ratio_to_copy is None else f"{row.ratio_to_copy:6.2f} x copy"
-        print(f"{bench:14}{case:34}{implementation:24}{row.median_us:11.2f} us {speed} {ratio}", flush=True)
+        first = "" if first_call_s is None else f"  first call {first_call_s:.2f} s"
+        print(f"{bench:17}{case:70}{implementation:24}{row.median_us:9.2f} us {speed} {ratio}{first}", flush=True)
 
 
-def time_jax(step: Callable[..., Any], *args: Any, repeats: int = 1) -> float:
-    """Median us of one repeat of a jitted `step` that does not consume its arguments."""
-    return _median_us(lambda: jax.block_until_ready(step(*args)), repeats)
+def time_jax(step: Callable[..., Any], *args: Any, repeats: int = 1) -> Time:
+    """One repeat of a jitted `step` that does not consume its arguments."""
+    time, _ = time_jax_donated(lambda _, *args: step(*args), None, *args, repeats=repeats)
+    return time
 
 
-def time_jax_donated(step: Callable[..., StateT], state: StateT, *args: Any, repeats: int = 1) -> tuple[float, StateT]:
-    """Median us of one repeat of a jitted `step(state, *args) -> state` that donates `state`, and the last state."""
-
-    def run() -> None:
-        nonlocal state
-        state = jax.block_until_ready(step(state, *args))
-
-    median_us = _median_us(run, repeats)
-    return median_us, state
+def time_jax_donated(step: Callable[..., StateT], state: StateT, *args: Any, repeats: int = 1) -> tuple[Time, StateT]:
+    """One repeat of a jitted `step(state, *args) -> state` that donates `state`, and the last state."""
+    began = time.perf_counter()
+    state = jax.block_until_ready(step(state, *args))
+    first_call_s, times = time.perf_counter() - began, []
+    for _ in range(WARM_UPS + SAMPLES):
+        began = time.perf_counter()
+        for _ in range(IN_FLIGHT):
+            state = step(state, *args)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - began) * 1e6)
+    return Time(statistics.median(times[WARM_UPS:]) / repeats / IN_FLIGHT, first_call_s), state
 
 
 def time_torch_graph(work: Callable[[], Any], repeats: int = 1) -> float:
@@ -111,13 +139,4 @@ def time_torch_graph(work: Callable[[], Any], repeats: int = 1) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[WARM_UPS:]) / repeats
-
-
-def _median_us(run: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(WARM_UPS + SAMPLES):
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times[WARM_UPS:]) / repeats

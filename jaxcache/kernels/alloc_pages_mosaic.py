@@ -7,6 +7,8 @@ and then over the pages that it shows; a block of `alloc_decode` owns one reques
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -19,6 +21,8 @@ UNSET, NO_PAGE = -1, -2
 """Ordinals of a token that needs no page, and of a page that is not there."""
 
 
+# Jitted, so that all calls of a step with the same shapes are one kernel, compiled once.
+@partial(jax.jit, static_argnames=("page_size", "num_tokens", "interpret"))
 def alloc_extend(
     prefix_lens: jax.Array,
     seq_lens: jax.Array,
@@ -90,6 +94,7 @@ def alloc_extend(
     return slots[:num_tokens]
 
 
+@partial(jax.jit, static_argnames=("page_size", "interpret"))
 def alloc_decode(
     seq_lens: jax.Array, last_loc: jax.Array, new_pages: jax.Array, *, page_size: int, interpret: object = None
 ) -> jax.Array:

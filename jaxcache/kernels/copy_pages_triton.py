@@ -18,8 +18,8 @@ from jaxcache.kernels.triton_call import triton_call
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-STRETCH_BYTES = 16 * 1024
-"""Bytes of a page that one program moves: 128 a thread."""
+STRETCH_BYTES = 4 * 1024
+"""Bytes of a page that one program of one warp moves: 128 a thread."""
 MOVE_BYTES = 16 * 1024
 """Bytes that one program of a move holds in registers."""
 
@@ -64,7 +64,7 @@ def move_rows(pool: jax.Array, tgt: AnyArray, src: AnyArray) -> jax.Array:
 def pages_launch(n: int, layers: int, width: int, itemsize: int) -> dict:
     """Grid and constexprs of both page kernels, for pages of `width` elements a layer."""
     block = min(triton.next_power_of_2(width), STRETCH_BYTES // itemsize)
-    return dict(grid=(n * layers, triton.cdiv(width, block)), num_warps=4, WIDTH=width, BLOCK=block)
+    return dict(grid=(n * layers, triton.cdiv(width, block)), num_warps=1, WIDTH=width, BLOCK=block)
 
 
 def move_launch(n: int, layers: int, width: int, itemsize: int) -> dict:

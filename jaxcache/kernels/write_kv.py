@@ -13,6 +13,8 @@ Source: SGLang 0.5.2 memory_pool.py (MHATokenToKVPool.set_kv_buffer, set_mla_kv_
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -25,6 +27,9 @@ from jaxcache.kernels.dispatch import Implementation, Op, choose
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
+
+_MAX_BOX = 256
+_BULK_BYTES = 16
 
 
 def write_kv(
@@ -67,7 +72,12 @@ def write_kv(
     n = loc.shape[0]
     require_rows("k", k, (n, *k_pool.shape[2:]), k_pool.dtype)
     require_rows("v", v, (n, *v_pool.shape[2:]), v_pool.dtype)
-    chosen = choose(Op.WRITE_KV, implementation=implementation, rows=loc.shape[0]).implementation
+    chosen = choose(
+        Op.WRITE_KV,
+        implementation=implementation,
+        rows=n,
+        unfit=_unfit(k_pool, math.prod(k_pool.shape[2:])) | _unfit(v_pool, math.prod(v_pool.shape[2:])),
+    ).implementation
     if chosen is Implementation.TRITON:
         from jaxcache.kernels import write_kv_triton
 
@@ -113,7 +123,9 @@ def write_mla_kv(
     n, rank = loc.shape[0], nope.shape[-1]
     require_rows("nope", nope, (n, rank), pool.dtype)
     require_rows("rope", rope, (n, pool.shape[2] - rank), pool.dtype)
-    chosen = choose(Op.WRITE_MLA_KV, implementation=implementation, rows=loc.shape[0]).implementation
+    chosen = choose(
+        Op.WRITE_MLA_KV, implementation=implementation, rows=n, unfit=_unfit(pool, rank, pool.shape[2] - rank)
+    ).implementation
     if chosen is Implementation.TRITON:
         from jaxcache.kernels import write_kv_triton
 
@@ -123,6 +135,26 @@ def write_mla_kv(
 
         return write_kv_mosaic.write_mla_kv(pool, layer, loc, nope, rope)
     return put_rows(pool, layer, loc, jnp.concatenate([nope, rope], axis=-1))
+
+
+def bulk_width(widths: Sequence[int], itemsize: int) -> int:
+    """Elements of the pieces in which the bulk copy engine moves rows that consist of parts of these widths.
+
+    A bulk copy covers at most 256 elements along a dimension and moves multiples of 16 bytes, so a row is seen as
+    `(width / w, w)` for the widest such `w`; 0 if there is none.
+    """
+    common = math.gcd(*widths)
+    for w in range(min(_MAX_BOX, common), 0, -1):
+        if common % w == 0 and w * itemsize % _BULK_BYTES == 0:
+            return w if max(widths) // w <= _MAX_BOX else 0
+    return 0
+
+
+def _unfit(pool: jax.Array, *widths: int) -> dict[Implementation, str]:
+    if bulk_width(widths, pool.dtype.itemsize):
+        return {}
+    reason = f"bulk copies move pieces of {_BULK_BYTES} bytes, and rows of {' + '.join(map(str, widths))} {pool.dtype}"
+    return {Implementation.MOSAIC: f"{reason} have no such pieces"}
 
 
 def drop_sink(loc: Int32[AnyArray, " n"], slots: int) -> Int32[Array, " n"]:

@@ -10,7 +10,6 @@ The pool is a `Ref` of the step's own array: updated in place when the step owns
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,16 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcache.errors import UnsupportedError
+from jaxcache.kernels.write_kv import bulk_width
 
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-MAX_BOX = 256
-"""Most elements that a bulk copy covers along one dimension."""
-BULK_BYTES = 16
-"""Bulk copies move multiples of this many bytes."""
-BLOCK_BYTES = 32 * 1024
+BLOCK_BYTES = 8 * 1024
 """Shared memory of one block; several blocks a multiprocessor keep enough bytes in flight."""
 FULL_GRID = 512
 """Blocks that keep every GPU busy; below it a block takes fewer rows."""
@@ -76,7 +71,10 @@ def write_parts(
     layers, slots = pools[0].shape[:2]
     n = loc.shape[0]
     parts = tuple(part.reshape(n, -1) for part in parts)
-    units = [bulk_width(index, pool, parts, targets) for index, pool in enumerate(pools)]
+    widths = [
+        [part.shape[1] for part, to in zip(parts, targets, strict=True) if to.pool == i] for i in range(len(pools))
+    ]
+    units = [bulk_width(own, pool.dtype.itemsize) for own, pool in zip(widths, pools, strict=True)]
     views = [part.reshape(n, -1, units[target.pool]) for part, target in zip(parts, targets, strict=True)]
     rows = rows_of_block(n, sum(part.shape[1] * part.dtype.itemsize for part in parts))
 
@@ -113,24 +111,6 @@ def write_parts(
         interpret=interpret,
     )(layer.reshape(1), loc, *views, *refs)
     return [jax.freeze(ref).reshape(pool.shape) for ref, pool in zip(refs, pools, strict=True)]
-
-
-def bulk_width(index: int, pool: jax.Array, parts: tuple[jax.Array, ...], targets: tuple[Target, ...]) -> int:
-    """The `w` of a pool: the widest that divides its rows and all that goes there, and that a bulk copy can move.
-
-    Raises:
-      UnsupportedError: if the rows have no such `w`.
-    """
-    here = [(part, target) for part, target in zip(parts, targets, strict=True) if target.pool == index]
-    widths = [part.shape[1] for part, _ in here]
-    common = math.gcd(math.prod(pool.shape[2:]), *widths, *(target.column for _, target in here))
-    for w in range(min(MAX_BOX, common), 0, -1):
-        if common % w == 0 and w * pool.dtype.itemsize % BULK_BYTES == 0 and max(widths) // w <= MAX_BOX:
-            return w
-    raise UnsupportedError(
-        f"implementation=MOSAIC cannot write parts of {widths} elements of {pool.dtype}: bulk copies move multiples of "
-        f"{BULK_BYTES} bytes, at most {MAX_BOX} elements a dimension. Leave implementation=None for the table's choice."
-    )
 
 
 def rows_of_block(n: int, row_bytes: int) -> int:

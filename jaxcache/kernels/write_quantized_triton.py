@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcache.kernels.dispatch import Target, current_target
 from jaxcache.kernels.triton_call import triton_call
 from jaxcache.kernels.write_kv_triton import _columns_of_program, _rows_of_program, tile
 from jaxcache.kernels.write_quantized import INT8_STEP, QuantizedPool
@@ -19,9 +20,9 @@ from jaxcache.kernels.write_quantized import INT8_STEP, QuantizedPool
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-HARDWARE = False
-
-HEADS_BYTES = 16 * 1024
+FP8_BYTES = 32 * 1024
+"""Bytes of rows that one program of the float8 write has in flight; large, since it loads the scales of all heads."""
+HEADS_BYTES = 8 * 1024
 """Bytes of a part that one program of the int8 write has in flight."""
 
 
@@ -43,7 +44,9 @@ def write_kv_fp8(
         (k_pool, v_pool, jnp.asarray(layer, jnp.int32), loc, k, v, k_scale, v_scale),
         (loc.shape[0], layers, slots),
         updates={0: "k_alias", 1: "v_alias"},
-        **fp8_launch(loc.shape[0], heads, k_dim, v_pool.shape[3], k.dtype.itemsize, dtype),
+        **fp8_launch(
+            loc.shape[0], heads, k_dim, v_pool.shape[3], k.dtype.itemsize, dtype, converts_fp8(current_target())
+        ),
         K_PER_HEAD=len(k_scale.shape) > 0,
         V_PER_HEAD=len(v_scale.shape) > 0,
     )
@@ -65,9 +68,12 @@ def write_kv_int8(
     return QuantizedPool(*updated[:2]), QuantizedPool(*updated[2:])
 
 
-def fp8_launch(n: int, heads: int, k_dim: int, v_dim: int, itemsize: int, dtype: Any) -> dict:
-    """Grid and constexprs of `write_kv_fp8_kernel`, but for the PER_HEAD ones; `itemsize` is that of the rows."""
-    k_block, v_block, rows, grid = tile(n, heads * k_dim, heads * v_dim, itemsize)
+def fp8_launch(n: int, heads: int, k_dim: int, v_dim: int, itemsize: int, dtype: Any, hardware: bool) -> dict:
+    """Grid and constexprs of `write_kv_fp8_kernel`, but for the PER_HEAD ones; `itemsize` is that of the rows.
+
+    `hardware` says whether the GPU has an instruction that makes float8; the result is the same.
+    """
+    k_block, v_block, rows, grid = tile(n, heads * k_dim, heads * v_dim, itemsize, FP8_BYTES)
     blocks = dict(K_BLOCK=k_block, V_BLOCK=v_block, ROWS=rows)
     return dict(
         grid=grid,
@@ -76,7 +82,7 @@ def fp8_launch(n: int, heads: int, k_dim: int, v_dim: int, itemsize: int, dtype:
         K_DIM=k_dim,
         V_DIM=v_dim,
         E4M3=dtype == jnp.float8_e4m3fn,
-        HARDWARE=HARDWARE,
+        HARDWARE=hardware,
         **blocks,
     )
 
@@ -98,6 +104,11 @@ def int8_launch(n: int, heads: int, k_dim: int, v_dim: int, itemsize: int) -> di
         PAIRS=pairs,
         STEP=float(INT8_STEP),
     )
+
+
+def converts_fp8(target: Target) -> bool:
+    """Whether this GPU is known to have an instruction that rounds float32 to float8."""
+    return (target.compute_capability() or 0) >= 89
 
 
 @triton.jit

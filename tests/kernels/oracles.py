@@ -86,3 +86,51 @@ def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.n
 def bits(array) -> np.ndarray:
     """The bytes of an array, for comparisons that must not trust floating-point equality."""
     return np.ascontiguousarray(np.asarray(array)).view(np.uint8)
+
+
+def gather_pages(pool: np.ndarray, pages, page_size: int) -> np.ndarray:
+    """One block a page; pages that are not there are zeros."""
+    by_page = pool.reshape(pool.shape[0], -1, page_size, *pool.shape[2:])
+    blocks = np.zeros((len(pages), pool.shape[0], *by_page.shape[2:]), pool.dtype)
+    for block, page in zip(blocks, map(int, pages), strict=True):
+        if 0 < page < by_page.shape[1]:
+            block[...] = by_page[:, page]
+    return blocks
+
+
+def scatter_pages(pool: np.ndarray, pages, blocks: np.ndarray, page_size: int) -> np.ndarray:
+    by_page = pool.reshape(pool.shape[0], -1, page_size, *pool.shape[2:]).copy()
+    for block, page in zip(blocks, map(int, pages), strict=True):
+        if 0 < page < by_page.shape[1]:
+            by_page[:, page] = block
+    return by_page.reshape(pool.shape)
+
+
+def move_rows(pool: np.ndarray, tgt, src) -> np.ndarray:
+    """All rows are read before any is written."""
+    out = pool.copy()
+    out[:, np.asarray(tgt)] = pool[:, np.asarray(src)]
+    return out
+
+
+def fp8(rows: np.ndarray, scale, dtype) -> np.ndarray:
+    """Bytes of `rows * (1 / scale)`, saturated; the rounding is ml_dtypes'."""
+    factor = np.float32(1) / np.asarray(scale, np.float32)
+    x = rows.astype(np.float32) * (factor[:, None] if factor.ndim else factor)
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    return np.where(np.isnan(x), np.uint8(0x7F), np.clip(x, -largest, largest).astype(dtype).view(np.uint8))
+
+
+def int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Payload, and a scale for each head of each row."""
+    x = rows.astype(np.float32)
+    scale = np.abs(x).max(-1) * np.float32(1 / 127)
+    factor = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+    return np.clip(np.round(x * factor[..., None]), -127, 127).astype(np.int8), scale
+
+
+def random_floats(rng: np.random.Generator, shape: tuple[int, ...], dtype, decades: float = 3) -> np.ndarray:
+    """Numbers of many sizes, some of them zero, with heads of zeros among them."""
+    size = 10.0 ** rng.uniform(-decades, decades, (*shape[:-1], 1))
+    x = rng.standard_normal(shape) * size * (rng.random(shape) > 0.1) * (rng.random((*shape[:-1], 1)) > 0.1)
+    return x.astype(np.float32).astype(dtype)

@@ -1,0 +1,221 @@
+"""Times of the page ops: allocation, copies of whole pages, moves."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.checks import implementations
+from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
+from benchmarks.timing import Report, time_jax, time_jax_donated, time_torch_graph
+from jaxcache.kernels import alloc_pages
+from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.kernels.copy_kv import move_rows
+from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
+from jaxcache.kernels.dispatch import Op
+from tests.kernels import oracles
+
+CALLS = 32
+PAGE_SIZE = 16
+
+
+def bench_alloc_extend(report: Report, small: bool, peers: Peers) -> None:
+    """Slots of a prefill batch of fresh requests. From JAX, each call takes its pages from the one before."""
+    for bs, length in [(4, 64)] if small else [(64, 1024), (256, 128), (1, 65_536)]:
+        case, num_tokens = f"requests={bs},tokens={length},page={PAGE_SIZE}", bs * length
+        batches = [extend_batch(seed, bs, length) for seed in range(CALLS)]
+        for implementation in implementations(Op.ALLOC_EXTEND):
+            op = partial(alloc_extend, page_size=PAGE_SIZE, num_tokens=num_tokens, implementation=implementation)
+
+            def step(pages, rows, op=op):
+                for prefix, seq, last in rows:
+                    pages = op(prefix, seq, last, pages)
+                return pages
+
+            pages = jnp.resize(batches[0][3], num_tokens)
+            us, _ = time_jax_donated(
+                jax.jit(step, donate_argnums=0), pages, [batch[:3] for batch in batches], repeats=CALLS
+            )
+            report.add("alloc_extend", case, f"jaxcache-{implementation.value}", us)
+        if peers.torch:
+            torch_alloc_extend(report, case, num_tokens, batches[0], peers)
+
+
+def bench_alloc_decode(report: Report, small: bool, peers: Peers) -> None:
+    """One more slot for each request. From JAX, each call takes its last slots from the one before."""
+    for bs in [8] if small else [256, 4096]:
+        case, batches = f"requests={bs},page={PAGE_SIZE}", []
+        for seed in range(CALLS):
+            rng = np.random.default_rng(seed)
+            _, seq, last, pages = oracles.random_batch(rng, bs, PAGE_SIZE, max_len=1000, decode=True)
+            batches.append(jax.device_put((seq, last, np.resize(pages, bs))))
+        for implementation in implementations(Op.ALLOC_DECODE):
+            op = partial(alloc_decode, page_size=PAGE_SIZE, implementation=implementation)
+
+            def step(last, rows, op=op):
+                for seq, pages in rows:
+                    last = op(seq, last, pages)
+                return last
+
+            us, _ = time_jax_donated(
+                jax.jit(step, donate_argnums=0),
+                jnp.copy(batches[0][1]),
+                [(batch[0], batch[2]) for batch in batches],
+                repeats=CALLS,
+            )
+            report.add("alloc_decode", case, f"jaxcache-{implementation.value}", us)
+        if peers.torch:
+            torch_alloc_decode(report, case, batches[0], peers)
+
+
+def bench_copy_pages(report: Report, small: bool, peers: Peers) -> None:
+    """Pages of 16 tokens x 8 heads x 128 in bfloat16, which are 32 KB a layer, in all layers."""
+    layers, row, n = (2, (2, 16), 8) if small else (32, (8, 128), 512)
+    dtype = jnp.uint16 if small else jnp.bfloat16
+    num_pages = 2 * n + 1
+    pool = random_jax(0, (layers, num_pages * PAGE_SIZE, *row), dtype)
+    pages = jnp.asarray(1 + np.random.default_rng(0).permutation(num_pages - 1)[:n], jnp.int32)
+    blocks = random_jax(1, (n, layers, PAGE_SIZE, *row), dtype)
+    case = f"pages={n},layers={layers},bytes={blocks.nbytes // n // layers},pages=random"
+    moved = 2 * blocks.nbytes
+    measure_copy(report, "copy_pages", case, moved, peers.torch)
+    for i in implementations(Op.GATHER_PAGES):
+        step = jax.jit(partial(gather_pages, page_size=PAGE_SIZE, implementation=i))
+        report.add("gather_pages", case, f"jaxcache-{i.value}", time_jax(step, pool, pages), moved=moved)
+    for i in implementations(Op.SCATTER_PAGES):
+        step = jax.jit(partial(scatter_pages, page_size=PAGE_SIZE, implementation=i), donate_argnums=0)
+        us, pool = time_jax_donated(step, pool, pages, blocks)
+        report.add("scatter_pages", case, f"jaxcache-{i.value}", us, moved=moved)
+    if peers.torch:
+        del blocks, pool
+        torch_copy_pages(report, case, moved, peers.torch, (layers, num_pages, PAGE_SIZE * row[0] * row[1]), pages)
+
+
+def bench_move(report: Report, small: bool, peers: Peers) -> None:
+    """Rows of 8 heads x 128 from slot to slot in all layers, as after speculative decoding."""
+    layers, row, slots = (2, (2, 16), 1024) if small else (32, (8, 128), 16_384)
+    dtype = jnp.uint16 if small else jnp.bfloat16
+    pool = random_jax(0, (layers, slots, *row), dtype)
+    for n in [16] if small else [64, 512]:
+        order = 1 + np.random.default_rng(n).permutation(slots - 1).astype(np.int32)
+        tgt, src = jnp.asarray(order[:n]), jnp.asarray(order[n // 2 : n // 2 + n])
+        case, moved = f"rows={n},layers={layers},width={row[0] * row[1]},overlap=half", 2 * n * pool.nbytes // slots
+        measure_copy(report, "move_rows", case, moved, peers.torch)
+        for i in implementations(Op.MOVE_ROWS):
+            move = partial(move_rows, implementation=i)
+
+            def step(pool, tgt, src, move=move):
+                for _ in range(CALLS):
+                    pool = move(pool, tgt, src)
+                return pool
+
+            us, pool = time_jax_donated(jax.jit(step, donate_argnums=0), pool, tgt, src, repeats=CALLS)
+            report.add("move_rows", case, f"jaxcache-{i.value}", us, moved=moved)
+        if peers.sglang:
+            torch_move(report, case, moved, peers, (layers, slots, row[0] * row[1]), tgt, src)
+
+
+BENCHES = (bench_alloc_extend, bench_alloc_decode, bench_copy_pages, bench_move)
+
+
+def extend_batch(seed: int, bs: int, length: int) -> tuple[jax.Array, ...]:
+    prefix, seq, last = (np.full(bs, value, np.int32) for value in (0, length, -1))
+    pages = 1 + np.random.default_rng(seed).permutation(bs * -(-length // PAGE_SIZE))
+    return jax.device_put((prefix, seq, last, pages.astype(np.int32)))
+
+
+def torch_alloc_extend(report: Report, case: str, num_tokens: int, batch: Any, peers: Peers) -> None:
+    """Both kernels: the prefix sums, and the slots."""
+    from jaxcache.kernels import alloc_pages_triton as kernels
+    from jaxcache.kernels.triton_call import torch_call
+
+    torch = peers.torch
+    rows, new_pages = [to_torch(torch, array) for array in batch[:3]], to_torch(torch, batch[3])
+    bs, num_pages = len(rows[0]), len(new_pages)
+    plan = [torch.empty_like(rows[0]) for _ in alloc_pages.RowPlan._fields]
+    slots = torch.empty(num_tokens, dtype=torch.int32, device="cuda")
+    extend_launch = kernels.alloc_extend_launch(bs, num_tokens, PAGE_SIZE)
+
+    def work():
+        for _ in range(CALLS):
+            torch_call(kernels.row_plan_kernel, rows, (bs,), outputs=plan, **kernels.row_plan_launch(bs, PAGE_SIZE))
+            torch_call(
+                kernels.alloc_extend_kernel, (*plan, new_pages), (bs, num_pages), outputs=[slots], **extend_launch
+            )
+
+    report.add("alloc_extend", case, "jaxcache-triton-torch", time_torch_graph(work, CALLS))
+    if peers.sglang and bs > 1:
+        wide = [tensor.long() for tensor in (*rows, new_pages)]
+        out, total = slots.long(), torch.empty((), dtype=torch.int64, device="cuda")
+        kernel, bs_upper = peers.sglang.alloc_extend, 1 << (bs - 1).bit_length()
+
+        def sglang():
+            for _ in range(CALLS):
+                kernel[(bs,)](*wide, out, total, bs_upper, PAGE_SIZE, 1 << (num_tokens - 1).bit_length())
+
+        report.add("alloc_extend", case, "sglang-triton", time_torch_graph(sglang, CALLS), is_peer=True)
+
+
+def torch_alloc_decode(report: Report, case: str, batch: Any, peers: Peers) -> None:
+    from jaxcache.kernels import alloc_pages_triton as kernels
+    from jaxcache.kernels.triton_call import torch_call
+
+    torch, bs = peers.torch, len(batch[0])
+    arrays, slots = [to_torch(torch, array) for array in batch], torch.empty(bs, dtype=torch.int32, device="cuda")
+    launch = kernels.alloc_decode_launch(bs, PAGE_SIZE)
+
+    def work():
+        for _ in range(CALLS):
+            torch_call(kernels.alloc_decode_kernel, arrays, (bs, len(arrays[2])), outputs=[slots], **launch)
+
+    report.add("alloc_decode", case, "jaxcache-triton-torch", time_torch_graph(work, CALLS))
+    if peers.sglang:
+        wide, total = [tensor.long() for tensor in arrays], torch.empty((), dtype=torch.int64, device="cuda")
+        out, kernel, bs_upper = slots.long(), peers.sglang.alloc_decode, 1 << (bs - 1).bit_length()
+
+        def sglang():
+            for _ in range(CALLS):
+                kernel[(bs,)](*wide, out, total, bs_upper, PAGE_SIZE)
+
+        report.add("alloc_decode", case, "sglang-triton", time_torch_graph(sglang, CALLS), is_peer=True)
+
+
+def torch_copy_pages(report: Report, case: str, moved: int, torch: Any, shape: tuple[int, ...], pages: Any) -> None:
+    from jaxcache.kernels import copy_pages_triton as kernels
+    from jaxcache.kernels.triton_call import torch_call
+
+    layers, num_pages, width = shape
+    pool, ids = random_torch(torch, shape, torch.bfloat16), to_torch(torch, pages)
+    blocks = random_torch(torch, (len(ids), layers, width), torch.bfloat16)
+    launch = kernels.pages_launch(len(ids), layers, width, 2)
+    sizes = (layers, num_pages)
+    us = time_torch_graph(
+        lambda: torch_call(kernels.gather_pages_kernel, (pool, ids), sizes, outputs=[blocks], **launch)
+    )
+    report.add("gather_pages", case, "jaxcache-triton-torch", us, moved=moved)
+    us = time_torch_graph(
+        lambda: torch_call(kernels.scatter_pages_kernel, (pool, ids, blocks), sizes, num_updates=1, **launch)
+    )
+    report.add("scatter_pages", case, "jaxcache-triton-torch", us, moved=moved)
+    ids = ids.long()
+    us = time_torch_graph(lambda: torch.index_select(pool, 1, ids))
+    report.add("gather_pages", case, "torch-index-select", us, moved=moved, is_peer=True)
+    by_layer = blocks.transpose(0, 1)
+    us = time_torch_graph(lambda: pool.index_copy_(1, ids, by_layer))
+    report.add("scatter_pages", case, "torch-index-copy", us, moved=moved, is_peer=True)
+
+
+def torch_move(report: Report, case: str, moved: int, peers: Peers, shape: tuple[int, ...], tgt: Any, src: Any) -> None:
+    torch, kernel = peers.torch, peers.sglang.copy_all_layers  # pyright: ignore[reportOptionalMemberAccess]
+    pool = random_torch(torch, shape, torch.bfloat16)
+    pointers = torch.tensor([layer.data_ptr() for layer in pool], dtype=torch.uint64, device="cuda")
+    strides = torch.full((shape[0],), shape[2] * 2, dtype=torch.int64, device="cuda")
+    target, source = to_torch(torch, tgt).long(), to_torch(torch, src).long()
+    us = time_torch_graph(
+        lambda: kernel[(shape[0],)](pointers, strides, target, source, len(target), 1 << (len(target) - 1).bit_length())
+    )
+    report.add("move_rows", case, "sglang-triton", us, moved=moved, is_peer=True)

@@ -1,0 +1,195 @@
+"""Times of the KV writes: rows of one layer after another, to random slots of a stacked pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.checks import implementations
+from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
+from benchmarks.timing import Report, time_jax_donated, time_torch_graph
+from jaxcache.kernels.dispatch import Op
+from jaxcache.kernels.write_kv import write_kv, write_mla_kv
+from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+
+LAYERS = 4
+"""Layers of the pool."""
+WRITES = 64
+"""Layers of the model, all in one jitted step; they take turns on the pool's layers."""
+FEW_WRITES = 8
+"""The same where each write is many ops for XLA, and slow to compile."""
+
+
+def bench_write_kv(report: Report, small: bool, peers: Peers) -> None:
+    """K and V rows of 8 heads x 128."""
+    heads, dim, slots = (2, 16, 4096) if small else (8, 128, 262_144)
+    for dtype in [jnp.uint16] if small else [jnp.bfloat16, jnp.float8_e4m3fn]:
+        pools = tuple(random_jax(seed, (LAYERS, slots, heads, dim), dtype) for seed in range(2))
+        for n, loc in random_slots(small, slots):
+            rows = [random_jax(seed, (n, heads, dim), dtype) for seed in range(2)]
+            case, moved = describe(n, f"{heads * dim}+{heads * dim}", dtype), 4 * rows[0].nbytes
+            measure_copy(report, "write_kv", case, moved, peers.torch)
+            writes = {f"jaxcache-{i.value}": partial(write_kv, implementation=i) for i in implementations(Op.WRITE_KV)}
+            for label, write in {**writes, "xla-scatter": xla_write_kv}.items():
+                us, pools = time_jax_donated(in_layers(write, 2), pools, loc, *rows, repeats=WRITES)
+                report.add("write_kv", case, label, us, moved=moved, is_peer=label == "xla-scatter")
+            if peers.torch:
+                torch_write_kv(report, case, moved, peers.torch, (LAYERS, slots, heads, dim), np.asarray(loc), dtype)
+
+
+def bench_write_one(report: Report, small: bool, peers: Peers) -> None:
+    """One buffer: rows of 1,024, as two halves side by side."""
+    width, slots = (64, 4096) if small else (1024, 262_144)
+    dtype = jnp.uint16 if small else jnp.bfloat16
+    pool = random_jax(0, (LAYERS, slots, width), dtype)
+    for n, loc in random_slots(small, slots):
+        halves = [random_jax(seed, (n, width // 2), dtype) for seed in range(2)]
+        case, moved = describe(n, str(width), dtype), 4 * halves[0].nbytes
+        measure_copy(report, "write_one_buffer", case, moved, peers.torch)
+        for i in implementations(Op.WRITE_MLA_KV):
+            write = partial(write_mla_kv, implementation=i)
+            us, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *halves, repeats=WRITES)
+            report.add("write_one_buffer", case, f"jaxcache-{i.value}", us, moved=moved)
+
+
+def bench_write_mla_kv(report: Report, small: bool, peers: Peers) -> None:
+    """Latent rows of 512 + 64."""
+    rank, rope, slots = (96, 32, 4096) if small else (512, 64, 262_144)
+    dtype = jnp.uint16 if small else jnp.bfloat16
+    pool = random_jax(0, (LAYERS, slots, rank + rope), dtype)
+    for n, loc in random_slots(small, slots):
+        parts = random_jax(1, (n, rank), dtype), random_jax(2, (n, rope), dtype)
+        case, moved = describe(n, f"{rank}+{rope}", dtype), 2 * (parts[0].nbytes + parts[1].nbytes)
+        measure_copy(report, "write_mla_kv", case, moved, peers.torch)
+        ours = implementations(Op.WRITE_MLA_KV)
+        writes = {f"jaxcache-{i.value}": partial(write_mla_kv, implementation=i) for i in ours}
+        for label, write in {**writes, "xla-scatter": xla_write_mla_kv}.items():
+            us, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *parts, repeats=WRITES)
+            report.add("write_mla_kv", case, label, us, moved=moved, is_peer=label == "xla-scatter")
+        if peers.torch:
+            torch_write_mla_kv(report, case, moved, peers, (LAYERS, slots, rank + rope), rank, np.asarray(loc))
+
+
+def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
+    """K and V rows of 8 heads x 128 in bfloat16, stored in a byte an element."""
+    heads, dim, slots = (2, 16, 4096) if small else (8, 128, 262_144)
+    per_head, per_tensor = jnp.ones(heads, jnp.float32), jnp.full((), 0.7, jnp.float32)
+    for n, loc in random_slots(small, slots):
+        rows = [jax.random.normal(jax.random.key(seed), (n, heads, dim), jnp.bfloat16) for seed in range(2)]
+        case, moved = describe(n, f"{heads * dim}+{heads * dim}", jnp.bfloat16), 2 * rows[0].size * (2 + 1)
+        measure_copy(report, "write_kv_fp8", case, moved, peers.torch)
+        kinds = [("e4m3", "tensor", per_tensor), ("e4m3", "head", per_head), ("e5m2", "tensor", per_tensor)]
+        for i, (name, kind, scale) in product(implementations(Op.WRITE_KV_FP8), kinds):
+            dtype = jnp.float8_e4m3fn if name == "e4m3" else jnp.float8_e5m2
+            write = partial(write_kv_fp8, k_scale=scale, v_scale=scale, dtype=dtype, implementation=i)
+            pools = tuple(random_jax(seed, (LAYERS, slots, heads, dim), jnp.uint8) for seed in range(2))
+            time, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
+            exact = f"{case},to={name},scale={kind}"
+            report.add("write_kv_fp8", exact, f"jaxcache-{i.value}", time, moved=moved)
+        moved += 2 * 4 * n * heads
+        measure_copy(report, "write_kv_int8", case, moved, peers.torch)
+        for i in implementations(Op.WRITE_KV_INT8):
+            pools = tuple(
+                QuantizedPool(random_jax(s, (LAYERS, slots, heads, dim), jnp.int8), jnp.zeros((LAYERS, slots, heads)))
+                for s in range(2)
+            )
+            write = partial(write_kv_int8, implementation=i)
+            time, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
+            report.add("write_kv_int8", f"{case},to=int8,scale=token", f"jaxcache-{i.value}", time, moved=moved)
+
+
+BENCHES = (bench_write_kv, bench_write_one, bench_write_mla_kv, bench_write_quantized)
+
+
+def in_layers(write: Callable[..., Any], num_pools: int, writes: int = WRITES) -> Callable[..., Any]:
+    """A jitted step of so many writes that donates its pools."""
+
+    def step(pools, loc, *rows):
+        for i in range(writes):
+            pools = write(*pools, i % LAYERS, loc, *rows)
+            pools = pools if num_pools > 1 else (pools,)
+        return tuple(pools)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def xla_write_kv(k_pool, v_pool, layer, loc, k, v):
+    """What one writes by hand."""
+    return k_pool.at[layer, loc].set(k), v_pool.at[layer, loc].set(v)
+
+
+def xla_write_mla_kv(pool, layer, loc, nope, rope):
+    """What one writes by hand."""
+    return pool.at[layer, loc].set(jnp.concatenate([nope, rope], axis=-1))
+
+
+def random_slots(small: bool, slots: int) -> Iterator[tuple[int, jax.Array]]:
+    for n in [64, 1024] if small else [256, 4096, 16_384, 65_536]:
+        yield n, jnp.asarray(1 + np.random.default_rng(n).permutation(slots - 1)[:n], jnp.int32)
+
+
+def describe(n: int, width: str, dtype: Any) -> str:
+    return f"rows={n},width={width},dtype={jnp.dtype(dtype).name},slots=random"
+
+
+def torch_write_kv(report, case, moved, torch, shape, loc, dtype) -> None:
+    from jaxcache.kernels import write_kv_torch
+
+    dtype = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}[jnp.dtype(dtype).name]
+    k_pool, v_pool = (random_torch(torch, shape, dtype) for _ in range(2))
+    k, v = (random_torch(torch, (len(loc), *shape[2:]), dtype) for _ in range(2))
+    slots = to_torch(torch, loc)
+    layers = torch.arange(LAYERS, dtype=torch.int32, device="cuda")
+
+    def kernel():
+        for i in range(LAYERS):
+            write_kv_torch.write_kv(k_pool, v_pool, layers[i], slots, k, v)
+
+    report.add("write_kv", case, "jaxcache-triton-torch", time_torch_graph(kernel, LAYERS), moved=moved)
+    if dtype is not torch.bfloat16:  # an index_put of bytes is the only one that PyTorch has for float8
+        k_pool, v_pool, k, v = (tensor.view(torch.uint8) for tensor in (k_pool, v_pool, k, v))
+    slots = slots.long()
+
+    def index_put():
+        for i in range(LAYERS):
+            k_pool[i][slots] = k
+            v_pool[i][slots] = v
+
+    report.add("write_kv", case, "torch-index-put", time_torch_graph(index_put, LAYERS), moved=moved, is_peer=True)
+
+
+def torch_write_mla_kv(report, case, moved, peers, shape, rank, loc) -> None:
+    from jaxcache.kernels import write_kv_torch
+
+    torch = peers.torch
+    pool = random_torch(torch, shape, torch.bfloat16)
+    rows = random_torch(torch, (len(loc), shape[-1]), torch.bfloat16)
+    nope, rope = rows[:, :rank].contiguous(), rows[:, rank:].contiguous()
+    slots = to_torch(torch, loc)
+    layers = torch.arange(LAYERS, dtype=torch.int32, device="cuda")
+
+    def kernel():
+        for i in range(LAYERS):
+            write_kv_torch.write_mla_kv(pool, layers[i], slots, nope, rope)
+
+    report.add("write_mla_kv", case, "jaxcache-triton-torch", time_torch_graph(kernel, LAYERS), moved=moved)
+    slots = slots.long()
+
+    def index_put():
+        for i in range(LAYERS):
+            pool[i][slots] = rows
+
+    report.add("write_mla_kv", case, "torch-index-put", time_torch_graph(index_put, LAYERS), moved=moved, is_peer=True)
+    if peers.sglang:
+
+        def sglang():
+            for i in range(LAYERS):
+                peers.sglang.set_mla_kv_buffer(pool[i], slots, nope, rope)
+
+        report.add("write_mla_kv", case, "sglang-triton", time_torch_graph(sglang, LAYERS), moved=moved, is_peer=True)
