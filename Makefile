@@ -11,16 +11,23 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt -e
 SOURCES := pyproject.toml constraints.txt
+# The newest JAX, and XLA's compiler for GPUs: an environment of its own, with Python 3.12.
+H200_VENV := .venv-h200
+H200_PIP := $(H200_VENV)/bin/python -m pip --disable-pip-version-check
+PYTHON312 ?=
 
-.PHONY: help venv test replay lint format bench extras clean
+.PHONY: help venv test test-h200 replay lint format bench extras clean
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 11
 
 venv: $(VENV)/.installed-test  ## .venv with everything the tests need
 
 test: $(VENV)/.installed-test  ## the whole suite, on the CPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-h200: $(H200_VENV)/.installed  ## compiled for H200s, and Mosaic GPU interpreted; needs no GPU, may skip nothing
+	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "h200 or mosaic" tests
 
 replay: $(VENV)/.installed-cli  ## a generated chat trace through the real stack, every hit proven right
 	@mkdir -p $(OUT)
@@ -43,7 +50,7 @@ extras: $(BIN)/python  ## do cuda12 and cuda13 resolve? installs nothing
 	$(BIN)/python .ci/resolve_extras.py
 
 clean:  ## forget the environment and what the targets wrote
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(H200_VENV) $(OUT)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,4 +68,15 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(H200_VENV)/bin/python:
+	@for python in $(or $(PYTHON312),python3.12 $(PYTHON) $$(ls -d $$HOME/.pyenv/versions/3.12.*/bin/python 2>/dev/null | sort -rV)); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then exec $$python -m venv $(H200_VENV); fi; \
+	done; echo "compiling for an H200 needs Python 3.12. Try: make test-h200 PYTHON312=/path/to/python3.12"; exit 1
+	$(H200_PIP) install --quiet --upgrade pip
+
+$(H200_VENV)/.installed: $(SOURCES) .ci/h200.txt | $(H200_VENV)/bin/python
+	$(H200_PIP) install --quiet -c constraints.txt -e '.[test]'
+	$(H200_PIP) install --quiet --no-deps -r .ci/h200.txt
 	@touch $@

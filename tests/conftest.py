@@ -1,19 +1,58 @@
-"""What all tests share: tests marked `gpu` skip where JAX sees none; property tests take as long as compiling takes."""
+"""What all tests share: what a marked test needs to run, and a run in which nothing may be skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
 
 import hypothesis
 import jax
 import pytest
 
+from tests.kernels import h200
+
+# Property tests take as long as compiling takes.
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("jaxcache")
 
 # Devices to shard over, for a machine with one CPU. Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# What keeps tests with this mark from running here, or None. Asked only if a test has the mark.
+MISSING: dict[str, Callable[[], str | None]] = {
+    "gpu": lambda: None if jax.default_backend() == "gpu" else "needs an NVIDIA GPU",
+    "h200": h200.missing,
+    "mosaic": lambda: None if jax.__version_info__ >= (0, 11) else "Mosaic GPU's interpreter needs JAX 0.11 or newer",
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none; asks JAX for its devices only if a test needs one."""
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if needing and jax.default_backend() != "gpu":
-        for item in needing:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    """Skips what needs something that is missing."""
+    for mark, missing in MISSING.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = missing() if marked else None
+        if reason is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Where JAXCACHE_NO_SKIP is set, a skip is a failure: what was to be tested was not."""
+    expected_to_fail = getattr(report, "wasxfail", None) is not None
+    if report.skipped and not expected_to_fail and os.environ.get("JAXCACHE_NO_SKIP", "0") not in ("", "0"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"JAXCACHE_NO_SKIP is set, and this was skipped: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report

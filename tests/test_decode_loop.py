@@ -717,7 +717,7 @@ def test_a_scan_that_keeps_the_old_table_is_noticed():
     assert not prove_in_place(loop_step(keeps), *arguments, shape=SHAPE).ok
 
 
-@pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+@pytest.mark.h200
 @pytest.mark.parametrize("kind", POOLS)
 def test_the_whole_scan_is_in_place_on_an_h200(kind):
     arguments = abstract_arguments(kind, "gpu")

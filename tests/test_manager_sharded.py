@@ -129,7 +129,7 @@ def test_a_step_that_forgot_its_shard_map_is_refused_and_nothing_is_lost():
     manager.check_memory(read_device=True)
 
 
-@pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+@pytest.mark.h200
 @pytest.mark.parametrize(("kind", "kv"), [(MHATokenToKVPool, MHA), (MLATokenToKVPool, MLA)], ids=["mha", "mla"])
 @pytest.mark.parametrize("step_kind", StepKind)
 def test_a_whole_step_compiled_for_two_h200s_is_in_place_and_gathers_nothing(kind, kv, step_kind):

@@ -16,7 +16,7 @@ from jaxcache.kernels.in_place import inspect_compiled
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
 from tests.kernels import h200
 
-pytestmark = pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+pytestmark = pytest.mark.h200
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", Implementation)
 DTYPES = pytest.mark.parametrize(

@@ -83,7 +83,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+@pytest.mark.h200
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     ("layers", "dtype"), [(3, jnp.uint8), (3, jnp.float8_e4m3fn), (5, jnp.int8), (3, jnp.bfloat16)]

@@ -14,7 +14,7 @@ from tests.kernels import h200
 from tests.pools.numpy_pool import DTYPES
 from tests.pools.steps import KINDS, OPS, SHAPES, SIZES, abstract_args, on_mesh, pool_a_layer
 
-pytestmark = pytest.mark.skipif(h200.missing() is not None, reason=str(h200.missing()))
+pytestmark = pytest.mark.h200
 BY_KIND = pytest.mark.parametrize(("kind", "make_config"), KINDS, ids=["mha", "mla"])
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
 
