@@ -80,7 +80,9 @@ class KVCache(DevicePool, abc.ABC):
 
     Slots: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything
     happens; an array on the device, or traced, is not read back: there, slots outside the pool read as zeros and are
-    not written. Slots of one write must be distinct, except for the sink, slot 0, which is never written.
+    not written. Slots of one write must be distinct, except for the sink, slot 0, which is never written: a repeated
+    slot is refused on the host, and keeps either row elsewhere. Under `jax.disable_jit()`, JAX's mode for debugging,
+    nothing is traced, and every `loc` is read back and checked like one on the host.
 
     Layers are global ids. A Python int is checked; a traced one out of range reads as zeros and writes nothing.
 
@@ -190,11 +192,11 @@ class KVCache(DevicePool, abc.ABC):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on wrong shapes, dtypes or slots.
+          ArgumentError: on wrong shapes or dtypes, slots outside the pool, or a slot named twice.
           ShardingError: if this pool is sharded and this is not one shard of it.
         """
         self._require_one_shard()
-        loc = self._checked_loc("loc", loc)
+        loc = self._target_loc("loc", loc)
         require(len(rows) == len(self.buffers), "rows", f"must be {len(self.buffers)} arrays", len(rows))
         for i, (array, row) in enumerate(zip(rows, self.config.shard_row_shapes, strict=True)):
             self._check_rows(f"rows[{i}]", array, (self.config.layer_num, loc.shape[0], *row))
@@ -220,11 +222,10 @@ class KVCache(DevicePool, abc.ABC):
         Source: SGLang 0.5.2 memory_pool.py, MHATokenToKVPool.move_kv_cache and copy_all_layer_kv_cache.
         """
         self._require_one_shard()
-        tgt_loc, src_loc = self._checked_loc("tgt_loc", tgt_loc), self._checked_loc("src_loc", src_loc)
+        tgt_loc, src_loc = self._target_loc("tgt_loc", tgt_loc), self._checked_loc("src_loc", src_loc)
         rule = f"must be as many as src_loc, {src_loc.shape[0]}"
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", rule, tgt_loc.shape[0])
         if isinstance(tgt_loc, np.ndarray) and isinstance(src_loc, np.ndarray):
-            _require_distinct("tgt_loc", tgt_loc)
             bucket = 1 << max(4, (len(tgt_loc) - 1).bit_length())
             return _move(self, _pad(tgt_loc, bucket), _pad(src_loc, bucket))
         return _move(self, tgt_loc, src_loc)
@@ -327,7 +328,7 @@ class KVCache(DevicePool, abc.ABC):
 
     def _checked_loc(self, name: str, loc: Any) -> Any:
         """Slots as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""
-        if isinstance(loc, jax.Array):
+        if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not jax.config.jax_disable_jit):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
         slots = np.asarray(loc)
@@ -341,6 +342,13 @@ class KVCache(DevicePool, abc.ABC):
                 "pass slots of this pool's allocator, and 0 for padding"
             )
         return slots.astype(np.int32)
+
+    def _target_loc(self, name: str, loc: Any) -> Any:
+        """`_checked_loc` of slots to write, which must be distinct."""
+        loc = self._checked_loc(name, loc)
+        if isinstance(loc, np.ndarray):
+            _require_distinct(name, loc)
+        return loc
 
     def _host_loc(self, name: str, indices: Any) -> np.ndarray:
         """`_checked_loc` of slots that are read back from the device if they are there."""

@@ -113,15 +113,15 @@ class MHATokenToKVPool(KVCache):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on a layer or slot outside the pool, wrong shapes, rows that are not floats for a pool of
-            floats, or a scale for a pool of integers.
+          ArgumentError: on a layer or slot outside the pool, a slot named twice, wrong shapes, rows that are not floats
+            for a pool of floats, or a scale for a pool of integers.
           ShardingError: if this pool is sharded and this is not one shard of it.
 
         Cost: reads and writes `n` rows.
         """
         self._require_one_shard()
         index = self._layer_index(layer if layer_id_override is None else layer_id_override)
-        loc = self._checked_loc("loc", loc)
+        loc = self._target_loc("loc", loc)
         for name, rows, scale, row_shape in zip(
             "kv", (k, v), (k_scale, v_scale), self.config.shard_row_shapes, strict=True
         ):

@@ -84,14 +84,14 @@ class MLATokenToKVPool(KVCache):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on a layer or slot outside the pool, wrong shapes, or rows that are not floats for a pool of
-            floats.
+          ArgumentError: on a layer or slot outside the pool, a slot named twice, wrong shapes, or rows that are not
+            floats for a pool of floats.
           ShardingError: if this pool is sharded and this is not inside a `jax.shard_map` over its axis.
 
         Cost: reads and writes `n` rows.
         """
         self._require_one_shard()
-        index, loc = self._layer_index(layer), self._checked_loc("loc", loc)
+        index, loc = self._layer_index(layer), self._target_loc("loc", loc)
         nope = self._flat_rows("k_nope", k_nope, loc.shape[0], self.config.kv_lora_rank)
         rope = self._flat_rows("k_rope", k_rope, loc.shape[0], self.config.qk_rope_head_dim)
         return _write(self, index, loc, nope, rope)
