@@ -28,6 +28,7 @@ def problems(tree: RadixTree) -> Iterator[str]:
     count = len(tree.components)
     evictable, protected = [0] * count, [0] * count
     unlocked: list[set[Node]] = [set() for _ in range(count)]
+    cached: list[set[Node]] = [set() for _ in range(count)]
     for namespace, root in tree.roots.items():
         if root.namespace != namespace or root.parent is not None or root.key or not root.children:
             yield f"root of {namespace!r}: it must be empty, parentless, under its own name and have children"
@@ -37,6 +38,7 @@ def problems(tree: RadixTree) -> Iterator[str]:
             slot = node.slot(i)
             if slot.value is not None:
                 (protected if slot.locks else evictable)[i] += len(slot.value)
+                cached[i].add(node)
                 if not slot.locks:
                     unlocked[i].add(node)
     if evictable != tree.evictable or protected != tree.protected:
@@ -44,6 +46,8 @@ def problems(tree: RadixTree) -> Iterator[str]:
     for i, policy in enumerate(tree.policies):
         if set(policy) != unlocked[i]:
             yield f"policy of {tree.components[i].name}: it must hold exactly the unlocked nodes with a value"
+        for problem in policy.problems(cached[i]):
+            yield f"policy of {tree.components[i].name}: {problem}"
     if isinstance(tree.policies[0], LRU):
         yield from _order_problems(tree.policies[0])
 

@@ -8,7 +8,7 @@ found by a lookup (`hit`), which were divided (`split`) and which became leaves 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from jaxcache.index.node import Node
 
@@ -54,6 +54,10 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def victim(self) -> Node | None:
         """The next node to evict; it stays until removed. None when there is none."""
+
+    def problems(self, cached: Set[Node]) -> Iterator[str]:
+        """What is wrong with the policy's books, one sentence each; `cached` are all nodes with a value. O(cached)."""
+        yield from ()
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:

@@ -78,6 +78,11 @@ class Node(Slot):
         """Tokens before this node."""
         return self.end - len(self.key) // 4
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of this run."""
+        return len(self.key) // 4
+
     def slot(self, component: int) -> Slot:
         """The slot of the component with that index."""
         return self.others[component - 1] if component else self

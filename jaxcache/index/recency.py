@@ -1,15 +1,16 @@
-"""Who is evicted next: the policies by name, and those that go by last use alone."""
+"""Who is evicted next: the policies by name, and LRU."""
 
 from __future__ import annotations
 
 import enum
-import heapq
-from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from jaxcache.index.adaptive import Adaptive
 from jaxcache.index.eviction import EvictionPolicy
 from jaxcache.index.node import Node
+from jaxcache.index.queues import S3FIFO, SLRU
+from jaxcache.index.ranked import FIFO, FILO, LFU, MRU, Priority
 
 
 class LRU(EvictionPolicy):
@@ -63,96 +64,36 @@ class LRU(EvictionPolicy):
         return len(self._order)
 
 
-class Ranked(EvictionPolicy):
-    """Lowest rank first: a heap of candidates whose outdated entries are skipped. O(log n) an operation, amortised.
+class Policy(enum.Enum):
+    """Eviction policies by name.
 
-    A subclass says what the rank of a node is; equal ranks go by last use.
+    LRU, LFU, FIFO, MRU, FILO, PRIORITY and SLRU mean what they mean in SGLang, but LFU counts every hit and SLRU bounds
+    what it protects. S3FIFO and ADAPTIVE remember some of what they let go.
     """
 
-    def __init__(self, leaves_only: bool):
-        super().__init__(leaves_only)
-        self._clock = 0
-        self._stamp: dict[Node, int] = {}
-        self._heap: list[tuple[float, int, int, Node]] = []
-        self._pushes = 0
-
-    @abstractmethod
-    def rank(self, node: Node) -> float:
-        """The rank of `node` now; it may change only when the node is touched."""
-
-    def add(self, node: Node) -> None:
-        """See `EvictionPolicy.add`."""
-        self._renew(node)
-
-    def discard(self, node: Node) -> None:
-        """See `EvictionPolicy.discard`. O(1): its heap entry dies with its stamp."""
-        del self._stamp[node]
-
-    def touch(self, path: Sequence[Node]) -> None:
-        """See `EvictionPolicy.touch`."""
-        for node in reversed(path):
-            if node in self._stamp:
-                self._renew(node)
-
-    def split(self, upper: Node, lower: Node) -> None:
-        """See `EvictionPolicy.split`."""
-
-    def exposed(self, node: Node) -> None:
-        """See `EvictionPolicy.exposed`."""
-        if self.leaves_only:
-            self._push(node)
-
-    def victim(self) -> Node | None:
-        """See `EvictionPolicy.victim`."""
-        heap = self._heap
-        while heap and not self._is_current(heap[0]):
-            heapq.heappop(heap)
-        return heap[0][3] if heap else None
-
-    def _renew(self, node: Node) -> None:
-        self._clock += 1
-        self._stamp[node] = self._clock
-        if not (self.leaves_only and node.children):
-            self._push(node)
-
-    def _push(self, node: Node) -> None:
-        self._pushes += 1  # unique, so that two entries never compare their nodes
-        heapq.heappush(self._heap, (self.rank(node), self._stamp[node], self._pushes, node))
-        if len(self._heap) > 2 * len(self._stamp) + 64:
-            self._heap = [entry for entry in self._heap if self._is_current(entry)]
-            heapq.heapify(self._heap)
-
-    def _is_current(self, entry: tuple[float, int, int, Node]) -> bool:
-        _, stamp, _, node = entry
-        return self._stamp.get(node) == stamp and not (self.leaves_only and node.children)
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self._stamp)
-
-    def __contains__(self, node: Node) -> bool:
-        return node in self._stamp
-
-    def __len__(self) -> int:
-        return len(self._stamp)
-
-
-class Priority(Ranked):
-    """Lowest request priority first, then least recently used. A node has the highest priority inserted through it."""
-
-    def rank(self, node: Node) -> float:
-        """The node's priority."""
-        return node.priority
-
-
-class Policy(enum.Enum):
-    """Eviction policies by name."""
-
     LRU = "lru"
+    LFU = "lfu"
+    FIFO = "fifo"
+    MRU = "mru"
+    FILO = "filo"
+    SLRU = "slru"
     PRIORITY = "priority"
+    S3FIFO = "s3fifo"
+    ADAPTIVE = "adaptive"
 
     def build(self, leaves_only: bool) -> EvictionPolicy:
         """A new, empty policy of this kind."""
         return _POLICIES[self](leaves_only)
 
 
-_POLICIES: dict[Policy, type[EvictionPolicy]] = {Policy.LRU: LRU, Policy.PRIORITY: Priority}
+_POLICIES: dict[Policy, type[EvictionPolicy]] = {
+    Policy.LRU: LRU,
+    Policy.LFU: LFU,
+    Policy.FIFO: FIFO,
+    Policy.MRU: MRU,
+    Policy.FILO: FILO,
+    Policy.SLRU: SLRU,
+    Policy.PRIORITY: Priority,
+    Policy.S3FIFO: S3FIFO,
+    Policy.ADAPTIVE: Adaptive,
+}

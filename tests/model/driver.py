@@ -31,7 +31,7 @@ class Driver:
             page_size=rng.choice([1, 1, 2, 4, 4, 16]),
             num_pages=num_pages,
             num_rows=rng.randint(1, 6),
-            policy=rng.choice([Policy.LRU, Policy.LRU, Policy.PRIORITY]),
+            policy=rng.choice([Policy.LRU, *Policy]),
             events=rng.random() < 0.2,
             disable=rng.random() < 0.05,
             max_pages=max(8, num_pages // 2),

@@ -16,7 +16,7 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import CacheError, DoubleFreeError, OwnershipError, ReceiptError, SnapshotError
 from jaxcache.index.check import problems
 from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
-from jaxcache.index.node import Match, Receipt
+from jaxcache.index.node import Eviction, Match, Receipt
 from jaxcache.index.recency import Policy
 from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
 from jaxcache.pages.base import PageState
@@ -88,8 +88,9 @@ class Life:
             enable_kv_cache_events=shape.events,
             policy=shape.policy,
         )
-        by_priority = shape.policy is Policy.PRIORITY
-        self.world = World(page_size, shape.num_pages, shape.num_rows, by_priority, shape.disable)
+        self.world = World(page_size, shape.num_pages, shape.num_rows, shape.policy.value, shape.disable)
+        self.told: list[int] = []
+        self._listen()
         self.names: dict[bytes, bytes] = {b"": b""}
         self.resident: set[int] = set()
         self.count = 0
@@ -100,6 +101,17 @@ class Life:
         self.waiting: list[Live] = []
         self.held: list[Held] = []
         self.matches: list[Held] = []
+
+    def _listen(self) -> None:
+        """Hears which pages the tree lets go, in order."""
+        tree, evict = self.cache.tree, self.cache.tree.evict
+
+        def heard(amount: int, component: int = 0) -> Eviction:
+            gone = evict(amount, component)
+            self.told += gone.values[0].tolist()
+            return gone
+
+        tree.evict = heard  # type: ignore[method-assign]
 
     # Requests.
 
@@ -117,7 +129,7 @@ class Life:
         cap = min(cap, len(live.tokens) - 1)
         found = self.cache.match_prefix(request.key[:cap])
         path = self.world.match(live.space, live.tokens[:cap])
-        self.world.use(path)
+        self.world.find(path)
         same(found.pages.tolist(), [entry.page for entry in path], "matched pages")
         same(found.prefix_len, len(path) * self.shape.page_size, "matched tokens")
         rows = self.table.alloc(1)
@@ -191,7 +203,7 @@ class Life:
         name = self._name(space, key)
         found = self.cache.match_prefix(key)
         path = self.world.match(name, tokens)
-        self.world.use(path)
+        self.world.find(path)
         same(found.device_indices.tolist(), self._slots([entry.page for entry in path]), "matched slots")
         if keep and len(self.matches) < 4:
             pages = [entry.page for entry in path]
@@ -245,8 +257,9 @@ class Life:
         self.world.release(self._pages(mine), PRIVATE)
 
     def evict(self, tokens: int) -> None:
+        self.told.clear()
         freed = self.cache.evict(tokens)
-        gone = self.world.evict(-(-tokens // self.shape.page_size) if tokens > 0 else 0)
+        gone = self.world.evict(-(-tokens // self.shape.page_size) if tokens > 0 else 0, self.told)
         same(freed, len(gone) * self.shape.page_size, "tokens evicted")
 
     def group(self) -> None:

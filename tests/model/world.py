@@ -8,8 +8,10 @@ under the whole prefix it ends, and the boundaries that the rules speak of are m
     its end; a lock leaves one at its end. The run of entries between two marks is used, locked and evicted as one.
   * A use of a path makes its runs the youngest, the run next to the root the youngest of all. A match uses the runs it
     covers whole. A run that loses its last lock, or is cut off by a mark, has just been used.
-  * The victim is the run that no cached page follows and no lock covers with the lowest priority (where the policy is
-    by priority), among equals the one used longest ago.
+  * A lookup finds the runs it covers whole; a run cut off by a mark was found where the cut left it. It keeps the hits
+    and the age of what it was part of.
+  * The victim is a run that no cached page follows and no lock covers: the first by the order of the policy (`ORDERS`).
+    Where the order is no simple rule, the victims are told, and each must be such a run and still needed.
   * Pages are taken from the front of the free list. Pages of several slots go back to its front, ascending within one
     call; pages of one slot go to its back. Inside a free group they wait, and go back together.
 
@@ -18,19 +20,28 @@ Tokens are bytes here, one a token, so that a prefix is a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 FREE, PRIVATE, TREE, PENDING, SINK = 0, 1, 2, 5, 6
+
+ORDERS: dict[str, Callable[[Entry], tuple[int, ...]]] = {
+    "lru": lambda end: (end.used,),
+    "mru": lambda end: (-end.used,),
+    "lfu": lambda end: (end.hits, end.used),
+    "fifo": lambda end: (end.born, end.used),
+    "filo": lambda end: (-end.born, end.used),
+    "priority": lambda end: (end.priority, end.used),
+}
 
 
 class Entry:
     """One cached page."""
 
-    __slots__ = ("children", "is_end", "locks", "page", "parent", "prefix", "priority", "space", "used")
+    __slots__ = ("born", "children", "hits", "is_end", "locks", "page", "parent", "prefix", "priority", "space", "used")
 
     def __init__(self, space: bytes, prefix: bytes, page: int, parent: Entry | None):
         self.space, self.prefix, self.page, self.parent = space, prefix, page, parent
-        self.children = self.locks = self.priority = self.used = 0
+        self.children = self.locks = self.priority = self.used = self.born = self.hits = 0
         self.is_end = False
 
     def __repr__(self) -> str:
@@ -40,9 +51,9 @@ class Entry:
 class World:
     """The state, and every operation on it. An operation that the rules forbid is an AssertionError of the caller."""
 
-    def __init__(self, page_size: int, num_pages: int, num_rows: int, by_priority: bool = False, disable: bool = False):
+    def __init__(self, page_size: int, num_pages: int, num_rows: int, policy: str = "lru", disable: bool = False):
         self.page_size, self.num_pages, self.num_rows = page_size, num_pages, num_rows
-        self.by_priority, self.disable = by_priority, disable
+        self.first, self.disable = ORDERS.get(policy), disable
         self.reset()
 
     def reset(self) -> None:
@@ -108,9 +119,17 @@ class World:
                 self.clock += 1
                 entry.used = self.clock
 
+    def find(self, path: list[Entry]) -> None:
+        """A lookup ended at the end of `path`."""
+        for entry in path:
+            entry.hits += entry.is_end
+        self.use(path)
+
     def mark(self, entry: Entry) -> None:
         if not entry.is_end:
+            rest = self.end_of(entry)
             entry.is_end = True
+            entry.born, entry.hits = rest.born, rest.hits + 1
             self.use([entry])
 
     def insert(
@@ -132,8 +151,10 @@ class World:
             self.owner[pages[i]] = TREE
             self.evictable += 1
             path.append(entry)
-        if path:
+        if path and not path[-1].is_end:
             path[-1].is_end = True
+            self.clock += 1
+            path[-1].born = self.clock
         for entry in path:
             entry.priority = max(entry.priority, priority)
         self.use(path)
@@ -162,30 +183,35 @@ class World:
         self.protected -= freed
         return freed
 
-    def evict(self, n: int) -> list[Entry]:
-        """At least `n` entries, run by run in order of eviction, unless fewer can go; each run from its start."""
+    def evict(self, n: int, told: Iterable[int] = ()) -> list[Entry]:
+        """At least `n` entries, run by run in order of eviction, unless fewer can go; each run from its start.
+
+        `told` are the pages that went, in order, for a policy whose order is not known here.
+        """
         gone: list[Entry] = []
+        entries = {entry.page: entry for entry in self.cached.values()}
+        follow = iter(told)
         while len(gone) < n:
             leaves = [
                 entry for entry in self.cached.values() if entry.is_end and not entry.children and not entry.locks
             ]
             if not leaves:
                 break
-            last = min(leaves, key=self._value)
-            run = [last]
-            while run[-1].parent is not None and not run[-1].parent.is_end:
-                run.append(run[-1].parent)
+            if self.first:
+                run = self.run_of(min(leaves, key=self.first))
+            else:
+                run = self.run_of(self.end_of(entries[next(follow)]))
+                assert run[-1] in leaves, f"{run[-1]} was evicted, but is locked or no leaf"
+                assert [next(follow) for _ in run[1:]] == [entry.page for entry in run[1:]], f"{run} did not go whole"
             for entry in run:
                 del self.cached[entry.space, entry.prefix]
-            if run[-1].parent is not None:
-                run[-1].parent.children -= 1
-            gone += reversed(run)
+            if run[0].parent is not None:
+                run[0].parent.children -= 1
+            gone += run
+        assert self.first or not list(follow), "more was evicted than was asked for"
         self.evictable -= len(gone)
         self.release([entry.page for entry in gone], TREE)
         return gone
-
-    def _value(self, entry: Entry) -> tuple[int, int]:
-        return (entry.priority if self.by_priority else 0, entry.used)
 
     def order(self) -> Iterator[Entry]:
         """The ends of all unlocked runs, the one used longest ago first."""
@@ -198,3 +224,8 @@ class World:
         while run[-1].parent is not None and not run[-1].parent.is_end:
             run.append(run[-1].parent)
         return run[::-1]
+
+    def end_of(self, entry: Entry) -> Entry:
+        """The end of the run that `entry` is in."""
+        ends = [e for e in self.cached.values() if e.is_end and e.space == entry.space]
+        return min((e for e in ends if e.prefix.startswith(entry.prefix)), key=lambda e: len(e.prefix))

@@ -153,13 +153,44 @@ def page_name(tokens):
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-@pytest.mark.parametrize("policy", Policy)
-def test_s17_every_policy_on_offer_keeps_what_it_needs_to_decide(policy):
+BY_USE, BY_AGE, BY_AGE_BACKWARDS, BY_USE_BACKWARDS = [2, 3, 1], [1, 2, 3], [3, 2, 1], [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        (Policy.LRU, BY_USE),
+        (Policy.LFU, BY_USE),
+        (Policy.SLRU, BY_USE),
+        (Policy.PRIORITY, BY_USE),
+        (Policy.S3FIFO, BY_USE),
+        (Policy.ADAPTIVE, BY_USE),
+        (Policy.FIFO, BY_AGE),
+        (Policy.FILO, BY_AGE_BACKWARDS),
+        (Policy.MRU, BY_USE_BACKWARDS),
+    ],
+)
+def test_s17_every_policy_on_offer_keeps_what_it_needs_to_decide(policy, order):
     tree = RadixTree(1, policy=policy)
     for token in (1, 2, 3):
         tree.insert(RadixKey([token]), (np.array([token], np.int32),))
-    tree.match(RadixKey([1]))  # used: goes last
-    assert [tree.evict(1).values[0].tolist() for _ in range(3)] == [[2], [3], [1]]
+    tree.match(RadixKey([1]))
+    assert [tree.evict(1).values[0].tolist() for _ in range(3)] == [[token] for token in order]
+
+
+def test_s17_lfu_counts_every_lookup_also_of_what_is_locked_and_across_a_split():
+    tree = RadixTree(1, policy=Policy.LFU)
+    for tokens in ([1, 1], [2], [3]):
+        tree.insert(RadixKey(tokens), (np.array(tokens, np.int32),))
+    lock = tree.lock(tree.match(RadixKey([1, 1])))
+    tree.match(RadixKey([1, 1]))
+    tree.unlock(tree.lock(tree.match(RadixKey([1, 7]))))  # splits: the upper half has one hit more than the lower
+    for token in (2, 2, 2, 3, 3, 3):
+        tree.match(RadixKey([token]))
+    tree.unlock(lock)
+    assert [tree.policies[0].hits(node) for node in tree.nodes() if node.tokens == 1 and node.end == 2] == [2]
+    order = [tree.evict(1).values[0].tolist() for _ in range(4)]
+    assert order == [[1], [2], [3], [1]]  # 2 hits, then 3 each in order of use: the upper half was unlocked last
 
 
 def test_s17_priority_goes_before_use():

@@ -62,7 +62,8 @@ def test_tight_memory_retracts_and_loses_nothing(page_size, policy):
     assert_clean(result)
     assert result.retractions > 0
     assert result.requests == 40
-    assert_twin_agrees(result, simulator)  # with equal priorities, least recently used is what decides
+    if policy in (Policy.LRU, Policy.PRIORITY):  # with equal priorities, least recently used is what decides
+        assert_twin_agrees(result, simulator)
 
 
 @pytest.mark.parametrize("fault", Fault)
