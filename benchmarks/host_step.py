@@ -20,8 +20,15 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache import Batch, MemoryConfig, MemoryManager, MHAConfig, MHATokenToKVPool, Request
-from jaxcache import init_memory_pool_and_cache
+from jaxcache import (
+    Batch,
+    MemoryConfig,
+    MemoryManager,
+    MHAConfig,
+    MHATokenToKVPool,
+    Request,
+    init_memory_pool_and_cache,
+)
 from jaxcache.replay.run import count_compilations
 
 PAGE_SIZE = 16

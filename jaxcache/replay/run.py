@@ -386,7 +386,7 @@ class Replay:
         result.device_tokens = config.pool_tokens
         result.concurrency = config.concurrency
         result.chunk = config.chunk
-        result.trace = str(config.trace) if config.trace is not None else "generated chats"
+        result.trace = config.trace.name if config.trace is not None else "generated chats"
         result.seed = config.seed
         result.plant = config.plant.value if config.plant is not None else None
         result.policy = config.policy.value
