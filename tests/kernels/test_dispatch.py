@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxcache.errors import UnsupportedError
-from jaxcache.kernels import dispatch
+from jaxcache.kernels import dispatch, write_kv
 from jaxcache.kernels.dispatch import Implementation, Op, choose
 
 
@@ -68,3 +68,25 @@ def test_importing_the_ops_imports_no_triton():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_mosaic_says_what_it_needs(monkeypatch):
+    hopper, ampere = dispatch.Target("gpu", "NVIDIA H200"), dispatch.Target("gpu", "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(dispatch.jax, "__version_info__", (0, 10, 2))
+    assert "JAX 0.11" in str(dispatch.why_not(Op.WRITE_KV, Implementation.MOSAIC, hopper))
+    monkeypatch.setattr(dispatch.jax, "__version_info__", (0, 11, 2))
+    assert dispatch.why_not(Op.WRITE_KV, Implementation.MOSAIC, hopper) is None
+    assert "Hopper" in str(dispatch.why_not(Op.WRITE_KV, Implementation.MOSAIC, ampere))
+    assert "no Mosaic kernel" in str(dispatch.why_not(Op.MOVE_ROWS, Implementation.MOSAIC, hopper))
+    pretend_installed(monkeypatch)
+    assert choose(Op.WRITE_KV, platform="gpu").implementation is Implementation.MOSAIC
+    choice = choose(Op.WRITE_KV, platform="gpu", unfit={Implementation.MOSAIC: "rows of 33"})
+    assert choice.implementation is Implementation.REFERENCE and "rows of 33" in choice.why
+
+
+@pytest.mark.parametrize(
+    ("widths", "itemsize", "piece"),
+    [((512, 64), 2, 64), ((1024,), 2, 256), ((1000,), 2, 200), ((96, 33), 2, 0), ((40,), 1, 0), ((2**20,), 2, 0)],
+)
+def test_pieces_of_bulk_copies(widths, itemsize, piece):
+    assert write_kv.bulk_width(widths, itemsize) == piece
