@@ -95,6 +95,13 @@ def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ())
     return DonatingStep(step, names)
 
 
+def is_update(returned: Any, pool: DevicePool) -> bool:
+    """Whether a step that was given `pool` returned a pool of the same kind, sizes and dtypes."""
+    same_tree = jax.tree_util.tree_structure(returned) == jax.tree_util.tree_structure(pool)
+    leaves = zip(jax.tree_util.tree_leaves(returned), jax.tree_util.tree_leaves(pool), strict=False)
+    return same_tree and all(mine.shape == theirs.shape and mine.dtype == theirs.dtype for mine, theirs in leaves)
+
+
 class DonatingStep(Generic[P, R]):
     """A step made by `donating`. Like a jitted function it can be called, or lowered to be looked at."""
 

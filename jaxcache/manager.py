@@ -31,11 +31,12 @@ from jaxcache.audit import check_device_table, check_owners
 from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
 from jaxcache.decode_loop import LoopShape
-from jaxcache.donation import donating
+from jaxcache.donation import donating, is_update
 from jaxcache.errors import ArgumentError, RequestStateError
+from jaxcache.index.key import pack
 from jaxcache.index.recency import Policy
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay, loop_limits
-from jaxcache.pages.arguments import as_count
+from jaxcache.pages.arguments import as_count, int32_array
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
@@ -130,8 +131,8 @@ class _Batch:
             epoch,
             tuple(requests),
             row=np.array([request.req_pool_idx for request in requests], np.int32),
-            prompt_len=np.array([len(request.origin_input_ids) for request in requests], np.int32),
-            tag=np.array([request.tag for request in requests], np.int32),
+            prompt_len=np.array([request.prompt_len for request in requests], np.int32),
+            tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
         )
 
 
@@ -271,7 +272,7 @@ class MemoryManager:
     def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
         """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
 
-        Evicts what is short. None if memory is short all the same; nothing has changed then but the eviction.
+        Evicts what is short. None if memory is short all the same: nothing has changed then, nothing was evicted.
 
         Args:
           work: Distinct running requests, each with a number of tokens >= 1 that it still has to compute.
@@ -281,11 +282,10 @@ class MemoryManager:
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
         batch = self._batch([request for request, _ in work])
-        counts = np.array([n for _, n in work])
+        counts = np.array([as_count(f"work: tokens of request {request.rid}", n) for request, n in work])
         for request, n in work:
             if not 1 <= n <= request.num_tokens - request.kv_len:
-                left = request.num_tokens - request.kv_len
-                raise ArgumentError(f"work: request {request.rid} has {left} tokens, not {n}")
+                raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
         tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
         return self._plan(StepKind.EXTEND, batch, counts, np.concatenate(tokens))
 
@@ -296,15 +296,13 @@ class MemoryManager:
 
         Raises:
           RequestStateError: A request is not running.
-          ArgumentError: A request has more, or fewer, than one token to compute, or is named twice.
+          ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
         """
         batch = self._batch(requests)
         outputs = self._require_one_left(batch)
-        if all(outputs):
-            tokens = np.fromiter(map(_LAST, outputs), np.int32, len(outputs))
-        else:
-            last = (request.output_ids or request.origin_input_ids for request in batch.requests)
-            tokens = np.fromiter(map(_LAST, last), np.int32, len(outputs))
+        if not all(outputs):
+            outputs = [request.output_ids or request.key.token_ids for request in batch.requests]
+        tokens = np.frombuffer(pack(map(_LAST, outputs)), np.int32)
         return self._plan(StepKind.DECODE, batch, np.ones(len(outputs), np.int32), tokens)
 
     def _plan(self, kind: StepKind, batch: _Batch, counts: np.ndarray, tokens: np.ndarray) -> StepPlan | None:
@@ -347,8 +345,9 @@ class MemoryManager:
           `out`, perhaps still being computed.
 
         Raises:
-          RequestStateError: A request is no longer where the plan takes it up: the plan ran or was cancelled already,
-            or the request was retracted. Nothing has changed.
+          RequestStateError: A request is not where the plan takes it up: the plan ran or was cancelled already, or the
+            request was retracted, or has other pages by now. Nothing has changed.
+          ArgumentError: The step does not return `(pool, out)`.
         """
         self._require_current(plan)
         self._send_table_changes(plan.bucket.changes)
@@ -381,16 +380,20 @@ class MemoryManager:
 
     def _is_outdated(self, plan: StepPlan) -> bool:
         table, row = self.req_to_token_pool, plan.row
-        needed = (plan.seq_len + self.page_size - 1) // self.page_size
         is_in_place = tuple(map(self.running.get, row.tolist())) == plan.requests
         same_length = np.array_equal(table.kv_len[row], plan.prefix_len)
-        return not (is_in_place and same_length and np.array_equal(table.num_pages[row], needed))
+        # A row that was planned anew, or came back after a retraction, can be as long as before, in other pages.
+        same_tail = np.array_equal(table.last_slots(row), plan.last_loc)
+        same_pages = np.array_equal(table.tail_pages(row), plan.new_pages)
+        return not (is_in_place and same_length and same_tail and same_pages)
 
     def cancel(self, plan: StepPlan) -> None:
-        """Gives the pages of a plan that will not run back."""
-        for request in plan.requests:
+        """Gives the pages of a plan that will not run back; RequestStateError if all its requests have ended."""
+        rows = plan.row.tolist()
+        left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
+        for request in left or plan.requests:
             self._require_running(request)
-        for request in plan.requests:
+        for request in left:
             keep = self._pages_of(request.kv_len)
             extra = self.req_to_token_pool.row_pages(self._row(request), keep, request.num_pages)
             if len(extra):
@@ -410,8 +413,10 @@ class MemoryManager:
 
             def whole_step(pool: KVCache, table: RequestTable, packed: Any, *args: Any, bucket: Bucket) -> Any:
                 batch = unpack(jnp.asarray(packed), bucket, table, page_size)
-                pool, out = step(pool, batch, *args)
-                return pool, batch.table, out
+                result = step(pool, batch, *args)
+                if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
+                    return result[0], batch.table, result[1]
+                raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
 
             self._steps[step] = donating(whole_step, static_argnames=("bucket",))
         return self._steps[step]
@@ -517,7 +522,7 @@ class MemoryManager:
 
     def _evict_for(self, num_pages: int) -> None:
         short = num_pages * self.page_size - self.allocator.available_size()
-        if short > 0:
+        if 0 < short <= self.cache.evictable_size():  # else what is cached would be lost for nothing
             self.cache.evict(short)
 
     def _pages_of(self, tokens: int) -> int:

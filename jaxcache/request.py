@@ -54,6 +54,7 @@ class Request:
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
       cpu_copy: KV kept in host memory across a retraction.
+      prompt_len: Prompt tokens. They were copied: what the caller does to its list later changes nothing.
     """
 
     rid: str
@@ -70,15 +71,20 @@ class Request:
     cpu_copy: Any = None
 
     def __post_init__(self):
-        if not len(self.origin_input_ids):
+        self._key = RadixKey(self.origin_input_ids, self.extra_key)
+        self.prompt_len = self._key.length
+        if not self.prompt_len:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
-        if self.logprob_start_len is not None and self.logprob_start_len < 0:
+        for name in ("priority", "tag"):
+            if not isinstance(getattr(self, name), (int, np.integer)):
+                raise ArgumentError(f"{name} of request {self.rid} must be an integer, got {getattr(self, name)!r}")
+        start = self.logprob_start_len
+        if start is not None and (not isinstance(start, (int, np.integer)) or start < 0):
             raise ArgumentError(
-                f"logprob_start_len of request {self.rid} must not be negative, got {self.logprob_start_len}"
+                f"logprob_start_len of request {self.rid} must be an integer and must not be negative, got {start!r}"
             )
-        self._key = RadixKey(self.origin_input_ids, self.extra_key)
         self._lengths: RowLengths | None = None
 
     def enter(self, table: RowLengths, row: int) -> None:
@@ -116,19 +122,38 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt and sampled tokens."""
-        return len(self.origin_input_ids) + len(self.output_ids)
+        return self.prompt_len + len(self.output_ids)
 
     @property
     def num_cacheable(self) -> int:
         """Tokens that can have KV: all but the last one sampled."""
-        return len(self.origin_input_ids) + max(len(self.output_ids) - 1, 0)
+        return self.prompt_len + max(len(self.output_ids) - 1, 0)
 
     @property
     def key(self) -> RadixKey:
-        """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended."""
-        missing = self.num_tokens - self._key.length
-        if missing:
-            self._key = self._key.extended(self.output_ids[-missing:])
+        """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended.
+
+        Raises:
+          RequestStateError: Tokens were taken back from `output_ids`, but may have KV.
+          ArgumentError: A sampled token is no int32.
+        """
+        if self.num_tokens < self._key.length:
+            raise RequestStateError(
+                f"request {self.rid} had {self._key.length} tokens, now {self.num_tokens}: output_ids only grows; "
+                "make another request"
+            )
+        return self._packed_to(self.num_tokens)
+
+    @property
+    def computed_key(self) -> RadixKey:
+        """The tokens that have KV as a key, whatever became of those after them."""
+        return self._packed_to(self.kv_len)[: self.kv_len]
+
+    def _packed_to(self, length: int) -> RadixKey:
+        """The key with at least `length` tokens."""
+        done = self._key.length
+        if length > done:
+            self._key = self._key.extended(self.output_ids[done - self.prompt_len : length - self.prompt_len])
         return self._key
 
     @property

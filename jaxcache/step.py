@@ -193,6 +193,8 @@ def default_buckets(max_running: int, chunk: int, page_size: int) -> tuple[Bucke
 
     Decode: batch sizes in steps of four. Extend: a quarter of a chunk and a whole one.
     """
+    if not isinstance(chunk, (int, np.integer)) or chunk < 1:
+        raise ArgumentError(f"chunk must be an integer of at least 1, got {chunk!r}: no prompt could be computed")
     buckets = []
     size = max_running
     while True:

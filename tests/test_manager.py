@@ -461,13 +461,17 @@ def test_a_second_plan_waits_for_the_first():
     manager.run(write_step, plan)
 
 
-def test_cancel_of_a_plan_with_a_request_that_ended_changes_nothing():
+def test_cancel_of_a_plan_passes_over_the_requests_that_ended():
     manager = small_manager()
     first, second = prefilled(manager, [1] * 8, rid="1"), prefilled(manager, [2] * 8, rid="2")
     for request in (first, second):
         request.output_ids.append(1)
     plan = manager.decode([first, second])
     manager.finish(second)
+    manager.cancel(plan)
+    assert first.num_pages == 2
+    manager.check_memory()
+    manager.finish(first)
     before = books(manager)
     with pytest.raises(RequestStateError):
         manager.cancel(plan)

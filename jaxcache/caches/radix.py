@@ -73,7 +73,10 @@ class RadixCache(BasePrefixCache):
     # ---- lookup, insert, evict: no request needed -----------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocator with it."""
+        """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocator with it.
+
+        Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
+        """
         self.tree.reset()
         if self.enable_kv_cache_events:
             self._events.append(AllBlocksCleared())
@@ -111,9 +114,7 @@ class RadixCache(BasePrefixCache):
             pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages)
 
-    def insert_pages(
-        self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"]
-    ) -> int:
+    def insert_pages(self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"]) -> int:
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
         if self.disable:
             return 0
@@ -197,7 +198,7 @@ class RadixCache(BasePrefixCache):
         row = _row_of(req)
         size = self.page_size
         pages = table.row_pages(row, 0, req.kv_len // size)
-        inserted = self.tree.insert(req.key[: req.kv_len], (pages,), req.lock, req.priority, self._claim)
+        inserted = self.tree.insert(req.computed_key, (pages,), req.lock, req.priority, self._claim)
         self._tell(inserted)
         duplicates = inserted.spare[0]
         if len(duplicates):

@@ -139,7 +139,8 @@ def require_positive(config: KVCacheConfig, *names: str) -> None:
     """Raises ArgumentError unless these fields are positive integers."""
     for name in names:
         value = getattr(config, name)
-        require(isinstance(value, (int, np.integer)) and bool(value > 0), name, "must be positive, and an integer", value)
+        is_positive = isinstance(value, (int, np.integer)) and bool(value > 0)
+        require(is_positive, name, "must be positive, and an integer", value)
 
 
 def require(condition: bool, name: str, rule: str, value: Any) -> None:

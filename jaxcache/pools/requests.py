@@ -78,10 +78,9 @@ class ReqToTokenPool:
     """
 
     def __init__(self, size: int, max_context_len: int, page_size: int = 1):
-        if min(size, max_context_len, page_size) < 1:
-            raise ArgumentError(
-                f"size, max_context_len and page_size must be at least 1, got {size}, {max_context_len}, {page_size}"
-            )
+        sizes = size, max_context_len, page_size
+        if not all(isinstance(value, (int, np.integer)) for value in sizes) or min(sizes) < 1:
+            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {sizes}")
         self.size = size
         self.max_context_len = max_context_len
         self.page_size = page_size
@@ -117,8 +116,8 @@ class ReqToTokenPool:
 
     def alloc(self, need_size: int) -> list[int] | None:
         """`need_size` rows, or None if fewer are free."""
-        if need_size < 0:
-            raise ArgumentError(f"need_size must not be negative, got {need_size}")
+        if not isinstance(need_size, (int, np.integer)) or need_size < 0:
+            raise ArgumentError(f"need_size must be an integer and must not be negative, got {need_size!r}")
         if need_size > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
@@ -148,11 +147,17 @@ class ReqToTokenPool:
         """SGLang's write: `values` are the slots of the tokens in `indices = (row, slice)`.
 
         Raises:
-          ArgumentError: The slice does not start at a page, or the slots are not consecutive within pages.
+          ArgumentError: The slice does not start at a page, or the slots are not int32, from 0 on, and consecutive
+            within pages.
         """
         row, columns = indices
+        if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
+            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
         start, stop, step = columns.indices(self.max_context_len)
         values = np.asarray(values)
+        is_list = values.ndim == 1 and (values.size == 0 or values.dtype.kind in "iu")
+        if not is_list or (values.size and not 0 <= values.min() <= values.max() < 2**31):
+            raise ArgumentError(f"values must be a list of slots in [0, 2**31), got {values.dtype}{list(values.shape)}")
         if step != 1 or len(values) != stop - start:
             raise ArgumentError(f"values: {len(values)} slots do not fit columns {start}:{stop}:{step}")
         size = self.page_size
@@ -202,6 +207,13 @@ class ReqToTokenPool:
         self._pages.reshape(-1)[index] = pages
         self.num_pages[rows] += counts
         self._mark_changed(index)
+
+    def tail_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
+        """Row after row, the pages behind those of the tokens with KV: what a step that has not run yet was given."""
+        used = (self.kv_len[rows] + self.page_size - 1) // self.page_size
+        counts = self.num_pages[rows] - used
+        entry = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - used, counts)
+        return self._pages[np.repeat(rows, counts), entry]
 
     def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
         """Slot of the last token with KV of each row; -1 where there is none."""
