@@ -328,7 +328,8 @@ class KVCache(DevicePool, abc.ABC):
 
     def _checked_loc(self, name: str, loc: Any) -> Any:
         """Slots as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""
-        if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not jax.config.jax_disable_jit):
+        is_debugging = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
         slots = np.asarray(loc)
