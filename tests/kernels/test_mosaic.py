@@ -1,18 +1,18 @@
 """The Mosaic GPU kernels under Pallas's interpreter: control flow, offsets and masks, on a machine with no GPU."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.kernels import oracles
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic kernels need JAX 0.11")
+pytestmark = pytest.mark.mosaic
 
 
 @pytest.fixture
 def interpret():
-    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     return plgpu.InterpretGPUParams()
 
 
