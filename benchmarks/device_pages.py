@@ -36,7 +36,7 @@ def bench_alloc_extend(report: Report, small: bool, peers: Peers) -> None:
                     pages = op(prefix, seq, last, pages)
                 return pages
 
-            pages = jnp.resize(batches[0][3], num_tokens)
+            pages = jnp.resize(batches[0][3], (num_tokens,))
             us, _ = time_jax_donated(
                 jax.jit(step, donate_argnums=0), pages, [batch[:3] for batch in batches], repeats=CALLS
             )

@@ -108,12 +108,13 @@ def _call_through_ffi(
 
     XLA records calls of this one in a CUDA graph: the launches of a step follow one another within a tenth of a us.
     """
+    from jax.core import ShapedArray
     from jaxlib import gpu_triton
 
     lib = jax_triton.triton_lib
     kernel, grid, num_warps, capability, constexprs = _split(options)
     abstract = [jax.typeof(array) for array in arrays]
-    produced = [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+    produced = [ShapedArray(result.shape, result.dtype) for result in results]
     kinds = [lib.get_triton_type(argument) for argument in (*abstract, *scalars, *produced)]
     numbers = {len(arrays) + i: int(value) for i, value in enumerate(scalars)}
     compiled, attributes = lib.get_or_create_triton_kernel(

@@ -114,9 +114,9 @@ def converts_fp8(target: Target) -> bool:
 @triton.jit
 def _to_fp8(x, scale, E4M3: tl.constexpr, HARDWARE: tl.constexpr):
     """Bytes of `x / scale`, to nearest even; numbers below the smallest normal one by an addition."""
-    MANTISSA: tl.constexpr = 3 if E4M3 else 2
-    LOWEST: tl.constexpr = -6 if E4M3 else -14
-    LARGEST: tl.constexpr = 448.0 if E4M3 else 57344.0
+    MANTISSA: tl.constexpr = 3 if E4M3 else 2  # pyright: ignore[reportAssignmentType]
+    LOWEST: tl.constexpr = -6 if E4M3 else -14  # pyright: ignore[reportAssignmentType]
+    LARGEST: tl.constexpr = 448.0 if E4M3 else 57344.0  # pyright: ignore[reportAssignmentType]
     quotient = x.to(tl.float32) * tl.div_rn(1.0, scale)
     if HARDWARE:
         clamped = tl.clamp(quotient, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -127,7 +127,7 @@ def _to_fp8(x, scale, E4M3: tl.constexpr, HARDWARE: tl.constexpr):
     size = tl.minimum(tl.abs(quotient), LARGEST)
     bits = size.to(tl.int32, bitcast=True)
     DROPPED: tl.constexpr = 23 - MANTISSA
-    rounded = bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
+    rounded = bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)  # pyright: ignore[reportOperatorIssue]
     normal = (rounded >> DROPPED) - ((127 + LOWEST - 1) << MANTISSA)
     UNIT: tl.constexpr = 2.0 ** (LOWEST + DROPPED)  # its last place is the format's smallest number
     UNIT_BITS: tl.constexpr = (127 + LOWEST + DROPPED) << 23
@@ -191,7 +191,7 @@ def _to_int8(x, STEP: tl.constexpr):
     """int8 of each row of `x`, and the scale of the row."""
     x = x.to(tl.float32)
     scale = tl.max(tl.abs(x), 1) * STEP
-    units = x * tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0))[:, None]
+    units = x * tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0))[:, None]  # pyright: ignore[reportOperatorIssue]
     # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even. The clamp stands between, so that
     # the product is rounded by itself.
     units = (tl.clamp(units, -127.0, 127.0) + 12582912.0) - 12582912.0
