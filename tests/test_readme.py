@@ -32,10 +32,6 @@ def printed(tmp_path: Path) -> Callable[[str], str]:
     return run
 
 
-def test_there_are_two_examples() -> None:
-    assert len(EXAMPLES) == 2
-
-
 def test_the_step_example_finds_the_first_request(printed) -> None:
     assert printed(EXAMPLES[0]) == "first 0\nsecond 96\n"
 
@@ -43,6 +39,24 @@ def test_the_step_example_finds_the_first_request(printed) -> None:
 def test_the_donation_example_meets_a_stale_pool(printed) -> None:
     out = printed(EXAMPLES[1]).rstrip()
     assert "consumed by an earlier donated step" in out and out.endswith("use the pool which that step returned")
+
+
+def test_the_loop_example_decodes_32_steps(printed) -> None:
+    assert printed(EXAMPLES[2]) == "35 36\n"
+
+
+def test_the_sharded_example_is_refused_outside_its_shard_map(printed) -> None:
+    assert "call it inside jax.shard_map(step, mesh=mesh" in printed(EXAMPLES[3])
+
+
+def test_the_kernel_example_says_why(printed) -> None:
+    picked, refused = printed(EXAMPLES[4]).splitlines()
+    assert "the table's choice for write_kv" in picked
+    assert refused.endswith("'cpu'. Leave implementation=None for the table's choice.")
+
+
+def test_there_is_no_other_example() -> None:
+    assert len(EXAMPLES) == 5
 
 
 def test_links_lead_somewhere() -> None:
