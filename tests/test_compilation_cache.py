@@ -48,7 +48,7 @@ memory.run(step, memory.extend([(request, 30)]))
 print(json.dumps({
     "misses": after_warm_up.get("cache_misses", 0),
     "hits": after_warm_up.get("cache_hits", 0),
-    "later": seen["cache_misses"] + seen["cache_hits"] - sum(after_warm_up.get(n, 0) for n in ("cache_misses", "cache_hits")),
+    "later": sum(seen[name] - after_warm_up.get(name, 0) for name in ("cache_misses", "cache_hits")),
     "buckets": len(memory.buckets),
     "in_place": before == [buffer.unsafe_buffer_pointer() for buffer in memory.pool.buffers],
     "written": int((memory.pool.gather(list(range(260)), 0)[0] != 0).any((1, 2)).sum()),
