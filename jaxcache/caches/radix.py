@@ -15,6 +15,7 @@ from jaxcache.caches.base import BasePrefixCache, MatchResult, expand_pages
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
+from jaxcache.index.explain import Explanation, explain
 from jaxcache.index.key import RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Node, Receipt, Root
 from jaxcache.index.recency import Policy
@@ -252,6 +253,13 @@ class RadixCache(BasePrefixCache):
             block_size=self.page_size,
             namespace=root.namespace if isinstance(root, Root) else b"",
         )
+
+    def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
+        """Why a lookup of `key` stops where it does: `print(cache.explain(key))`. Changes nothing, not even recency.
+
+        Cost: a lookup in every namespace and a look at the nodes let go lately; milliseconds.
+        """
+        return explain(self.tree, as_key(key))
 
     def draw(self) -> str:
         """The tree as text."""

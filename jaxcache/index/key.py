@@ -99,6 +99,10 @@ class RadixKey:
         key.packed, key.length, key.namespace = packed, length, namespace
         return key
 
+    def within(self, namespace: bytes) -> RadixKey:
+        """The same tokens in the namespace of that encoding. O(1)."""
+        return RadixKey._of(self.packed, self.length, namespace)
+
     @property
     def token_ids(self) -> Int32[np.ndarray, " tokens"]:
         """The tokens, as a read-only view."""

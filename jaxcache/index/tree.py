@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.component import FULL, Component
+from jaxcache.index.explain import Graves
 from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed, page_hashes
 from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined
 from jaxcache.index.recency import Policy
@@ -345,6 +346,7 @@ class RadixTree:
                 self._drop(i, node, freed)
             parent = node.parent
             del parent.children[node.key[: self._page_bytes]]
+            self._graves.bury(node, parent, self._version)
             node.parent = None
             nodes.append(node)
             self._version += 1
@@ -374,6 +376,7 @@ class RadixTree:
     def reset(self) -> None:
         """Forgets everything, without freeing anything; receipts given out before are refused from now on."""
         self._roots: dict[bytes, Root] = {}
+        self._graves = Graves(self._page_bytes)
         self._policies = [self.policy.build(leaves_only=i == 0) for i in range(len(self.components))]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
@@ -488,6 +491,29 @@ class RadixTree:
     def roots(self) -> dict[bytes, Root]:
         """The top of each namespace, by its encoding. Not to be changed."""
         return self._roots
+
+    @property
+    def graves(self) -> Graves:
+        """The nodes let go last. Not to be changed."""
+        return self._graves
+
+    @property
+    def changes(self) -> int:
+        """Leaves added, nodes split and nodes let go so far."""
+        return self._version
+
+    def find(self, key: RadixKey) -> tuple[list[Node], int, int]:
+        """The nodes that `key` leads through, the tokens found in them, and those of them that `match` would give.
+
+        No use of anything: for looking at.
+        """
+        path: list[Node] = []
+        root = self._roots.get(key.namespace)
+        if root is None:
+            return path, 0, 0
+        end = key.length // self.page_size * self._page_bytes
+        found = self._walk(key.packed, end, root, 0, path) // TOKEN_BYTES
+        return path, found, found if self._is_single else self._usable(path, found)
 
     @property
     def policies(self) -> Sequence:
