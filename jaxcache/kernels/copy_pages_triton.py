@@ -97,7 +97,8 @@ def gather_pages_kernel(
 ):
     in_pool, in_blocks, column, real = _stretch_of_program(pages, layers, pool_pages, WIDTH, BLOCK)
     inside = column < WIDTH
-    stretch = tl.load(pool + in_pool + column, mask=inside & real, other=0)
+    # a float nought: Triton casts it to every dtype, an integer one not to float8
+    stretch = tl.load(pool + in_pool + column, mask=inside & real, other=0.0)
     tl.store(blocks + in_blocks + column, stretch, mask=inside)
 
 
@@ -136,6 +137,6 @@ def move_rows_kernel(
     written = ((target > 0) & (target < slots))[:, None] & (column < WIDTH)
     read = ((source >= 0) & (source < slots))[:, None] & written
     layer = pool + tl.program_id(0).to(tl.int64) * slots * WIDTH
-    rows = tl.load(layer + source[:, None] * WIDTH + column, mask=read, other=0)
+    rows = tl.load(layer + source[:, None] * WIDTH + column, mask=read, other=0.0)
     tl.debug_barrier()  # all of the column is read before any of it is written
     tl.store(layer + target[:, None] * WIDTH + column, rows, mask=written)
