@@ -65,7 +65,9 @@ def scatter(pool, loc, rows):
 
 
 def write(pool, loc, rows, implementation):
-    v_pool, v = jnp.zeros((pool.shape[0], SLOTS, HEADS, 1), pool.dtype), jnp.ones((*rows.shape[:2], 1), pool.dtype)
+    v_dim = 2  # a row of 16 bytes: Mosaic's bulk copies move no less
+    v_pool = jnp.zeros((pool.shape[0], SLOTS, HEADS, v_dim), pool.dtype)
+    v = jnp.ones((*rows.shape[:2], v_dim), pool.dtype)
     return ops.write_kv(pool, v_pool, jnp.int32(pool.shape[0] - 1), loc, rows, v, implementation=implementation)[0]
 
 
