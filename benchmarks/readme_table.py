@@ -3,8 +3,9 @@
     python -m benchmarks.readme_table            # rewrites the table
     python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
 
-Three kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`) and the
-kernels (`benchmarks.device`, JSONL). Another kind of file is an error: no result should go unseen by accident.
+Five kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
+policies (`benchmarks.policies --json`), the host's part of a step (`benchmarks.host_step --json`) and kernels
+(`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an error: no result should go unseen by accident.
 """
 
 from __future__ import annotations
@@ -48,14 +49,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 def rows_of(path: Path) -> Iterator[Row]:
     """What one file adds to the table."""
     records = read(path)
-    if all("bench" in record for record in records):
+    if "plan_us" in records[0]:
+        yield host_row(records[0], path)
+    elif all("bench" in record for record in records):
         yield from kernel_rows(records, path)
     elif "verified_slots" in records[0]:
         yield replay_row(records[0], path)
     elif "page_sizes" in records[0]:
         yield from index_rows(records[0], path)
+    elif "optimum" in records[0]:
+        yield from policy_rows(records[0], path)
     else:
-        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index or of kernels")
+        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index, policies, steps or kernels")
 
 
 def replay_row(figures: dict[str, Any], path: Path) -> Row:
@@ -91,6 +96,33 @@ def index_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
             yield Row(1, what, case, f"{ours[f'{name}_us']:,.1f} µs", beside, figures["cpu"], path)
 
 
+def policy_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
+    """Hit rates of the policies on the first trace, one line a pool size: lru beside the best and the optimum."""
+    name, trace = next(iter(figures["traces"].items()))
+    for i, room in enumerate(figures["device_tokens"]):
+        rates = {policy: rate[i] for policy, rate in trace["hit_rates"].items() if policy != "optimum"}
+        best = max(rates, key=lambda policy: rates[policy])
+        case = f"{Path(name).stem}, {trace['requests']:,} requests, one at a time, room for {room:,} tokens"
+        yield Row(
+            1,
+            "hit rate by eviction policy",
+            case,
+            f"{best} {rates[best]:.1%}",
+            f"lru {rates['lru']:.1%}",
+            figures["cpu"],
+            path,
+        )
+
+
+def host_row(figures: dict[str, Any], path: Path) -> Row:
+    """What a decode step costs the host."""
+    upload = f"one upload of {figures['upload_bytes']:,} bytes"
+    case = f"{figures['requests']} requests of {figures['context']:,} tokens, {upload}"
+    measured = f"{figures['plan_upload_dispatch_us']:,.0f} µs, of it {figures['plan_us']:,.0f} µs to plan"
+    beside = f"{figures['recompiles']} compilations in {figures['random_steps']:,} steps of random size"
+    return Row(3, "decode step on the host: plan, upload, dispatch", case, measured, beside, figures["device"], path)
+
+
 def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
     """The largest case of each kernel: our fastest implementation beside each peer."""
     for bench, group in itertools.groupby(sorted(records, key=lambda r: r["bench"]), key=lambda r: r["bench"]):
@@ -100,7 +132,8 @@ def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
             continue
         case = max(mine, key=lambda row: row["median_us"])["case"]
         best = min((row for row in mine if row["case"] == case), key=lambda row: row["median_us"])
-        measured = f"{best['median_us']:,.1f} µs"
+        how = best["implementation"].removeprefix("jaxcache-").replace("triton-torch", "triton, the kernel alone")
+        measured = f"{best['median_us']:,.1f} µs ({how})"
         if best["gb_per_s"]:
             measured += f", {best['gb_per_s']:,.0f} GB/s"
         if best["ratio_to_copy"]:

@@ -104,22 +104,38 @@ def kernel(implementation: str, us: float, is_peer: bool = False, case: str = "n
     }  # fmt: skip
 
 
+POLICIES = {
+    "cpu": "a CPU",
+    "optimum": "Belady",
+    "device_tokens": [3_000_000],
+    "traces": {"t.jsonl": {"requests": 9, "hit_rates": {"lru": [0.138], "adaptive": [0.177], "optimum": [0.35]}}},
+}
+HOST_STEP = {
+    "bench": "host_step", "requests": 256, "context": 12_000, "plan_us": 136.7, "plan_upload_dispatch_us": 556.3,
+    "upload_bytes": 13_312, "random_steps": 400, "recompiles": 0, "device": "NVIDIA H200",
+}  # fmt: skip
+
+
 def test_every_kind_of_result_has_its_row(tmp_path: Path) -> None:
     (tmp_path / "H200").mkdir()
     (tmp_path / "replay.json").write_text(json.dumps(REPLAY))
     (tmp_path / "index.json").write_text(json.dumps(INDEX))
+    (tmp_path / "policies.json").write_text(json.dumps(POLICIES))
+    (tmp_path / "host_step.json").write_text(json.dumps(HOST_STEP))
     lines = [
         kernel("jaxcache-triton", 100.0), kernel("jaxcache-reference", 300.0), kernel("xla-scatter", 290.0, True),
         kernel("device-copy", 95.0, True), kernel("jaxcache-triton", 1.0, case="n=16"),
     ]  # fmt: skip
     (tmp_path / "H200" / "device.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = readme_table.table(tmp_path, tmp_path).splitlines()[2:]
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert "5,000,000 slots verified: 0 wrong, 0 leaked, 0 late compilations; hit rate 14.15%" in rows[0]
     assert "20.0 µs | SGLang 0.5.2, Python: 400.0 µs (**20.0x**) | [a CPU](index.json)" in rows[1]
     assert "5.0 µs | SGLang 0.5.2, Python: 70.0 µs (**14.0x**)" in rows[2]
-    assert "| n=65536 | 100.0 µs, 4,000 GB/s (95% of a device copy) | xla-scatter 290.0 µs |" in rows[3]
-    assert rows[3].endswith("[NVIDIA H200](H200/device.jsonl) |")
+    assert "room for 3,000,000 tokens | adaptive 17.7% | lru 13.8% |" in rows[3]
+    assert "| n=65536 | 100.0 µs (triton), 4,000 GB/s (95% of a device copy) | xla-scatter 290.0 µs |" in rows[4]
+    assert rows[4].endswith("[NVIDIA H200](H200/device.jsonl) |")
+    assert "| 556 µs, of it 137 µs to plan | 0 compilations in 400 steps of random size |" in rows[5]
 
 
 def test_no_result_and_strange_results(tmp_path: Path) -> None:
