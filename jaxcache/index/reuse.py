@@ -12,9 +12,9 @@ _PRIOR_TOKENS = 256
 _WIDTHS = np.array([2.0**_FINEST] + [2.0 ** (_FINEST + i) for i in range(_BINS - 1)])
 _LEAST_LEVEL = 2.0**-48
 _MARGINS = (0.25, 0.5, 1.0, 2.0, 4.0, np.inf)  # octaves
-_PATIENCE = 8
+_PATIENCE = 4
 _TOLERANCE = 0.02
-_SHADOW_FADE = 0.9
+_SHADOW_FADE = 0.98
 
 
 def bin_of(age: int) -> int:
