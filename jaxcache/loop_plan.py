@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from jaxcache.decode_loop import DecodeRows, LoopShape, unpack_loop
 from jaxcache.donation import donating
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError, SnapshotError
+from jaxcache.pages.arguments import int32_array
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState, Snapshot
 from jaxcache.pages.expand import pages_of
 from jaxcache.pools.base import KVCache
@@ -67,7 +68,7 @@ class LoopPlan:
             seq_len=np.array([request.kv_len for request in requests], np.int32),
             limit=np.array(limits, np.int32),
             tag=np.array([request.tag for request in requests], np.int32),
-            tokens=np.array(first, np.int32),
+            tokens=int32_array("output_ids", first) if first else np.empty(0, np.int32),
             window=np.empty(0, np.int32),
         )
 

@@ -226,12 +226,24 @@ class RadixTree:
             self._check_receipt(held)
             if held.length > length:
                 raise ArgumentError(f"held: the lock covers {held.length} tokens, the key has {length} in whole pages")
+            self._require_prefix(held, key)
             if held.node is not None:
                 return held.length, held.node, []
         root = self._roots.get(key.namespace)
         if root is None:
             root = Root(key.namespace)  # joins the tree with its first leaf
         return 0, root, []
+
+    @staticmethod
+    def _require_prefix(held: Receipt, key: RadixKey) -> None:
+        """Raises ArgumentError unless the lock is on a prefix of `key`; one memory compare a node."""
+        node = held.node
+        while node is not None and node.parent is not None:
+            if not key.packed.startswith(node.key, TOKEN_BYTES * node.start):
+                raise ArgumentError("held: the lock is on other tokens than the key begins with: give this key's receipt")
+            node = node.parent
+        if isinstance(node, Root) and node.namespace != key.namespace:
+            raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
 
     def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
         if len(values) != len(self.components):
@@ -335,6 +347,7 @@ class RadixTree:
         while self.evictable[component] > target and (node := policy.victim()) is not None:
             if node.children:
                 self._drop(component, node, freed)
+                self._version += 1
             else:
                 self._remove(node, freed, nodes)
         return Eviction(tuple([joined(part) for part in freed]), nodes)

@@ -230,7 +230,7 @@ class KVCache(DevicePool, abc.ABC):
             return _move(self, _pad(tgt_loc, bucket), _pad(src_loc, bucket))
         return _move(self, tgt_loc, src_loc)
 
-    def get_cpu_copy(self, indices: Int32[Array, " n"]) -> CpuCopy:
+    def get_cpu_copy(self, indices: Int32[ArrayLike, " n"]) -> CpuCopy:
         """Copies the rows of `n` slots of every layer to host memory, as for a retracted request. Blocks until done.
 
         A sharded pool is copied whole, each shard by its own device; call this outside `jax.shard_map` and jit.
@@ -254,7 +254,7 @@ class KVCache(DevicePool, abc.ABC):
                 copy[:, start : start + len(chunk)] = np.asarray(rows)[:, : len(chunk)]
         return CpuCopy(self.config, copies)
 
-    def load_cpu_copy(self, copy: CpuCopy, indices: Int32[Array, " n"]) -> Self:
+    def load_cpu_copy(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes rows taken by `get_cpu_copy` to as many slots, the same or others, of this pool or a like one.
 
         The pools may be sharded differently: a copy holds whole rows.
