@@ -322,6 +322,22 @@ def test_planning_evicts_what_is_short_or_answers_none():
     assert_contents(manager, [request])
 
 
+def test_no_more_is_lent_than_can_be_needed():
+    manager = new_manager(4)
+    plan = manager.decode_loop(prefilled(manager, [range(8)]), 5, pages=50)
+    assert len(plan.window) == plan.most_pages == 2
+
+
+def test_a_loop_right_after_admission_reads_the_prefix_that_was_found():
+    manager = new_manager(4)
+    manager.finish(prefilled(manager, [range(8)])[0])
+    request = Request("again", range(9), extra_key="0")
+    assert manager.admit(request) == 8
+    assert manager.req_to_token_pool.num_changed() == 2  # the device has not heard of the prefix yet
+    replay = run_and_compare(manager, [request], (4, 3, 1), everything(3, 1), never(3, 1))
+    assert replay.accepted.sum() == 3
+
+
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("need_sort", [False, True])
 def test_others_live_on_while_a_loop_is_in_flight(page_size, need_sort):
@@ -546,16 +562,33 @@ def other_pages(replay):
     return replay
 
 
+def other_pages_that_nobody_took(replay):
+    assert len(replay.owner) < len(replay.plan.window)
+    replay.plan.window[-1] += 1
+    return replay
+
+
 def other_owner(replay):
     return dataclasses.replace(replay, owner=1 - replay.owner)
 
 
-@pytest.mark.parametrize("difference", [other_lengths, other_stops, other_pages, other_owner])
+def other_stop_at_the_end(replay):
+    return replay.plan.replay(replay.accepted, np.eye(4, 2, k=-3, dtype=bool))
+
+
+def other_number_of_pages(replay):
+    return dataclasses.replace(replay, rows=dataclasses.replace(replay.rows, num_pages=replay.rows.num_pages + 1))
+
+
+DIFFERENCES = [value for name, value in sorted(globals().items()) if name.startswith("other_")]
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
 def test_reading_back_finds(difference):
     manager = new_manager(4)
     requests = prefilled(manager, [range(8), range(50, 58)])
     plan = manager.decode_loop(requests, 4, 3)
-    accepted = np.array([[2, 3]] * 4)
+    accepted = np.array([[1, 2]] * 4)
     out = launch(manager, plan, accepted, never(4, 2))
     replay = plan.replay(accepted)
     append_tokens(replay, out)
