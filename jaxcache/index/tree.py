@@ -240,7 +240,7 @@ class RadixTree:
         node = held.node
         while node is not None and node.parent is not None:
             if not key.packed.startswith(node.key, TOKEN_BYTES * node.start):
-                raise ArgumentError("held: the lock is on other tokens than the key begins with: give this key's receipt")
+                raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
             node = node.parent
         if isinstance(node, Root) and node.namespace != key.namespace:
             raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
