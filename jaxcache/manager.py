@@ -367,25 +367,25 @@ class MemoryManager:
 
     def _require_current(self, plan: StepPlan) -> None:
         """Raises unless every request is still in its row, as long as the plan expects, with the plan's pages."""
-        rows = plan.row.tolist()
-        if tuple(map(self.running.get, rows)) != plan.requests or not self._loops.are_over:
+        is_in_place = tuple(map(self.running.get, plan.row.tolist())) == plan.requests
+        if not is_in_place or not self._loops.are_over:
             for request in plan.requests:
                 self._require_running(request)
-        for request, row in zip(plan.requests, rows, strict=True) if self._is_outdated(plan) else ():
+        if plan.requests and not (is_in_place and self._rows_are_as_planned(plan)):
+            request, row = plan.requests[0], int(plan.row[0])
             now = (request.req_pool_idx, request.kv_len, request.num_pages)
             raise RequestStateError(
                 f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
                 f"(row, tokens, pages) = {now}; plan again"
             )
 
-    def _is_outdated(self, plan: StepPlan) -> bool:
+    def _rows_are_as_planned(self, plan: StepPlan) -> bool:
         table, row = self.req_to_token_pool, plan.row
-        is_in_place = tuple(map(self.running.get, row.tolist())) == plan.requests
         same_length = np.array_equal(table.kv_len[row], plan.prefix_len)
         # A row that was planned anew, or came back after a retraction, can be as long as before, in other pages.
         same_tail = np.array_equal(table.last_slots(row), plan.last_loc)
         same_pages = np.array_equal(table.tail_pages(row), plan.new_pages)
-        return not (is_in_place and same_length and same_tail and same_pages)
+        return same_length and same_tail and same_pages
 
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan that will not run back; RequestStateError if all its requests have ended."""
