@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
@@ -32,15 +33,26 @@ class DevicePool:
 
     The borrow mark belongs to the instance and is no part of the pytree: it changes no tree structure, causes no
     retrace, and does not travel through a jit. Whoever hands a view of the arrays to another framework marks the pool
-    for as long.
+    for as long. A pool may consist of pools: a mark on the whole is one on each of them, and a mark on one of them
+    forbids donating the whole.
     """
 
     borrow_count: ClassVar[int] = 0  # an instance gets its own through object.__setattr__: the dataclass is frozen
 
     @property
+    def buffers(self) -> tuple[Any, ...]:
+        """The arrays. They belong to the pool: a donated step consumes them."""
+        return tuple(jax.tree_util.tree_leaves(self))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all arrays, padding included; over all shards, a copy on several devices counted once."""
+        return sum(math.prod(buffer.shape) * buffer.dtype.itemsize for buffer in self.buffers)
+
+    @property
     def is_stale(self) -> bool:
         """True once a donated step consumed the arrays of this pool."""
-        return any(map(_is_deleted, jax.tree_util.tree_leaves(self)))
+        return any(map(_is_deleted, self.buffers))
 
     def require_live(self) -> None:
         """Raises StalePoolError if a donated step consumed this pool."""
@@ -52,16 +64,23 @@ class DevicePool:
 
     def mark_borrowed(self) -> None:
         """Forbids donating this pool until `unmark_borrowed` was called as often. O(1)."""
-        object.__setattr__(self, "borrow_count", self.borrow_count + 1)
+        for pool in self.with_parts():
+            object.__setattr__(pool, "borrow_count", pool.borrow_count + 1)
 
     def unmark_borrowed(self) -> None:
         """Takes one borrow mark back. Raises BorrowedError if there is none."""
-        if self.borrow_count == 0:
+        if any(pool.borrow_count == 0 for pool in self.with_parts()):
             raise BorrowedError(
                 f"this {type(self).__name__} is not borrowed: call unmark_borrowed once for each mark_borrowed, "
                 "on the same pool object"
             )
-        object.__setattr__(self, "borrow_count", self.borrow_count - 1)
+        for pool in self.with_parts():
+            object.__setattr__(pool, "borrow_count", pool.borrow_count - 1)
+
+    def with_parts(self) -> list[DevicePool]:
+        """This pool, and the pools that it consists of."""
+        nodes = jax.tree_util.tree_leaves(self, is_leaf=lambda node: node is not self and isinstance(node, DevicePool))
+        return [self, *(pool for node in nodes if isinstance(node, DevicePool) for pool in node.with_parts())]
 
 
 def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> DonatingStep[P, R]:
@@ -193,11 +212,12 @@ def _refuse_hidden(arguments: dict[Any, Any]) -> None:
 def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
     for pool in pools:
         pool.require_live()
-        if pool.borrow_count:
-            raise BorrowedError(
-                f"this {type(pool).__name__} is borrowed {pool.borrow_count} time(s) and its memory must not change: "
-                "end the borrow first"
-            )
+        for part in pool.with_parts():
+            if part.borrow_count:
+                raise BorrowedError(
+                    f"this {type(part).__name__} is borrowed {part.borrow_count} time(s) and its memory must not "
+                    "change: end the borrow first"
+                )
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(
             "one buffer stands twice in the pools of this step and can be donated only once: "

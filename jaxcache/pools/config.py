@@ -1,4 +1,4 @@
-"""The static part of a KV pool: its sizes, its layers, and how its rows are stored.
+"""The static part of a pool: its sizes, its layers, where it lies, and how its rows are stored.
 
 Source: SGLang 0.5.2 memory_pool.py, the constructor of KVCache.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,15 +56,11 @@ def _bitcast(rows: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVCacheConfig(abc.ABC):
-    """Sizes of a KV pool: the static part of its pytree.
+class PoolConfig(abc.ABC):
+    """Sizes of a pool of arrays `(layers, rows, *row)`: the static part of its pytree.
 
     Attributes:
-      size: Usable tokens: a positive multiple of `page_size`.
-      page_size: Tokens in a page.
-      dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller
-        quantised.
-      layer_num: Layers that have KV here.
+      layer_num: Layers that have rows here.
       start_layer: Global id of the first of them (pipeline parallelism).
       end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is
         refused.
@@ -73,12 +69,12 @@ class KVCacheConfig(abc.ABC):
       shards: Devices along that axis.
 
     Raises:
-      ArgumentError: on sizes that do not fit together, or more than 2**31 slots.
+      ArgumentError: on sizes that do not fit together.
     """
 
-    size: int
-    page_size: int
-    dtype: DTypeLike
+    cuts_rows: ClassVar[bool] = False
+    """Whether a shard holds a part of each row, cut along its first dimension; else it holds copies of whole rows."""
+
     layer_num: int
     start_layer: int = 0
     end_layer: int | None = None
@@ -86,18 +82,75 @@ class KVCacheConfig(abc.ABC):
     shards: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(self, "size", "page_size", "layer_num", "shards")
-        require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
-        require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
+        require_positive(self, "layer_num", "shards")
         is_layer = isinstance(self.start_layer, (int, np.integer)) and bool(self.start_layer >= 0)
         require(is_layer, "start_layer", "must be an integer and not negative", self.start_layer)
         last = self.start_layer + self.layer_num - 1
         rule = f"must be {last}, for {self.layer_num} layers from layer {self.start_layer} on, or None"
         require(self.end_layer in (None, last), "end_layer", rule, self.end_layer)
         require(self.axis_name is not None or self.shards == 1, "shards", "must be 1 without an axis_name", self.shards)
-        dtype = _pool_dtype(self.dtype)
         object.__setattr__(self, "end_layer", last)
-        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """Rows of each layer, the sink included."""
+
+    @property
+    @abc.abstractmethod
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of a row in each array of the pool, in the order of the arrays, over all shards."""
+
+    @property
+    @abc.abstractmethod
+    def row_dtypes(self) -> tuple[np.dtype, ...]:
+        """What the rows of each array are to the caller."""
+
+    @property
+    def shard_row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes as one device sees them."""
+        if not self.cuts_rows:
+            return self.row_shapes
+        return tuple((first // self.shards, *rest) for first, *rest in self.row_shapes)
+
+    @property
+    def partition_spec(self) -> PartitionSpec:
+        """How each array of the pool lies on a mesh."""
+        is_cut = self.cuts_rows and self.axis_name is not None
+        return PartitionSpec(None, None, self.axis_name) if is_cut else PartitionSpec()
+
+    def abstract_buffers(self, platform: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and storage dtypes of the pool's arrays on `platform`."""
+        return tuple(
+            jax.ShapeDtypeStruct((self.layer_num, self.rows, *row), storage_dtype(dtype, platform))
+            for row, dtype in zip(self.row_shapes, self.row_dtypes, strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheConfig(PoolConfig):
+    """Sizes of a KV pool; see `PoolConfig` for the fields that are not listed here.
+
+    Attributes:
+      size: Usable tokens: a positive multiple of `page_size`.
+      page_size: Tokens in a page.
+      dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller
+        quantised.
+
+    Raises:
+      ArgumentError: on sizes that do not fit together, or more than 2**31 slots.
+    """
+
+    size: int
+    page_size: int
+    dtype: DTypeLike
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "size", "page_size")
+        require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
+        require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
+        object.__setattr__(self, "dtype", pool_dtype("dtype", self.dtype))
 
     @property
     def rows(self) -> int:
@@ -105,37 +158,23 @@ class KVCacheConfig(abc.ABC):
         return self.size + self.page_size
 
     @property
-    @abc.abstractmethod
-    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of a token's row in each array of the pool, in the order of the arrays, over all shards."""
-
-    @property
-    def shard_row_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The same as one device sees it: whole rows, unless the kind of pool can be cut."""
-        return self.row_shapes
-
-    @property
-    def partition_spec(self) -> PartitionSpec:
-        """How each array of the pool lies on a mesh: a copy on every device, unless the kind of pool can be cut."""
-        return PartitionSpec()
-
-    def abstract_buffers(self, platform: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and storage dtypes of the pool's arrays on `platform`."""
-        storage = storage_dtype(self.dtype, platform)
-        return tuple(jax.ShapeDtypeStruct((self.layer_num, self.rows, *row), storage) for row in self.row_shapes)
+    def row_dtypes(self) -> tuple[np.dtype, ...]:
+        """One dtype for all."""
+        return (np.dtype(self.dtype),) * len(self.row_shapes)
 
 
-def _pool_dtype(dtype: DTypeLike) -> np.dtype:
+def pool_dtype(name: str, dtype: DTypeLike) -> np.dtype:
+    """`dtype` as a NumPy dtype. Raises ArgumentError unless a pool can hold it."""
     rule = f"must be one of {', '.join(map(str, _POOL_DTYPES))}"
     try:
         known = np.dtype(dtype)
     except TypeError as error:
-        raise ArgumentError(f"dtype {rule}; got {dtype!r}") from error
-    require(known in _POOL_DTYPES, "dtype", rule, known)
+        raise ArgumentError(f"{name} {rule}; got {dtype!r}") from error
+    require(known in _POOL_DTYPES, name, rule, known)
     return known
 
 
-def require_positive(config: KVCacheConfig, *names: str) -> None:
+def require_positive(config: PoolConfig, *names: str) -> None:
     """Raises ArgumentError unless these fields are positive integers."""
     for name in names:
         value = getattr(config, name)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxcache.donation import donating
@@ -25,7 +24,7 @@ from jaxcache.pools.config import KVCacheConfig, require, require_positive
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
 
-    from jaxcache.pools.base import LayerId
+    from jaxcache.pools.stack import LayerId
 
 PoolT = TypeVar("PoolT", bound="MHATokenToKVPool")
 
@@ -39,6 +38,8 @@ class MHAConfig(KVCacheConfig):
       head_dim: Width of a key head.
       v_head_dim: Width of a value head; None means `head_dim`.
     """
+
+    cuts_rows = True
 
     head_num: int
     head_dim: int
@@ -57,16 +58,6 @@ class MHAConfig(KVCacheConfig):
         """A key and a value, `(heads, dim)` each."""
         v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
         return (self.head_num, self.head_dim), (self.head_num, v_head_dim)
-
-    @property
-    def shard_row_shapes(self) -> tuple[tuple[int, int], ...]:
-        """A key and a value of the heads on one device."""
-        return tuple((heads // self.shards, dim) for heads, dim in self.row_shapes)
-
-    @property
-    def partition_spec(self) -> PartitionSpec:
-        """Cut along the heads."""
-        return PartitionSpec() if self.axis_name is None else PartitionSpec(None, None, self.axis_name)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("config",))

@@ -20,7 +20,7 @@ from jaxcache.pools.config import KVCacheConfig, require, require_positive
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
 
-    from jaxcache.pools.base import LayerId
+    from jaxcache.pools.stack import LayerId
 
 PoolT = TypeVar("PoolT", bound="MLATokenToKVPool")
 

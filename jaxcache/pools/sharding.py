@@ -28,12 +28,12 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxcache.errors import ShardingError
-from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.config import PoolConfig, require
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def sharding_on(mesh: Mesh | AbstractMesh | None, config: KVCacheConfig) -> NamedSharding:
+def sharding_on(mesh: Mesh | AbstractMesh | None, config: PoolConfig) -> NamedSharding:
     """How each array of a pool lies on `mesh`.
 
     Raises:
@@ -46,14 +46,14 @@ def sharding_on(mesh: Mesh | AbstractMesh | None, config: KVCacheConfig) -> Name
     return NamedSharding(mesh, config.partition_spec)  # pyright: ignore[reportArgumentType]
 
 
-def zeros_on(mesh: Mesh | None, config: KVCacheConfig) -> tuple[jax.Array, ...]:
+def zeros_on(mesh: Mesh | None, config: PoolConfig) -> tuple[jax.Array, ...]:
     """The arrays of an empty pool; every device writes its own shard."""
     sharding = sharding_on(mesh, config)
     shapes = config.abstract_buffers(next(iter(sharding.device_set)).platform)
     return jax.jit(lambda: tuple(jnp.zeros(b.shape, b.dtype) for b in shapes), out_shardings=sharding)()
 
 
-def mesh_of(config: KVCacheConfig, array: jax.Array) -> Mesh | None:
+def mesh_of(config: PoolConfig, array: jax.Array) -> Mesh | None:
     """The mesh that an array of a pool lies on; None for a pool that is not sharded.
 
     Raises:
@@ -70,7 +70,7 @@ def mesh_of(config: KVCacheConfig, array: jax.Array) -> Mesh | None:
     )
 
 
-def require_one_shard(config: KVCacheConfig, arrays: tuple[jax.Array, ...]) -> None:
+def require_one_shard(config: PoolConfig, arrays: tuple[jax.Array, ...]) -> None:
     """Refuses an op on a sharded pool that does not stand inside a `jax.shard_map` over the pool's axis.
 
     Raises:

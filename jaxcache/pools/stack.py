@@ -1,0 +1,310 @@
+"""What all pools have in common: how they are made, where they lie, how rows are named, and copies to the host.
+
+A pool is a frozen dataclass pytree. The arrays of a `LayerStack` are stacked over layers, `(layers, rows, *row)`; row 0
+of each layer is the sink of padding, which is never handed out, never written and stays zero. An update returns the new
+pool and consumes the old one. Inside a jitted step that owns the pool (donated, or carried by a loop) an update is in
+place; outside, every method is itself such a step (see `jaxcache.donation`).
+
+A pool never decides who owns a row (`jaxcache.pages` does) and never looks at what a row holds.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec, Sharding
+from jax.typing import ArrayLike
+
+from jaxcache.donation import DevicePool, donating
+from jaxcache.errors import ArgumentError
+from jaxcache.kernels.arguments import require_array
+from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
+from jaxcache.pools.config import PoolConfig, require
+from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32, Shaped
+
+    LayerId: TypeAlias = int | Int32[Array, ""]
+
+PoolT = TypeVar("PoolT", bound="LayerStack")
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCopy:
+    """Rows of some tokens (or states) in host memory, independent of the pool they came from.
+
+    Attributes:
+      config: The configuration of that pool.
+      buffers: `(layers, tokens, *row)` for each array of the pool, in its storage dtype. Owned by this object.
+    """
+
+    config: PoolConfig
+    buffers: tuple[np.ndarray, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens copied; of a pool of states, states."""
+        return self.buffers[0].shape[1]
+
+
+class MemoryPool(DevicePool, abc.ABC):
+    """What a manager needs of its pool, be it one stack of layers or several pools in one."""
+
+    @classmethod
+    @abc.abstractmethod
+    def create(
+        cls,
+        config: Any,
+        *,
+        device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        mesh: Mesh | None = None,
+    ) -> Self:
+        """A pool of zeros on `device`, by default JAX's default device; or on `mesh`, if the config names its axis.
+
+        Raises:
+          ArgumentError: if the mesh is missing, unwanted, or has no such axis, or `device` stands for several devices.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def abstract(cls, config: Any, *, platform: str, mesh: Mesh | None = None) -> Self:
+        """A pool of shapes without memory, to lower a step and prove it in place (`jaxcache.kernels.in_place`)."""
+
+    @property
+    @abc.abstractmethod
+    def mesh(self) -> Mesh | None:
+        """The mesh that a sharded pool lies on; None for a pool on one device.
+
+        Raises:
+          ShardingError: if a sharded pool lies elsewhere, or is traced.
+        """
+
+    @abc.abstractmethod
+    def partition_specs(self) -> Self:
+        """A pool of `PartitionSpec`s: what to give `jax.shard_map` as the pool's in_specs and out_specs."""
+
+
+@dataclass(frozen=True)
+class LayerStack(MemoryPool):
+    """Base of the pools that are one stack of layers. Subclasses add an array field for each of `config.row_shapes`.
+
+    Rows: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything
+    happens; an array on the device, or traced, is not read back: there, rows outside the pool read as zeros and are not
+    written. Rows of one write must be distinct, except for the sink, row 0, which is never written: a repeated row is
+    refused on the host, and keeps either value elsewhere. Under `jax.disable_jit()`, JAX's mode for debugging, nothing
+    is traced, and every `loc` is read back and checked like one on the host.
+
+    Layers are global ids. A Python int is checked; a traced one out of range reads as zeros and writes nothing.
+
+    Inside a jit, read from the pool that the last update returned. A step that reads the old pool beside the new one
+    makes XLA keep both: on the CPU a copy of the pool, even if the read comes first in the program.
+    """
+
+    rows_per_copy: ClassVar[int] = 1
+    """Rows of each layer that one step of `get_cpu_copy` and `load_cpu_copy` moves: one compilation serves every
+    length."""
+
+    config: PoolConfig
+
+    @classmethod
+    def create(
+        cls,
+        config: PoolConfig,
+        *,
+        device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        mesh: Mesh | None = None,
+    ) -> Self:
+        if mesh is not None or config.axis_name is not None:
+            require(device is None, "device", "must be None for a pool on a mesh", device)
+            return cls(config, *zeros_on(mesh, config))
+        is_one = not isinstance(device, Sharding) or device.num_devices == 1
+        require(is_one, "device", "must be one device; for several, pass mesh and set config.axis_name", device)
+        platform = next(iter(jnp.zeros((), device=device).devices())).platform
+        return cls(config, *(jnp.zeros(b.shape, b.dtype, device=device) for b in config.abstract_buffers(platform)))
+
+    @classmethod
+    def abstract(cls, config: PoolConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
+        buffers = config.abstract_buffers(platform)
+        if mesh is not None or config.axis_name is not None:
+            sharding = sharding_on(mesh, config)
+            buffers = tuple(jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in buffers)
+        return cls(config, *buffers)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return mesh_of(self.config, self.buffers[0])
+
+    def partition_specs(self) -> Self:
+        return self.with_buffers(*[self.config.partition_spec] * len(self.buffers))  # pyright: ignore[reportArgumentType]
+
+    def with_buffers(self, *buffers: Shaped[Array, "layers rows *row"]) -> Self:
+        """A pool of the same configuration around other arrays."""
+        return type(self)(self.config, *buffers)
+
+    def get_cpu_copy(self, indices: Int32[ArrayLike, " n"]) -> CpuCopy:
+        """Copies `n` rows of every layer to host memory, as for a retracted request. Blocks until done.
+
+        A sharded pool is copied whole, each shard by its own device; call this outside `jax.shard_map` and jit.
+
+        Raises:
+          StalePoolError: if the pool was consumed.
+          ArgumentError: on rows outside the pool.
+          ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
+
+        Cost: `n` rows of every layer over the host link, `rows_per_copy` at a time.
+        Source: SGLang 0.5.2 memory_pool.py, get_cpu_copy.
+        """
+        self.require_live()
+        mesh = self.mesh
+        slots = self._host_loc("indices", indices)
+        copies = tuple(
+            np.empty((self.config.layer_num, len(slots), *buffer.shape[2:]), buffer.dtype) for buffer in self.buffers
+        )
+        for start, chunk in self._chunks(slots):
+            for copy, rows in zip(copies, _read(self, pad_to(chunk, self.rows_per_copy), mesh=mesh), strict=True):
+                copy[:, start : start + len(chunk)] = np.asarray(rows)[:, : len(chunk)]
+        return CpuCopy(self.config, copies)
+
+    def load_cpu_copy(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Self:
+        """Writes rows taken by `get_cpu_copy` to as many rows, the same or others, of this pool or a like one.
+
+        The pools may be sharded differently: a copy holds whole rows.
+
+        Args:
+          copy: What `get_cpu_copy` returned. Stays valid.
+          indices: A distinct row for each that was copied, in the order of the copy.
+
+        Returns:
+          The updated pool; this one is consumed (unless there is nothing to load).
+
+        Raises:
+          StalePoolError, BorrowedError: if this pool cannot be donated.
+          ArgumentError: on another number of rows, another kind of pool, or rows outside the pool or named twice.
+          ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
+
+        Cost: `n` rows of every layer over the host link, `rows_per_copy` at a time.
+        Source: SGLang 0.5.2 memory_pool.py, load_cpu_copy.
+        """
+        require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        slots = self._host_loc("indices", indices)
+        require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
+        require_distinct("indices", slots)
+        mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
+        require(mine == theirs, "copy", f"must come from a pool of the same layers, rows and dtype, {mine}", theirs)
+        pool, mesh = self, self.mesh
+        for start, chunk in self._chunks(slots):
+            rows = (
+                pad_to(stored[:, start : start + len(chunk)].view(buffer.dtype), self.rows_per_copy, axis=1)
+                for stored, buffer in zip(copy.buffers, pool.buffers, strict=True)
+            )
+            if mesh is not None:  # a mesh of explicit axes wants them cut beforehand
+                rows = (jax.device_put(r, b.sharding) for r, b in zip(rows, pool.buffers, strict=True))
+            pool = _load(pool, pad_to(chunk, self.rows_per_copy), *rows, mesh=mesh)
+        return pool
+
+    def _chunks(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(slots), self.rows_per_copy):
+            yield start, slots[start : start + self.rows_per_copy]
+
+    def _require_one_shard(self) -> None:
+        """Refuses a device op on a sharded pool outside `jax.shard_map`."""
+        require_one_shard(self.config, self.buffers)
+
+    def _layer_index(self, layer: LayerId) -> Any:
+        """The index into the stack of a global layer id."""
+        first, count = self.config.start_layer, self.config.layer_num
+        if isinstance(layer, (int, np.integer)):
+            require(first <= layer < first + count, "layer", f"must be in [{first}, {first + count})", layer)
+            return np.int32(layer - first)
+        require_array("layer", layer)
+        return layer - first
+
+    def _checked_loc(self, name: str, loc: Any) -> Any:
+        """Rows as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""
+        is_debugging = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
+            require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
+            return loc
+        slots = np.asarray(loc)
+        is_list = slots.ndim == 1 and (slots.size == 0 or np.issubdtype(slots.dtype, np.integer))
+        require(is_list, name, "must be a one-dimensional list of integers", f"{slots.dtype}{list(slots.shape)}")
+        outside = (slots < 0) | (slots >= self.config.rows)
+        if outside.any():
+            i = int(outside.argmax())
+            raise ArgumentError(
+                f"{name}[{i}] must be a slot in [0, {self.config.rows}), got {slots[i]}: "
+                "pass slots of this pool's allocator, and 0 for padding"
+            )
+        return slots.astype(np.int32)
+
+    def _target_loc(self, name: str, loc: Any) -> Any:
+        """`_checked_loc` of rows to write, which must be distinct."""
+        loc = self._checked_loc(name, loc)
+        if isinstance(loc, np.ndarray):
+            require_distinct(name, loc)
+        return loc
+
+    def _host_loc(self, name: str, indices: Any) -> np.ndarray:
+        """`_checked_loc` of rows that are read back from the device if they are there."""
+        if isinstance(indices, Tracer):
+            raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
+        return self._checked_loc(name, np.asarray(indices))
+
+    def _gather_stored(self, loc: Any) -> tuple[jax.Array, ...]:
+        return tuple(gather_rows(buffer, loc) for buffer in self.buffers)
+
+    def _scatter_stored(self, loc: Any, *rows: jax.Array) -> Self:
+        return self.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(self.buffers, rows, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _read(pool: LayerStack, loc: jax.Array, *, mesh: Mesh | None) -> tuple[jax.Array, ...]:
+    specs = pool.partition_specs()
+    read = on_every_shard(lambda pool, loc: pool._gather_stored(loc), mesh, (specs, PartitionSpec()), specs.buffers)
+    return read(pool, loc)
+
+
+@functools.partial(donating, static_argnames="mesh")
+def _load(pool: PoolT, loc: jax.Array, *rows: jax.Array, mesh: Mesh | None) -> PoolT:
+    specs = pool.partition_specs()
+    in_specs = specs, PartitionSpec(), *specs.buffers
+    return on_every_shard(lambda pool, loc, *rows: pool._scatter_stored(loc, *rows), mesh, in_specs, specs)(
+        pool, loc, *rows
+    )
+
+
+def check_rows(name: str, rows: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuses rows of another shape, or of a dtype that a cast to the pool's `dtype` would spoil."""
+    require_array(name, rows)
+    require(rows.shape == shape, name, f"must have shape {shape}", rows.shape)
+    if jnp.issubdtype(dtype, jnp.floating):
+        require(jnp.issubdtype(rows.dtype, jnp.floating), name, f"must be floats, for a {dtype} pool", rows.dtype)
+    else:
+        require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
+
+
+def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
+    """`array` with zeros behind: rows of nothing for row 0, the sink."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return np.pad(array, widths)
+
+
+def require_distinct(name: str, slots: np.ndarray) -> None:
+    """Raises ArgumentError if a slot other than 0 is named twice."""
+    used = np.sort(slots[slots != 0])
+    repeated = used[1:][used[1:] == used[:-1]]
+    require(not len(repeated), name, "must name each slot once (0 is padding), but repeats slot", repeated[:1])
+
+
+def _row_layout(config: PoolConfig) -> tuple[Any, ...]:
+    return config.layer_num, config.row_shapes, config.row_dtypes
