@@ -16,15 +16,16 @@ Source: jaxcache's own. SGLang 0.5.2 takes the pages of every step on the host.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.alloc_pages import SINK_SLOT
+from jaxcache.packing import NOWHERE, Field, Packing
 from jaxcache.pages.base import FreeOrder
 from jaxcache.pages.state import PageAllocatorState
 from jaxcache.pools.requests import RequestTable
@@ -32,7 +33,8 @@ from jaxcache.pools.requests import RequestTable
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int32
 
-_OUT_OF_RANGE = np.iinfo(np.int32).max
+PER_ROW = "row", "seq_len", "limit", "tag", "tokens"
+"""Names of what a plan says of each row in one number."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class LoopShape:
         """Pages that all rows together can take at most."""
         return self.requests * -(-self.steps * self.width // self.page_size)
 
-    @property
-    def fields(self) -> tuple[tuple[str, int], ...]:
-        """Name and length of each part of the packed vector, in order."""
-        per_row = tuple((name, self.requests) for name in ("row", "seq_len", "limit", "tag", "tokens"))
-        return (*per_row, ("window", self.window), ("num_pages", 1))
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """Where everything stands in the packed vector."""
+        per_row = (Field(name, self.requests) for name in PER_ROW)
+        return Packing((*per_row, Field("window", self.window), Field("num_pages", 1)))
 
 
 @jax.tree_util.register_dataclass
@@ -202,7 +204,7 @@ class DecodeLoop:
         page = pages.at[first[:, None] + ordinal].get(mode="clip")
         max_pages = self.table.pages.shape[1]
         index = (self.row * max_pages + self.rows.num_pages)[:, None] + ordinal
-        index = jnp.where(ordinal < need[:, None], index, _OUT_OF_RANGE)
+        index = jnp.where(ordinal < need[:, None], index, NOWHERE)
         return index.ravel(), page.ravel()
 
     def _check(self, name: str, values: Any, kind: Any, words: str) -> None:
@@ -213,9 +215,7 @@ class DecodeLoop:
 
 def unpack_loop(packed: Int32[Array, " size"], shape: LoopShape, table: RequestTable) -> DecodeLoop:
     """The loop of a packed plan (`LoopPlan.pack`), before its first step. For use inside the jitted call."""
-    lengths = [length for _, length in shape.fields]
-    ends = np.cumsum(lengths).tolist()
-    parts = {name: packed[end - length : end] for (name, length), end in zip(shape.fields, ends, strict=True)}
+    parts = shape.packing.unpack(packed)
     window = PageAllocatorState(
         ring=parts["window"],
         head=jnp.int32(0),

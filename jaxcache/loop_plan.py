@@ -13,22 +13,18 @@ Source: jaxcache's own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.decode_loop import DecodeRows, LoopShape, unpack_loop
-from jaxcache.donation import donating
+from jaxcache.decode_loop import DecodeRows, LoopShape
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError, SnapshotError
 from jaxcache.pages.arguments import int32_array
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState, Snapshot
 from jaxcache.pages.expand import pages_of
-from jaxcache.pools.base import KVCache
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.request import Request
 
@@ -81,13 +77,7 @@ class LoopPlan:
 
     def pack(self) -> Int32[np.ndarray, " size"]:
         """The one array that is uploaded. Padding is 0."""
-        packed = np.zeros(sum(length for _, length in self.shape.fields), np.int32)
-        start = 0
-        for name, length in self.shape.fields:
-            part = [len(self.window)] if name == "num_pages" else getattr(self, name)
-            packed[start : start + len(part)] = part
-            start += length
-        return packed
+        return self.shape.packing.pack(vars(self) | {"num_pages": np.array([len(self.window)], np.int32)})
 
     def replay(self, accepted: ArrayLike | None = None, stopped: ArrayLike | None = None) -> LoopReplay:
         """What the loop did, computed from what its steps accepted and stopped. Changes nothing, reads no device state.
@@ -186,20 +176,6 @@ def loop_limits(requests: Sequence[Request], limits: Sequence[int] | None, longe
     return limits
 
 
-def loop_step(step: Callable) -> Callable:
-    """`step(pool, loop, *args) -> (pool, loop, out)` as a donated step of pool, table and a packed plan.
-
-    The result is called with `(pool, table, packed, *args, shape=...)` and returns the pool, the table, what a debug
-    check reads (the rows and the allocator), and `out`.
-    """
-
-    def whole_loop(pool: KVCache, table: RequestTable, packed: Any, *args: Any, shape: LoopShape) -> Any:
-        pool, loop, out = step(pool, unpack_loop(jnp.asarray(packed), shape, table), *args)
-        return pool, loop.table, (loop.rows, loop.allocator), out
-
-    return donating(whole_loop, static_argnames=("shape",))
-
-
 class PageLoan:
     """Pages out of the allocator's hands: IN_FLIGHT until `settle`.
 
@@ -242,7 +218,7 @@ class _Flight:
     """A loop that is not over. `books` are its rows and allocator at the end, on the device, once it was launched."""
 
     loan: PageLoan
-    books: Any = None
+    books: tuple[DecodeRows, Any] | None = None
 
 
 class DecodeLoops:
@@ -256,7 +232,6 @@ class DecodeLoops:
     def __init__(self, allocator: BaseTokenToKVPoolAllocator, table: ReqToTokenPool):
         self._allocator, self._table = allocator, table
         self._flights: dict[LoopPlan, _Flight] = {}
-        self._steps: dict[Callable, Callable] = {}
 
     @property
     def are_over(self) -> bool:
@@ -282,15 +257,9 @@ class DecodeLoops:
         if self._flight(plan).books is not None:
             raise RequestStateError("plan: this loop was launched already: replay and absorb it")
 
-    def launch(self, step: Callable, plan: LoopPlan, pool: KVCache, table: RequestTable, *args: Any) -> Any:
-        """Dispatches a loop: pool and table are consumed. Returns both, and what the step returned."""
-        if step not in self._steps:
-            self._steps[step] = loop_step(step)
-        packed = jax.device_put(plan.pack())
-        pool, table, books, out = self._steps[step](pool, table, packed, *args, shape=plan.shape)
-        if plan in self._flights:  # a plan of padding is nobody's
-            self._flights[plan].books = books
-        return pool, table, out
+    def launched(self, plan: LoopPlan, books: tuple[DecodeRows, Any]) -> None:
+        """Remembers what a loop that was launched leaves on the device: its rows and its allocator."""
+        self._flight(plan).books = books
 
     def absorb(self, replay: LoopReplay, device_table: RequestTable | None) -> None:
         """Commits what a loop did, and ends it. `MemoryManager.absorb` has the contract."""

@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -31,52 +28,17 @@ from jaxcache.audit import check_device_table, check_owners
 from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
 from jaxcache.decode_loop import LoopShape
-from jaxcache.donation import donating, is_update
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.index.key import pack
-from jaxcache.index.recency import Policy
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay, loop_limits
-from jaxcache.pages.arguments import as_count, int32_array
+from jaxcache.memory_config import MemoryConfig
+from jaxcache.pages.arguments import as_count
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
-from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.base import KVCache, KVCacheConfig
-from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
-from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from jaxcache.planner import StepPlanner
+from jaxcache.pools.base import KVCache
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.request import Request, RequestState
-from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
-
-_OUTPUT_IDS = operator.attrgetter("output_ids")
-_LAST = operator.itemgetter(-1)
-
-TABLE_PATCH_ENTRIES = 8192
-"""Table entries that travel by themselves when a step's bucket has no room for them."""
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Everything `init_memory_pool_and_cache` decides from.
-
-    Attributes:
-      kv: Sizes, layers and dtype of the KV pool; its kind chooses the pool class.
-      max_running: Requests that can run at once.
-      max_context_len: Longest request, in tokens.
-      chunk: Prompt tokens a step computes at most.
-      policy: Eviction order of the prefix cache.
-      disable_radix_cache: Share nothing between requests.
-      enable_kv_cache_events: Queue an event for each cached block.
-      need_sort: Hand out pages in ascending order where possible (contiguous transfers).
-    """
-
-    kv: KVCacheConfig
-    max_running: int
-    max_context_len: int
-    chunk: int = 8192
-    policy: Policy = Policy.LRU
-    disable_radix_cache: bool = False
-    enable_kv_cache_events: bool = False
-    need_sort: bool = False
+from jaxcache.runner import StepRunner
+from jaxcache.step import StepKind, StepPlan, default_buckets, smallest
 
 
 def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None) -> MemoryManager:
@@ -92,59 +54,18 @@ def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None
 
     Source: SGLang 0.5.2 scheduler.py, init_memory_pool_and_cache.
     """
-    kv = config.kv
-    if isinstance(kv, MHAConfig):
-        pool: KVCache = MHATokenToKVPool.create(kv, mesh=mesh)
-    elif isinstance(kv, MLAConfig):
-        pool = MLATokenToKVPool.create(kv, mesh=mesh)
-    else:
-        raise ArgumentError(f"kv must be an MHAConfig or MLAConfig, got {type(kv).__name__}")
-    if kv.page_size == 1:
-        allocator: BaseTokenToKVPoolAllocator = TokenToKVPoolAllocator(kv.size, need_sort=config.need_sort)
-    else:
-        allocator = PagedTokenToKVPoolAllocator(kv.size, kv.page_size, need_sort=config.need_sort)
-    table = ReqToTokenPool(config.max_running, config.max_context_len, kv.page_size)
-    cache = RadixCache(
-        table,
-        allocator,
-        kv.page_size,
-        disable=config.disable_radix_cache,
-        enable_kv_cache_events=config.enable_kv_cache_events,
-        policy=config.policy,
-    )
-    return MemoryManager(config, pool, allocator, table, cache)
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """What does not change about a batch while nobody comes or goes; a decode step after another needs no new one."""
-
-    epoch: int
-    requests: tuple[Request, ...]
-    row: np.ndarray
-    prompt_len: np.ndarray
-    tag: np.ndarray
-
-    @classmethod
-    def of(cls, epoch: int, requests: Sequence[Request]) -> _Batch:
-        return cls(
-            epoch,
-            tuple(requests),
-            row=np.array([request.req_pool_idx for request in requests], np.int32),
-            prompt_len=np.array([request.prompt_len for request in requests], np.int32),
-            tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
-        )
+    pool, allocator, table = config.new_pool(mesh), config.new_allocator(), config.new_table()
+    return MemoryManager(config, pool, allocator, table, config.new_cache(table, allocator))
 
 
 class MemoryManager:
     """Owner of the pools and of every running request's share of them. See `init_memory_pool_and_cache`.
 
     Attributes:
-      pool: The KV pool. Replaced by every `run`: never keep it across one.
-      table: Device twin of the request table; likewise replaced.
       req_to_token_pool: Host request table.
       allocator: Owner of the pages.
       cache: The prefix cache.
+      runner: The device's side: pool, device table, compiled steps.
       buckets: Static shapes of steps.
       running: Running requests by row.
     """
@@ -158,19 +79,29 @@ class MemoryManager:
         cache: RadixCache,
     ):
         self.config = config
-        self.pool = pool
         self.allocator = allocator
         self.req_to_token_pool = req_to_token_pool
         self.cache = cache
         self.page_size = config.kv.page_size
-        self.table: RequestTable = req_to_token_pool.device_table(pool.mesh)
+        self.runner = StepRunner(pool, req_to_token_pool)
         self.buckets = default_buckets(config.max_running, config.chunk, self.page_size)
         self.running: dict[int, Request] = {}
-        self._steps: dict[Callable, Callable] = {}
-        self._patch = donating(RequestTable.patched)
         self._loops = DecodeLoops(allocator, req_to_token_pool)
-        self._epoch = 0  # counts changes of what runs, and so of what a batch may consist of
-        self._last_batch: _Batch | None = None
+        self._planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
+
+    @property
+    def pool(self) -> KVCache:
+        """The KV pool. Replaced by every `run`: never keep it across one."""
+        return self.runner.pool
+
+    @pool.setter
+    def pool(self, pool: KVCache) -> None:
+        self.runner.pool = pool
+
+    @property
+    def table(self) -> RequestTable:
+        """Device twin of the request table; replaced as the pool is."""
+        return self.runner.table
 
     # ---- the life of a request -----------------------------------------------------------------------------------
 
@@ -205,7 +136,7 @@ class MemoryManager:
             undo.callback(self.cache.dec_lock_ref, lock)
             copied = min(request.cpu_copy.num_tokens, request.num_tokens - 1) if request.cpu_copy is not None else 0
             kv_len = max(lock.length, copied)
-            fresh = self._take_pages(self._pages_of(kv_len) - len(found.pages))
+            fresh = self._planner.take_pages(self._pages_of(kv_len) - len(found.pages))
             if fresh is None:
                 return None
             undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
@@ -222,7 +153,7 @@ class MemoryManager:
         request.cached_tokens = lock.length
         request.cpu_copy = None
         self.running[row] = request
-        self._epoch += 1
+        self._planner.forget_batch()
         if len(fresh):
             self.cache.cache_unfinished_req(request)
         return kv_len
@@ -253,18 +184,18 @@ class MemoryManager:
           request: A running request.
           offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
         """
-        self._require_running(request)
+        self._planner.require_running(request)
         if offload and request.kv_len:
             pages = self.req_to_token_pool.row_pages(self._row(request), 0, self._pages_of(request.kv_len))
             request.cpu_copy = self.pool.get_cpu_copy(expand_pages(pages, self.page_size)[: request.kv_len])
         self._release(request, RequestState.RETRACTED)
 
     def _release(self, request: Request, state: RequestState) -> None:
-        self._require_running(request)
+        self._planner.require_running(request)
         row = self._row(request)
         self.cache.cache_finished_req(request)
         del self.running[row]
-        self._epoch += 1
+        self._planner.forget_batch()
         request.state = state
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -281,13 +212,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
-        batch = self._batch([request for request, _ in work])
-        counts = np.array([as_count(f"work: tokens of request {request.rid}", n) for request, n in work])
-        for request, n in work:
-            if not 1 <= n <= request.num_tokens - request.kv_len:
-                raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
-        tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
-        return self._plan(StepKind.EXTEND, batch, counts, np.concatenate(tokens))
+        return self._planner.extend(work, self.buckets)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
@@ -298,42 +223,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
         """
-        batch = self._batch(requests)
-        outputs = self._require_one_left(batch)
-        if not all(outputs):
-            outputs = [request.output_ids or request.key.token_ids for request in batch.requests]
-        tokens = np.frombuffer(pack(map(_LAST, outputs)), np.int32)
-        return self._plan(StepKind.DECODE, batch, np.ones(len(outputs), np.int32), tokens)
-
-    def _plan(self, kind: StepKind, batch: _Batch, counts: np.ndarray, tokens: np.ndarray) -> StepPlan | None:
-        """Takes the pages that `counts` more tokens of each request need, and says what the step is to do."""
-        table, row = self.req_to_token_pool, batch.row
-        prefix, held = table.kv_len[row], table.num_pages[row]
-        target = (prefix + counts).astype(np.int32)
-        if target.max() > self.config.max_context_len:
-            i = int(target.argmax())
-            raise ArgumentError(
-                f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
-                f"{self.config.max_context_len}: finish it"
-            )
-        new = (target + self.page_size - 1) // self.page_size - held
-        bucket = smallest(self.buckets, kind, len(row), len(tokens), int(new.sum()))
-        fresh = self._take_pages(int(new.sum()))
-        if fresh is None:
-            return None
-        last_loc = table.last_slots(row)
-        table.append_pages(row, new, fresh)
-        return StepPlan(
-            bucket,
-            batch.requests,
-            row=row,
-            prefix_len=prefix,
-            seq_len=target,
-            last_loc=last_loc,
-            tag=batch.tag,
-            tokens=tokens,
-            new_pages=fresh,
-        )
+        return self._planner.decode(requests, self.buckets)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
@@ -349,50 +239,20 @@ class MemoryManager:
             request was retracted, or has other pages by now. Nothing has changed.
           ArgumentError: The step does not return `(pool, out)`.
         """
-        self._require_current(plan)
-        self._send_table_changes(plan.bucket.changes)
-        changes = self.req_to_token_pool.take_changes(plan.bucket.changes)
-        try:
-            packed = plan.pack(changes)
-            result = self._jitted(step)(self.pool, self.table, packed, *args, bucket=plan.bucket)
-        except BaseException:
-            self.req_to_token_pool.give_back(changes)
-            raise
-        self.pool, self.table, out = result
+        self._planner.require_current(plan)
+        out = self.runner.run(step, plan, *args)
         self.req_to_token_pool.kv_len[plan.row] = plan.seq_len
         if plan.bucket.kind is StepKind.EXTEND:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
         return out
 
-    def _require_current(self, plan: StepPlan) -> None:
-        """Raises unless every request is still in its row, as long as the plan expects, with the plan's pages."""
-        is_in_place = tuple(map(self.running.get, plan.row.tolist())) == plan.requests
-        if not is_in_place or not self._loops.are_over:
-            for request in plan.requests:
-                self._require_running(request)
-        if plan.requests and not (is_in_place and self._rows_are_as_planned(plan)):
-            request, row = plan.requests[0], int(plan.row[0])
-            now = (request.req_pool_idx, request.kv_len, request.num_pages)
-            raise RequestStateError(
-                f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
-                f"(row, tokens, pages) = {now}; plan again"
-            )
-
-    def _rows_are_as_planned(self, plan: StepPlan) -> bool:
-        table, row = self.req_to_token_pool, plan.row
-        same_length = np.array_equal(table.kv_len[row], plan.prefix_len)
-        # A row that was planned anew, or came back after a retraction, can be as long as before, in other pages.
-        same_tail = np.array_equal(table.last_slots(row), plan.last_loc)
-        same_pages = np.array_equal(table.tail_pages(row), plan.new_pages)
-        return same_length and same_tail and same_pages
-
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan that will not run back; RequestStateError if all its requests have ended."""
         rows = plan.row.tolist()
         left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
         for request in left or plan.requests:
-            self._require_running(request)
+            self._planner.require_running(request)
         for request in left:
             keep = self._pages_of(request.kv_len)
             extra = self.req_to_token_pool.row_pages(self._row(request), keep, request.num_pages)
@@ -404,36 +264,7 @@ class MemoryManager:
         """Compiles `step` for every bucket, and the table patch, with batches of padding."""
         for bucket in self.buckets:
             self.run(step, StepPlan.empty(bucket), *args)
-        none = np.full(TABLE_PATCH_ENTRIES, np.iinfo(np.int32).max, np.int32)
-        self.table = self._patch(self.table, none, none)
-
-    def _jitted(self, step: Callable) -> Callable:
-        if step not in self._steps:
-            page_size = self.page_size
-
-            def whole_step(pool: KVCache, table: RequestTable, packed: Any, *args: Any, bucket: Bucket) -> Any:
-                batch = unpack(jnp.asarray(packed), bucket, table, page_size)
-                result = step(pool, batch, *args)
-                if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
-                    return result[0], batch.table, result[1]
-                raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
-
-            self._steps[step] = donating(whole_step, static_argnames=("bucket",))
-        return self._steps[step]
-
-    def _send_table_changes(self, room: int) -> None:
-        """Sends what a step has no room for ahead of it."""
-        while self.req_to_token_pool.num_changed() > room:
-            changes = self.req_to_token_pool.take_changes(TABLE_PATCH_ENTRIES)
-            index = np.full(TABLE_PATCH_ENTRIES, np.iinfo(np.int32).max, np.int32)
-            page = np.zeros(TABLE_PATCH_ENTRIES, np.int32)
-            index[: len(changes.index)] = changes.index
-            page[: len(changes.page)] = changes.page
-            try:
-                self.table = self._patch(self.table, index, page)
-            except BaseException:
-                self.req_to_token_pool.give_back(changes)
-                raise
+        self.runner.warm_up_patch()
 
     # ---- loops of decode steps: jaxcache.decode_loop ---------------------------------------------------------------
 
@@ -461,13 +292,13 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        self._require_one_left(self._batch(requests))
+        self._planner.decode_batch(requests)
         bucket = smallest(self.buckets, StepKind.DECODE, len(requests), len(requests), 0)
         shape = LoopShape(bucket.requests, steps, width, self.page_size)
         plan = LoopPlan.of(shape, requests, loop_limits(requests, limits, self.config.max_context_len))
         num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
-        self._evict_for(num_pages)
-        self._epoch += 1
+        self._planner.make_room(num_pages)
+        self._planner.forget_batch()
         return self._loops.open(plan, num_pages)
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
@@ -483,8 +314,8 @@ class MemoryManager:
           RequestStateError: The loop was launched already, or is over. Nothing has changed.
         """
         self._loops.require_planned(plan)
-        self._send_table_changes(0)
-        self.pool, self.table, out = self._loops.launch(step, plan, self.pool, self.table, *args)
+        books, out = self.runner.run_loop(step, plan, *args)
+        self._loops.launched(plan, books)
         return out
 
     def absorb(self, replay: LoopReplay, *, read_device: bool = False) -> None:
@@ -511,19 +342,9 @@ class MemoryManager:
         for bucket in self.buckets:
             if bucket.kind is StepKind.DECODE:
                 plan = LoopPlan.of(LoopShape(bucket.requests, steps, width, self.page_size), (), ())
-                self.pool, self.table, _ = self._loops.launch(step, plan, self.pool, self.table, *args)
+                self.runner.run_loop(step, plan, *args)
 
     # ---- memory --------------------------------------------------------------------------------------------------
-
-    def _take_pages(self, need: int) -> np.ndarray | None:
-        """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""
-        self._evict_for(need)
-        return self.allocator.alloc_pages(need)
-
-    def _evict_for(self, num_pages: int) -> None:
-        short = num_pages * self.page_size - self.allocator.available_size()
-        if 0 < short <= self.cache.evictable_size():  # else what is cached would be lost for nothing
-            self.cache.evict(short)
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -532,44 +353,6 @@ class MemoryManager:
         if request.req_pool_idx is None:
             raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
         return request.req_pool_idx
-
-    def _require_running(self, request: Request) -> None:
-        if request.state is not RequestState.RUNNING or self.running.get(self._row(request)) is not request:
-            raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
-        if self._loops.holds(self._row(request)):
-            raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
-
-    def _batch(self, requests: Sequence[Request]) -> _Batch:
-        """Distinct running requests that wait for a step, with their rows.
-
-        Raises:
-          RequestStateError: One is not running, is in a decode loop, or has a plan that has not run.
-          ArgumentError: One is named twice, or there is none.
-        """
-        batch = self._last_batch
-        if batch is None or batch.epoch != self._epoch or batch.requests != tuple(requests):
-            for request in requests:
-                self._require_running(request)
-            if len(set(map(id, requests))) != len(requests) or not requests:
-                raise ArgumentError("requests: name each request once, and at least one")
-            batch = self._last_batch = _Batch.of(self._epoch, requests)
-        table, row = self.req_to_token_pool, batch.row
-        is_ready = table.num_pages[row] == (table.kv_len[row] + self.page_size - 1) // self.page_size
-        if not is_ready.all():
-            rid = batch.requests[int(is_ready.argmin())].rid
-            raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
-        return batch
-
-    def _require_one_left(self, batch: _Batch) -> list[list[int]]:
-        """Raises ArgumentError unless each request has one token to compute; returns what they sampled so far."""
-        outputs = list(map(_OUTPUT_IDS, batch.requests))
-        sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
-        left = batch.prompt_len + sampled - self.req_to_token_pool.kv_len[batch.row]
-        if (left != 1).any():
-            i = int((left != 1).argmax())
-            rid = batch.requests[i].rid
-            raise ArgumentError(f"requests: {rid} has {left[i]} tokens to compute, decode computes one")
-        return outputs
 
     def get_token_info(self) -> tuple[int, float, int, int]:
         """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.
@@ -595,5 +378,5 @@ class MemoryManager:
         self.cache.check()
         check_owners(self.running, self.req_to_token_pool, self.allocator)
         if read_device:
-            self._send_table_changes(0)
+            self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)

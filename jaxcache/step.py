@@ -11,6 +11,7 @@ from the pages (`kernels/alloc_pages`).
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,11 +22,16 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.packing import NOWHERE, Field, Packing
 from jaxcache.pools.requests import RequestTable, TableChanges
 from jaxcache.request import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int32
+
+
+PER_REQUEST = "row", "prefix_len", "seq_len", "last_loc", "tag"
+"""Names of what a plan says of each request in one number."""
 
 
 class StepKind(enum.Enum):
@@ -53,17 +59,12 @@ class Bucket:
     pages: int
     changes: int
 
-    @property
-    def fields(self) -> tuple[tuple[str, int], ...]:
-        """Name and length of each part of the packed vector, in order."""
-        per_request = tuple((name, self.requests) for name in ("row", "prefix_len", "seq_len", "last_loc", "tag"))
-        return (
-            *per_request,
-            ("tokens", self.tokens),
-            ("new_pages", self.pages),
-            ("index", self.changes),
-            ("page", self.changes),
-        )
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """Where everything stands in the packed vector: the arrays of `StepPlan`, and the table changes."""
+        lengths = dict.fromkeys(PER_REQUEST, self.requests) | {"tokens": self.tokens, "new_pages": self.pages}
+        changes = Field("index", self.changes, NOWHERE), Field("page", self.changes)
+        return Packing((*(Field(name, length) for name, length in lengths.items()), *changes))
 
     def holds(self, requests: int, tokens: int, pages: int) -> bool:
         """Whether a batch of that size fits. Changes are cut to fit and never count."""
@@ -107,18 +108,7 @@ class StepPlan:
         Raises:
           ArgumentError: Something does not fit the bucket.
         """
-        fields = self.bucket.fields
-        packed = np.zeros(sum(length for _, length in fields), np.int32)
-        start = 0
-        for name, length in fields:
-            part = getattr(changes if name in ("index", "page") else self, name)
-            if len(part) > length:
-                raise ArgumentError(f"{name}: {len(part)} entries do not fit the bucket's {length}: {self.bucket}")
-            packed[start : start + len(part)] = part
-            if name == "index":
-                packed[start + len(part) : start + length] = np.iinfo(np.int32).max
-            start += length
-        return packed
+        return self.bucket.packing.pack(vars(self) | vars(changes))
 
 
 @jax.tree_util.register_dataclass
@@ -153,11 +143,7 @@ def unpack(packed: Int32[Array, " size"], bucket: Bucket, table: RequestTable, p
 
     Cost: O(tokens + changes).
     """
-    parts = {}
-    start = 0
-    for name, length in bucket.fields:
-        parts[name] = packed[start : start + length]
-        start += length
+    parts = bucket.packing.unpack(packed)
     prefix_len, seq_len, last_loc = parts["prefix_len"], parts["seq_len"], parts["last_loc"]
     if bucket.kind is StepKind.DECODE:
         slots = alloc_decode(seq_len, last_loc, parts["new_pages"], page_size=page_size)

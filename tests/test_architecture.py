@@ -15,24 +15,29 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
 
 _LEAVES = {"errors"}
-_STACK = {"errors", "donation", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
-_STACK |= {"decode_loop", "loop_plan", "audit"}
+_STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
+_STACK |= {"packing", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "planner"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": _LEAVES,
     "donation": _LEAVES,
+    "mirror": _LEAVES,
     "index": _LEAVES | {"config"},
     "kernels": _LEAVES | {"config"},
     "observe": _LEAVES | {"config", "index", "pages"},
-    "pages": _LEAVES | {"config", "kernels"},
-    "pools": _LEAVES | {"config", "kernels", "donation"},
+    "pages": _LEAVES | {"config", "kernels", "mirror"},
+    "pools": _LEAVES | {"config", "kernels", "donation", "mirror"},
     "request": _LEAVES | {"config", "index"},
-    "step": _LEAVES | {"config", "kernels", "pools", "request"},
-    "decode_loop": _LEAVES | {"config", "kernels", "pages", "pools"},
-    "loop_plan": _LEAVES | {"config", "decode_loop", "donation", "pages", "pools", "request"},
+    "packing": _LEAVES,
+    "step": _LEAVES | {"config", "kernels", "packing", "pools", "request"},
+    "decode_loop": _LEAVES | {"config", "kernels", "packing", "pages", "pools"},
+    "loop_plan": _LEAVES | {"config", "decode_loop", "packing", "pages", "pools", "request"},
+    "runner": _LEAVES | {"decode_loop", "donation", "loop_plan", "packing", "pools", "step"},
     "audit": _LEAVES | {"config", "pages", "pools", "request"},
     "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
+    "memory_config": _LEAVES | {"caches", "index", "pages", "pools"},
+    "planner": _LEAVES | {"caches", "index", "loop_plan", "pages", "pools", "request", "step"},
     "manager": _STACK | {"config"},
     "replay": _STACK | {"config", "manager"},
     "commands": _STACK | {"config", "manager", "replay"},

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcache.decode_loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
-from jaxcache.loop_plan import LoopPlan, loop_step
+from jaxcache.loop_plan import LoopPlan
 from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pages.base import FreeOrder, PageState
 from jaxcache.pages.state import PageAllocatorState
@@ -26,6 +26,7 @@ from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.requests import RequestTable
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request, RequestState
+from jaxcache.runner import whole_loop
 from tests.kernels import h200
 from tests.loops import (
     Oracle,
@@ -636,7 +637,7 @@ def test_nothing_is_transferred_inside():
     requests = prefilled(manager, [range(8), range(50, 58)])
     accepted, stopped = padded(everything(6, 2), 2, np.int32), padded(never(6, 2), 2, bool)
     for _ in range(2):
-        manager._send_table_changes(0)
+        manager.runner.send_changes()
         plan = manager.decode_loop(requests, 6)
         with jax.transfer_guard("disallow"):  # the upload of the plan is explicit
             out = manager.run_loop(speculate, plan, accepted, stopped)
@@ -645,7 +646,7 @@ def test_nothing_is_transferred_inside():
         manager.absorb(replay, read_device=True)
     assert_contents(manager, requests)
     packed = jnp.asarray(plan.pack())
-    lowered = loop_step(speculate).lower(manager.pool, manager.table, packed, accepted, stopped, shape=plan.shape)
+    lowered = whole_loop(speculate, plan.shape).lower(manager.pool, manager.table, packed, accepted, stopped)
     program = lowered.compile().as_text()
     assert not any(word in program for word in HOST_TRAFFIC)
 
@@ -657,9 +658,7 @@ def test_nothing_compiles_after_the_warm_up():
     for bucket in manager.buckets:
         if bucket.requests in args:
             plan = LoopPlan.of(LoopShape(bucket.requests, 3, 2, 4), (), ())
-            manager.pool, manager.table, _ = manager._loops.launch(
-                speculate, plan, manager.pool, manager.table, *map(jax.device_put, args[bucket.requests])
-            )
+            manager.runner.run_loop(speculate, plan, *map(jax.device_put, args[bucket.requests]))
     manager.warm_up(write_step)
     seen = []
 
@@ -722,7 +721,7 @@ def abstract_arguments(kind, platform):
     """Pool, table, packed plan, accepted lengths, stops: shapes alone."""
     pool_class, config = POOLS[kind]
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    packed = int32((sum(length for _, length in SHAPE.fields),))
+    packed = int32((SHAPE.packing.size,))
     masks = jax.ShapeDtypeStruct((SHAPE.steps, ROWS), bool)
     return (
         pool_class.abstract(config, platform=platform),
@@ -736,7 +735,7 @@ def abstract_arguments(kind, platform):
 @pytest.mark.parametrize("kind", POOLS)
 def test_the_whole_scan_is_in_place(kind):
     arguments = abstract_arguments(kind, jax.default_backend())
-    report = prove_in_place(loop_step(speculate), *arguments, shape=SHAPE)
+    report = prove_in_place(whole_loop(speculate, SHAPE), *arguments)
     assert report.ok, report.why
     assert len(report.buffers) == len(jax.tree.leaves(arguments[:2]))
 
@@ -747,7 +746,7 @@ def test_a_scan_that_keeps_the_old_table_is_noticed():
         return pool, after, loop.table.pages[0, 0] + after.table.pages[0, 0]
 
     arguments = abstract_arguments("mha", jax.default_backend())
-    assert not prove_in_place(loop_step(keeps), *arguments, shape=SHAPE).ok
+    assert not prove_in_place(whole_loop(keeps, SHAPE), *arguments).ok
 
 
 @pytest.mark.h200

@@ -20,6 +20,7 @@ from jaxcache.pools.config import KVCacheConfig
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.request import Request, RequestState
+from jaxcache.runner import CompiledSteps
 from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
 from tests.model.manager_driver import assert_contents, drive, small_manager, write_step
 
@@ -504,7 +505,7 @@ def test_every_padding_of_an_extend_bucket(page_size, sizes):
         manager.run(write_step, manager.extend([(request, 2)]))
         requests.append(request)
     plan = manager.extend([(request, size) for request, size in zip(requests, sizes, strict=True)])
-    manager._send_table_changes(bucket.changes)
+    manager.runner.send_changes(bucket.changes)
     packed = plan.pack(manager.req_to_token_pool.take_changes(bucket.changes))
     batch = unpack(jnp.asarray(packed), bucket, manager.table, page_size)
     rows = [manager.req_to_token_pool.pages[request.req_pool_idx].tolist() for request in requests]
@@ -592,7 +593,7 @@ def test_the_device_table_is_exact_however_few_changes_fit_a_step(room):
 
 
 def test_changes_beyond_one_patch_are_sent_in_several(monkeypatch):
-    monkeypatch.setattr("jaxcache.manager.TABLE_PATCH_ENTRIES", 4)
+    monkeypatch.setattr("jaxcache.runner.TABLE_PATCH_ENTRIES", 4)
     manager = small_manager(page_size=1, num_pages=64)
     manager.buckets = tuple(Bucket(b.kind, b.requests, b.tokens, b.pages, 3) for b in manager.buckets)
     requests = [prefilled(manager, [i] * 20, rid=str(i)) for i in range(2)]
@@ -608,7 +609,7 @@ def test_a_change_of_a_change_sends_the_last_value():
     changes = manager.req_to_token_pool.take_changes(3)
     manager.req_to_token_pool.write_pages(row, 1, np.array([20], np.int32))
     manager.req_to_token_pool.give_back(changes)
-    manager._send_table_changes(0)
+    manager.runner.send_changes()
     assert np.asarray(manager.table.pages)[row, :2].tolist() == [3, 20]
 
 
@@ -663,7 +664,8 @@ def plant_size_counter(manager, request):
 
 
 def plant_device_entry(manager, request):
-    manager.table = jax.tree.map(lambda pages: pages.at[request.req_pool_idx, 1].add(1), manager.table)
+    runner = manager.runner
+    runner.table = jax.tree.map(lambda pages: pages.at[request.req_pool_idx, 1].add(1), runner.table)
 
 
 PLANTS = [value for name, value in sorted(globals().items()) if name.startswith("plant_")]
@@ -685,7 +687,7 @@ def test_check_memory_finds(plant):
 
 def test_nothing_compiles_after_the_warm_up():
     manager = small_manager(page_size=4, num_pages=40, max_running=6)
-    manager._steps = {}  # compiled by nobody else
+    manager.runner.compiled = CompiledSteps()  # compiled by nobody else
     manager.warm_up(write_step)
     seen = []
 

@@ -139,7 +139,7 @@ def test_a_whole_step_compiled_for_two_h200s_is_in_place_and_gathers_nothing(kin
     pool = kind.abstract(kv, platform="gpu", mesh=mesh)
     table = RequestTable(jax.ShapeDtypeStruct((4, 8), jnp.int32))
     bucket = next(bucket for bucket in default_buckets(4, 16, 4) if bucket.kind is step_kind)
-    packed = jax.ShapeDtypeStruct((sum(length for _, length in bucket.fields),), jnp.int32)
+    packed = jax.ShapeDtypeStruct((bucket.packing.size,), jnp.int32)
     specs = pool.partition_specs(), PartitionSpec()
     sharded_step = jax.shard_map(
         step, mesh=mesh, in_specs=specs, out_specs=(specs[0], kv.partition_spec), check_vma=False

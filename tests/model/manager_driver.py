@@ -21,6 +21,7 @@ from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_c
 from jaxcache.pages.base import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
+from jaxcache.runner import CompiledSteps
 from jaxcache.step import StepPlan
 
 READ_BACK_EVERY = 8
@@ -42,7 +43,7 @@ def write_step(pool, batch):
 
 
 _POOL_PAGES = {1: 64, 4: 40, 16: 12}
-_compiled: dict[int, dict] = {}
+_compiled: dict[int, CompiledSteps] = {}
 
 
 def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4, **options) -> MemoryManager:
@@ -55,7 +56,7 @@ def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4,
     kv = MHAConfig(size=size, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=2)
     options = {"max_context_len": 64, "chunk": 32} | options
     manager = init_memory_pool_and_cache(MemoryConfig(kv=kv, max_running=max_running, **options))
-    manager._steps = _compiled.setdefault(page_size, {})
+    manager.runner.compiled = _compiled.setdefault(page_size, CompiledSteps())
     withheld = np.arange(num_pages + 1, _POOL_PAGES[page_size] + 1, dtype=np.int32)
     pages = manager.allocator.alloc_pages(_POOL_PAGES[page_size])
     assert pages is not None
@@ -196,7 +197,7 @@ class ManagerDriver:
 
 def drive(seed: int, ops: int, page_size: int, policy: Policy = Policy.LRU) -> None:
     """`ops` operations on one manager, winding down now and then."""
-    with mock.patch("jaxcache.manager.TABLE_PATCH_ENTRIES", 4):
+    with mock.patch("jaxcache.runner.TABLE_PATCH_ENTRIES", 4):
         driver = ManagerDriver(seed, page_size, policy)
         for start in range(0, ops, OPS_PER_LIFE):
             driver.run(min(OPS_PER_LIFE, ops - start))

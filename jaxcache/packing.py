@@ -1,0 +1,85 @@
+"""Several int32 vectors in one, so that a step's host inputs travel in a single upload.
+
+    host                          device, inside the jitted step
+    Packing.pack(parts)  ──►  packed  ──►  Packing.unpack(packed)
+
+Source: jaxcache's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxcache.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
+NOWHERE = int(np.iinfo(np.int32).max)
+"""Padding of an index: past the end of every array, where a scatter with `mode="drop"` writes nothing."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One part of a packed vector.
+
+    Attributes:
+      name: What it is called.
+      length: Entries there is room for.
+      padding: What stands behind the entries that are given.
+    """
+
+    name: str
+    length: int
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each part stands in a packed vector. Static: one packing compiles once.
+
+    Attributes:
+      fields: The parts, in order.
+    """
+
+    fields: tuple[Field, ...]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Entries of the packed vector."""
+        return sum(field.length for field in self.fields)
+
+    @functools.cached_property
+    def _padding(self) -> np.ndarray:
+        return np.concatenate([np.full(field.length, field.padding, np.int32) for field in self.fields])
+
+    def pack(self, parts: Mapping[str, np.ndarray]) -> Int32[np.ndarray, " size"]:
+        """A new vector with the parts of these names, padded.
+
+        A fresh one each time: JAX may still be reading the last one, or use its memory in place.
+
+        Raises:
+          ArgumentError: A part is longer than its field.
+        """
+        packed = self._padding.copy()
+        start = 0
+        for field in self.fields:
+            part = parts[field.name]
+            if len(part) > field.length:
+                raise ArgumentError(f"{field.name}: {len(part)} entries do not fit the bucket's {field.length}")
+            packed[start : start + len(part)] = part
+            start += field.length
+        return packed
+
+    def unpack(self, packed: Int32[Array, " size"]) -> dict[str, Int32[Array, " length"]]:
+        """The parts by name, padding included. For use inside a jitted step."""
+        parts, start = {}, 0
+        for field in self.fields:
+            parts[field.name] = packed[start : start + field.length]
+            start += field.length
+        return parts

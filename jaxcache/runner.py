@@ -1,0 +1,151 @@
+"""The device's side of a manager: pool and request table, and the jitted steps that consume and replace them.
+
+Everything a step is told travels in one packed vector. Changes of the request table go with it, or ahead of it where
+its bucket has no room for them.
+
+Source: jaxcache's own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcache.decode_loop import LoopShape, unpack_loop
+from jaxcache.donation import DonatingStep, donating, is_update
+from jaxcache.errors import ArgumentError
+from jaxcache.loop_plan import LoopPlan
+from jaxcache.packing import NOWHERE
+from jaxcache.pools.base import KVCache
+from jaxcache.pools.requests import ReqToTokenPool, RequestTable
+from jaxcache.step import Bucket, StepPlan, unpack
+
+TABLE_PATCH_ENTRIES = 8192
+"""Table entries that travel by themselves when a step's bucket has no room for them."""
+
+MOST_STEPS = 32
+"""Functions whose compiled steps are kept."""
+
+
+def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
+    """`step(pool, batch, *args) -> (pool, out)` as a donated step of pool, table and a packed plan.
+
+    The result is called with `(pool, table, packed, *args)` and returns the pool, the table and `out`.
+    """
+
+    def jaxcache_step(pool: KVCache, table: RequestTable, packed: Any, *args: Any) -> Any:
+        batch = unpack(jnp.asarray(packed), bucket, table, page_size)
+        result = step(pool, batch, *args)
+        if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
+            return result[0], batch.table, result[1]
+        raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
+
+    return donating(jaxcache_step)
+
+
+def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
+    """`step(pool, loop, *args) -> (pool, loop, out)` as a donated step of pool, table and a packed plan.
+
+    The result is called with `(pool, table, packed, *args)` and returns the pool, the table, and a pair: what a debug
+    check reads (the rows and the allocator), and `out`.
+    """
+
+    def jaxcache_loop(pool: KVCache, table: RequestTable, packed: Any, *args: Any) -> Any:
+        pool, loop, out = step(pool, unpack_loop(jnp.asarray(packed), shape, table), *args)
+        return pool, loop.table, ((loop.rows, loop.allocator), out)
+
+    return donating(jaxcache_loop)
+
+
+class CompiledSteps:
+    """Jitted steps by function and static shape.
+
+    A function made anew for each call would be kept, and what it was compiled to, for ever: of more than `most`
+    functions, the one that was used least recently goes, and is compiled again should it come back.
+    """
+
+    def __init__(self, most: int = MOST_STEPS):
+        self._most = most
+        self._steps: OrderedDict[Callable, dict[Hashable, DonatingStep]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def find(self, step: Callable, shape: Hashable, build: Callable[[], DonatingStep]) -> DonatingStep:
+        """The jitted step for a function and a shape; `build` makes it where there is none."""
+        if step not in self._steps:
+            self._steps[step] = {}
+            if len(self._steps) > self._most:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(step)
+        by_shape = self._steps[step]
+        if shape not in by_shape:
+            by_shape[shape] = build()
+        return by_shape[shape]
+
+
+class StepRunner:
+    """Pool and request table on the device, and what runs on them.
+
+    Args:
+      pool: The KV pool; the runner's from now on.
+      host_table: What the device table follows.
+
+    Attributes:
+      pool: The KV pool. Replaced by every step: never keep it across one.
+      table: Device twin of the request table; likewise replaced.
+      compiled: The jitted steps. Managers of equal sizes may share them.
+    """
+
+    def __init__(self, pool: KVCache, host_table: ReqToTokenPool):
+        self.pool = pool
+        self.table: RequestTable = host_table.device_table(pool.mesh)
+        self.compiled = CompiledSteps()
+        self._host_table = host_table
+        self._patch = donating(RequestTable.patched)
+
+    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
+        """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
+        bucket, page_size = plan.bucket, self._host_table.page_size
+        jitted = self.compiled.find(step, bucket, lambda: whole_step(step, bucket, page_size))
+        self.send_changes(bucket.changes)
+        changes = self._host_table.take_changes(bucket.changes)
+        try:
+            self.pool, self.table, out = jitted(self.pool, self.table, plan.pack(changes), *args)
+        except BaseException:
+            self._host_table.give_back(changes)
+            raise
+        return out
+
+    def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> tuple[Any, Any]:
+        """Dispatches a decode loop. Returns its books, which are for a debug check to read, and its `out`."""
+        jitted = self.compiled.find(step, plan.shape, lambda: whole_loop(step, plan.shape))
+        self.send_changes()
+        self.pool, self.table, result = jitted(self.pool, self.table, jax.device_put(plan.pack()), *args)
+        return result
+
+    def send_changes(self, room: int = 0) -> None:
+        """Sends table changes ahead of a step that has room for no more than `room` of them."""
+        while self._host_table.num_changed() > room:
+            changes = self._host_table.take_changes(TABLE_PATCH_ENTRIES)
+            index, page = _patch_of_nothing()
+            index[: len(changes.index)] = changes.index
+            page[: len(changes.page)] = changes.page
+            try:
+                self.table = self._patch(self.table, index, page)
+            except BaseException:
+                self._host_table.give_back(changes)
+                raise
+
+    def warm_up_patch(self) -> None:
+        """Compiles what `send_changes` runs."""
+        self.table = self._patch(self.table, *_patch_of_nothing())
+
+
+def _patch_of_nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.full(TABLE_PATCH_ENTRIES, NOWHERE, np.int32), np.zeros(TABLE_PATCH_ENTRIES, np.int32)
