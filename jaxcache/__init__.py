@@ -36,6 +36,7 @@ from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolA
 from jaxcache.pages.base import PageState as PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator as PagedTokenToKVPoolAllocator
 from jaxcache.pages.state import PageAllocatorState as PageAllocatorState
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator as SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator as TokenToKVPoolAllocator
 
 # ruff: isort: split

@@ -253,7 +253,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
             raise ArgumentError(
                 f"extend_num_tokens must be sum(seq_lens - prefix_lens) = {num_tokens}, got {extend_num_tokens}"
             )
-        last_loc = batch_last_loc(prefix_lens, seq_lens, last_loc, self.page_size, self._owners)
+        last_loc = self._require_last_loc(prefix_lens, seq_lens, last_loc)
         pages = self._take_extension(prefix_lens, seq_lens, num_tokens)
         return None if pages is None else extend_slots(prefix_lens, seq_lens, last_loc, pages, self.page_size)
 
@@ -291,7 +291,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         seq_lens = int32_array("seq_lens", seq_lens)
         require_rows(seq_lens > 0, "seq_lens must count the new token, so be at least 1", seq_lens=seq_lens)
         prefix_lens = seq_lens - 1
-        last_loc = batch_last_loc(prefix_lens, seq_lens, last_loc, self.page_size, self._owners)
+        last_loc = self._require_last_loc(prefix_lens, seq_lens, last_loc)
         starts_page = prefix_lens % self.page_size == 0
         pages = self._take(int(np.count_nonzero(starts_page)), sort_above=len(seq_lens))
         if pages is None:
@@ -360,6 +360,14 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
 
         Cost: O(pages taken since).
         """
+        taken = self._taken_since(snapshot)
+        self._owners.assign(taken, PageState.FREE)
+        self._num_available += len(taken)
+        self._free.rewind(snapshot.head, snapshot.num_free)
+        del self._snapshots[self._snapshots.index(snapshot) + 1 :]
+
+    def _taken_since(self, snapshot: Snapshot) -> np.ndarray:
+        """The pages that restoring `snapshot` un-allocates. Raises SnapshotError if it cannot be done exactly."""
         if self._group_depth:
             raise SnapshotError("a snapshot must not be restored inside a free group: call free_group_end first")
         if snapshot not in self._snapshots:
@@ -374,10 +382,7 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
                 "every page taken since the snapshot must still be PRIVATE, but "
                 f"{self._owners.describe(int(moved[0]))}: free what was allocated since instead"
             )
-        self._owners.assign(taken, PageState.FREE)
-        self._num_available += len(taken)
-        self._free.rewind(snapshot.head, snapshot.num_free)
-        del self._snapshots[self._snapshots.index(snapshot) + 1 :]
+        return taken
 
     # Sorting.
 
@@ -428,6 +433,10 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         self._num_available -= n
         self._owners.assign(pages, PageState.PRIVATE)
         return pages
+
+    def _require_last_loc(self, prefix_lens: np.ndarray, seq_lens: np.ndarray, last_loc: ArrayLike) -> np.ndarray:
+        """`last_loc` as int32; raises unless each request can go on behind it."""
+        return batch_last_loc(prefix_lens, seq_lens, last_loc, self.page_size, self._owners)
 
     def _take_extension(self, prefix_lens: np.ndarray, seq_lens: np.ndarray, num_tokens: int) -> np.ndarray | None:
         new_pages = int((pages_of(seq_lens, self.page_size) - pages_of(prefix_lens, self.page_size)).sum())

@@ -1,7 +1,7 @@
 """The request table: which page holds which part of which request. The host decides, the device follows.
 
-`ReqToTokenPool` is the truth, in NumPy. `RequestTable` is its twin on the device, a donated pytree. Only entries that
-changed travel; they are read from the host table when they leave, so the order of changes cannot matter.
+`ReqToTokenPool` is the truth, in NumPy. `RequestTable` is its twin on the device, a donated pytree, which follows by
+`jaxcache.mirror`: only entries that changed travel.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.mirror import ChangeLog, TableChanges
 from jaxcache.pools.base import DevicePool
 
 if TYPE_CHECKING:
@@ -45,19 +46,6 @@ class RequestTable(DevicePool):
     ) -> Int32[Array, " tokens"]:
         """Slot of each (row, position). Positions past a request's end give stale slots: mask them."""
         return self.pages[row, position // page_size] * page_size + position % page_size
-
-
-@dataclass(frozen=True, eq=False)
-class TableChanges:
-    """Entries of the host table on their way to the device.
-
-    Attributes:
-      index: int32 flat indices.
-      page: int32 values.
-    """
-
-    index: np.ndarray
-    page: np.ndarray
 
 
 class ReqToTokenPool:
@@ -88,6 +76,7 @@ class ReqToTokenPool:
         if size * self.max_pages >= 2**31:
             raise ArgumentError(f"size * max_pages = {size * self.max_pages} entries do not fit int32 indices")
         self._pages = np.zeros((size, self.max_pages), np.int32)
+        self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
         self.clear()
@@ -96,7 +85,7 @@ class ReqToTokenPool:
         """Gives every row back. Entries stay as they are."""
         self._free = deque(range(self.size))
         self._is_free = np.ones(self.size, bool)
-        self._forget_changes()
+        self._changes.forget()
 
     def available_size(self) -> int:
         """Free rows."""
@@ -190,7 +179,7 @@ class ReqToTokenPool:
             self._pages[row, first:stop] = pages
             if not on_device:
                 base = row * self.max_pages
-                self._mark_changed(np.arange(base + first, base + stop, dtype=np.int32))
+                self._changes.mark(np.arange(base + first, base + stop, dtype=np.int32))
 
     def append_pages(
         self, rows: Int32[np.ndarray, " rows"], counts: Int32[np.ndarray, " rows"], pages: Int32[np.ndarray, " pages"]
@@ -206,7 +195,7 @@ class ReqToTokenPool:
         index = (np.repeat(first, counts) + np.arange(len(pages))).astype(np.int32)
         self._pages.reshape(-1)[index] = pages
         self.num_pages[rows] += counts
-        self._mark_changed(index)
+        self._changes.mark(index)
 
     def tail_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
         """Row after row, the pages behind those of the tokens with KV: what a step that has not run yet was given."""
@@ -221,10 +210,6 @@ class ReqToTokenPool:
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
         return np.where(last < 0, np.int32(-1), slots)
 
-    def _mark_changed(self, index: np.ndarray) -> None:
-        self._changed.append(index)
-        self._num_changed += len(index)
-
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
         return self._pages[row, first:stop]
@@ -238,28 +223,19 @@ class ReqToTokenPool:
 
     def num_changed(self) -> int:
         """Entries waiting to be sent to the device."""
-        return self._num_changed
+        return len(self._changes)
 
     def take_changes(self, limit: int) -> TableChanges:
         """At most `limit` changed entries with their values of this moment; they count as sent."""
-        waiting = np.concatenate([np.empty(0, np.int32), *self._changed])
-        index = waiting[:limit]
-        self._forget_changes()
-        if len(waiting) > limit:
-            self._mark_changed(waiting[limit:])
-        return TableChanges(index, self._pages.reshape(-1)[index])
+        return self._changes.take(limit)
 
     def give_back(self, changes: TableChanges) -> None:
         """Changes that were taken and did not reach the device wait again."""
-        self._mark_changed(changes.index)
-
-    def _forget_changes(self) -> None:
-        self._changed: list[np.ndarray] = []  # flat indices
-        self._num_changed = 0
+        self._changes.give_back(changes)
 
     def device_table(self, mesh: Mesh | None = None) -> RequestTable:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
-        self._forget_changes()
+        self._changes.forget()
         if mesh is None:
             return RequestTable(jnp.array(self._pages))
         everywhere = NamedSharding(mesh, PartitionSpec())
