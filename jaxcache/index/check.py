@@ -84,7 +84,7 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         yield f"{node}: an unlocked leaf must be a stopping point for every component"
     if node.hashes is not None:
         prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
-        if node.hashes != page_hashes(node.key, page_bytes, prior):
+        if list(node.hashes) != page_hashes(node.key, page_bytes, prior):
             yield f"{node}: its page hashes do not continue its parent's"
 
 

@@ -27,7 +27,8 @@ import numpy as np
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.explain import Graves
-from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed, page_hashes
+from jaxcache.index.hashing import PageHashes
+from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed
 from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined
 from jaxcache.index.recency import Policy
 
@@ -45,7 +46,7 @@ class RadixTree:
       components: What is kept for each prefix. The first one must reach to infinity and span: a node exists exactly
         while it has its value.
       policy: Eviction order, the same for every component.
-      with_hashes: Keep a chained digest of each page in the nodes (what events need).
+      with_hashes: Keep a chained digest of each page in the nodes (what events need), worked out when it is looked at.
 
     Attributes:
       evictable: For each component, values (pages or states) that no lock covers.
@@ -261,8 +262,7 @@ class RadixTree:
         for i in self._spanning:
             self._fill(i, leaf, values[i][first_page : length // self.page_size])
         if self.with_hashes:
-            prior = parent.hashes[-1] if parent.hashes else namespace_seed(key.namespace)
-            leaf.hashes = page_hashes(packed, self._page_bytes, prior)
+            leaf.hashes = PageHashes(packed, self._page_bytes, parent.hashes or namespace_seed(key.namespace))
         if isinstance(parent, Root):
             self._roots[parent.namespace] = parent
         parent.children[packed[: self._page_bytes]] = leaf

@@ -1,0 +1,203 @@
+"""Names of pages and of contents: SHA-256, chained where position matters.
+
+    page 0           page 1           page 2           a digest depends on every token before its end and on the
+    h0 = H(seed t0)  h1 = H(h0 t1)    h2 = H(h1 t2)    namespace (the seed), never on how the tree is cut into nodes
+
+Digests of 32 bytes are identities. Their first 64 bits are only the short names that events use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+
+from jaxcache.errors import ArgumentError
+from jaxcache.index.key import namespace_seed, page_hashes
+from jaxcache.index.node import Node, Root
+
+DIGEST_BYTES = 32
+
+
+class PageHashes(Sequence[bytes]):
+    """The chained digests of a run of pages, worked out when one is first looked at.
+
+    Making one hashes nothing, so an insert can afford it; any thread may look. A slice shares the run. Once they are
+    worked out, a run keeps 32 bytes a page, and neither its tokens nor the run before it.
+
+    Args:
+      packed: Packed tokens of whole pages.
+      page_bytes: Bytes of a page of tokens.
+      prior: The pages right before the first one, or the seed of the namespace where there are none.
+    """
+
+    __slots__ = ("_run", "_start", "_stop")
+
+    def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes = b""):
+        self._run = _Run(packed, page_bytes, prior)
+        self._start, self._stop = 0, len(packed) // page_bytes
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> PageHashes: ...
+    def __getitem__(self, index: int | slice) -> bytes | PageHashes:
+        """One digest, or a part of the run (step 1)."""
+        pages = range(self._start, self._stop)[index]
+        if isinstance(pages, int):
+            return self._run.digests()[DIGEST_BYTES * pages : DIGEST_BYTES * (pages + 1)]
+        if pages.step != 1:
+            raise ArgumentError(f"index: hashes are cut with step 1, got step {pages.step}")
+        part = PageHashes.__new__(PageHashes)
+        part._run, part._start, part._stop = self._run, pages.start, max(pages.start, pages.stop)
+        return part
+
+    def names(self) -> list[int]:
+        """The first 64 bits of each digest as a signed integer, as `hash_to_int64`."""
+        return np.frombuffer(self._run.digests(), ">i8")[4 * self._start : 4 * self._stop : 4].tolist()
+
+    def __repr__(self) -> str:
+        return f"PageHashes({len(self)} pages)"
+
+
+class _Run:
+    """Pages hashed in one go. Either `source` or `done` is there; two threads may work the same out at once."""
+
+    __slots__ = ("done", "source")
+
+    def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes):
+        self.source: tuple[bytes, int, PageHashes | bytes] | None = (packed, page_bytes, prior)
+        self.done = b""
+
+    def digests(self) -> bytes:
+        """The digests of all pages, one behind the other."""
+        todo: list[tuple[_Run, tuple[bytes, int, PageHashes | bytes]]] = []
+        run: _Run | None = self
+        while run is not None and (source := run.source) is not None:  # no recursion: chats make chains of any depth
+            todo.append((run, source))
+            run = source[2]._run if isinstance(source[2], PageHashes) else None
+        for run, (packed, page_bytes, prior) in reversed(todo):
+            run.done = b"".join(page_hashes(packed, page_bytes, prior if isinstance(prior, bytes) else prior[-1]))
+            run.source = None
+        return self.done
+
+
+def hash_token_ids(
+    token_ids: np.ndarray | Sequence[int] | Sequence[tuple[int, ...]], prior_hash: str | None = None
+) -> str:
+    """SHA-256 of one page of tokens as a hex digest, chained to that of the page before it.
+
+    Tokens are hashed as 4 little-endian bytes each, unsigned; of a tuple (bigram keys), each element in order.
+
+    Args:
+      token_ids: The tokens of the page.
+      prior_hash: Digest of the page before; None or "" at the start of a sequence.
+
+    Raises:
+      ArgumentError: A token is no integer in [0, 2**32), or `prior_hash` is no SHA-256 digest.
+
+    Source: SGLang 0.5.2 hicache_storage.py, get_hash_str; pymllm base_prefix_cache, hash_token_ids.
+    """
+    tokens = np.asarray(token_ids)
+    if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**32):
+        raise ArgumentError("token_ids: every token must be an integer in [0, 2**32)")
+    prior = _from_hex("prior_hash", prior_hash, DIGEST_BYTES) if prior_hash else b""
+    return hashlib.sha256(prior + tokens.astype("<u4").tobytes()).hexdigest()
+
+
+def hash_to_int64(hex_str: str) -> int:
+    """The first 64 bits of a hex digest as a signed integer: the name of a block in an event.
+
+    Raises:
+      ArgumentError: It has fewer than 16 hex digits.
+
+    Source: pymllm base_prefix_cache, hash_to_int64.
+    """
+    return int.from_bytes(_from_hex("hex_str", hex_str[:16], 8), "big", signed=True)
+
+
+def hash_bytes(data: bytes) -> int:
+    """The first 64 bits of the SHA-256 of `data`, unsigned. A short name: `content_digest` makes keys.
+
+    Source: pymllm base_prefix_cache, hash_bytes.
+    """
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def content_digest(*parts: bytes | str | np.ndarray) -> bytes:
+    """SHA-256 of contents, such as an image, or the digests of all images of a request in order.
+
+    Each part is hashed with its kind, shape and length, so that different parts never run together into the same bytes.
+
+    Raises:
+      ArgumentError: There is no part, or one is neither bytes, str nor an array of numbers.
+    """
+    if not parts:
+        raise ArgumentError("parts: there is nothing to hash: pass at least one")
+    digest = hashlib.sha256(b"jaxcache/content/1")
+    for part in parts:
+        kind, data = _content(part)
+        digest.update(len(kind).to_bytes(4, "little") + kind + len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()
+
+
+def _content(part: bytes | str | np.ndarray) -> tuple[bytes, bytes]:
+    if isinstance(part, bytes):
+        return b"bytes", part
+    if isinstance(part, str):
+        return b"text", part.encode("utf-8", "surrogatepass")
+    if not isinstance(part, np.ndarray) or part.dtype.hasobject:
+        raise ArgumentError(f"parts: expected bytes, str or a NumPy array of numbers, got {type(part).__name__}")
+    little = part.astype(part.dtype.newbyteorder("<"), copy=False)
+    return f"{part.dtype.name}{part.shape}".encode(), little.tobytes()
+
+
+def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:
+    """The chained digests of a node's pages, whether its tree keeps hashes or not; they are kept in the nodes.
+
+    The nodes above it come first, always: the same pages have the same digests whoever was asked before.
+
+    Args:
+      node: A node in a tree.
+      page_bytes: Bytes of a page of the tree's keys.
+
+    Raises:
+      ArgumentError: The node is a root, or has left its tree.
+
+    Cost: hashes the pages of the path that were not hashed yet, and those only.
+
+    Source: pymllm radix_cache, compute_node_hash.
+    """
+    path: list[Node] = []
+    above = node
+    while above.parent is not None:
+        path.append(above)
+        above = above.parent
+    if not path or not isinstance(above, Root):
+        raise ArgumentError("node: it is a root or has left its tree: match again")
+    prior: PageHashes | bytes = namespace_seed(above.namespace)
+    for step in reversed(path[1:]):
+        prior = _hashed(step, page_bytes, prior)
+    return _hashed(node, page_bytes, prior)
+
+
+def _hashed(node: Node, page_bytes: int, prior: PageHashes | bytes) -> PageHashes:
+    if node.hashes is None:
+        node.hashes = PageHashes(node.key, page_bytes, prior)
+    return node.hashes
+
+
+def _from_hex(name: str, digits: str, num_bytes: int) -> bytes:
+    try:
+        data = bytes.fromhex(digits)
+    except (TypeError, ValueError):
+        data = b""
+    if len(data) != num_bytes or len(digits) != 2 * num_bytes:
+        raise ArgumentError(f"{name}: expected {2 * num_bytes} hex digits, got {digits!r}")
+    return data
