@@ -26,6 +26,10 @@ from jaxcache.request import RequestState as RequestState
 # ruff: isort: split
 from jaxcache.index.component import FULL as FULL
 from jaxcache.index.component import Component as Component
+from jaxcache.index.hashing import content_digest as content_digest
+from jaxcache.index.hashing import hash_bytes as hash_bytes
+from jaxcache.index.hashing import hash_to_int64 as hash_to_int64
+from jaxcache.index.hashing import hash_token_ids as hash_token_ids
 from jaxcache.index.key import Namespace as Namespace
 from jaxcache.index.key import RadixKey as RadixKey
 from jaxcache.index.recency import Policy as Policy
@@ -54,6 +58,7 @@ from jaxcache.pools.requests import RequestTable as RequestTable
 # ruff: isort: split
 from jaxcache.caches.base import BasePrefixCache as BasePrefixCache
 from jaxcache.caches.base import MatchResult as MatchResult
+from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache as RadixCache
 from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared
 from jaxcache.observe.events import BlockRemoved as BlockRemoved
