@@ -1,6 +1,6 @@
-"""RadixCache: the tree with the full component, an allocator beside it, driven by requests.
+"""RadixCache: the one tree and a keeper a component, driven by requests.
 
-The tree decides, the cache executes: pages the tree takes change their owner, pages it does not take or lets go are
+The tree decides, the keepers execute: pages the tree takes change their owner, pages it does not take or lets go are
 handed to the allocator. Nothing is freed in the middle of a walk.
 """
 
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcache.caches.base import BasePrefixCache, MatchResult, expand_pages
+from jaxcache.caches.keepers import FullKeeper, Keeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
 from jaxcache.index.key import RadixKey, as_key
-from jaxcache.index.node import Eviction, Insertion, Match, Node, Receipt, Root
+from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent, block_name
+from jaxcache.observe.events import AllBlocksCleared, KVCacheEvent, removed, stored
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request
@@ -68,7 +69,10 @@ class RadixCache(BasePrefixCache):
         self.page_size = page_size
         self.disable = disable
         self.enable_kv_cache_events = enable_kv_cache_events
-        self.tree = RadixTree(page_size, policy=policy, with_hashes=enable_kv_cache_events)
+        self._full = FullKeeper(token_to_kv_pool_allocator)
+        self._keepers: tuple[Keeper, ...] = (self._full,)
+        components = [keeper.component for keeper in self._keepers]
+        self.tree = RadixTree(page_size, components, policy, with_hashes=enable_kv_cache_events)
         self._events: list[KVCacheEvent] = []
 
     # ---- lookup, insert, evict: no request needed -----------------------------------------------------------------
@@ -119,7 +123,7 @@ class RadixCache(BasePrefixCache):
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
         if self.disable:
             return 0
-        inserted = self.tree.insert(as_key(key), (pages,), claim=self._claim)
+        inserted = self.tree.insert(as_key(key), (pages,), claim=self._full.claim)
         self._tell(inserted)
         return inserted.present
 
@@ -130,13 +134,35 @@ class RadixCache(BasePrefixCache):
         """
         if num_tokens <= 0:
             return 0
-        gone = self.tree.evict(-(-num_tokens // self.page_size))
-        pages = gone.values[0]
-        if self.token_to_kv_pool_allocator is not None and len(pages):
-            self.token_to_kv_pool_allocator.release(pages, PageState.TREE)
+        return len(self._evict(0, -(-num_tokens // self.page_size))[0]) * self.page_size
+
+    def make_room(self, pages: int) -> bool:
+        """Whether so many pages can be taken now, after evicting only what was short; what cannot suffice stays.
+
+        Cost: O(evicted).
+        """
+        needs = (pages,)
+        for keeper, need, evictable in zip(self._keepers, needs, self.tree.evictable, strict=True):
+            if need > keeper.available() + evictable:
+                return False
+        for i, need in enumerate(needs):
+            short = need - self._keepers[i].available()
+            if short > 0:
+                self._evict(i, short)
+        return True
+
+    def _evict(self, component: int, amount: int) -> Sequence[np.ndarray]:
+        """Frees at least `amount` values of a component, or all there are; returns what went of each component."""
+        gone = self.tree.evict(amount, component)
+        self._free(gone)
+        return gone.values
+
+    def _free(self, gone: Eviction) -> None:
+        for keeper, values in zip(self._keepers, gone.values, strict=False):
+            if len(values):
+                keeper.let_go(values)
         if self.enable_kv_cache_events and gone.nodes:
-            self._events.append(_removed(gone))
-        return len(pages) * self.page_size
+            self._events.append(removed(gone.nodes))
 
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
         """Protects what a match found from eviction.
@@ -178,15 +204,15 @@ class RadixCache(BasePrefixCache):
 
         Afterwards the request owns nothing; what it computed is evictable unless others lock it.
         """
-        table, allocator = self._parts()
+        table, _ = self._parts()
         row = _row_of(req)
         shared = 0
         if not self.disable:
             self._insert_computed(req)
             shared = req.kv_len // self.page_size
-        tail = table.row_pages(row, shared, req.num_pages)
-        if len(tail):
-            allocator.release(tail.copy(), PageState.PRIVATE)
+        own_pages = table.row_pages(row, shared, req.num_pages)
+        for keeper in self._keepers:
+            keeper.leave(row, own_pages)
         table.free(row)
         req.leave()
         if req.lock is not None:
@@ -199,7 +225,7 @@ class RadixCache(BasePrefixCache):
         row = _row_of(req)
         size = self.page_size
         pages = table.row_pages(row, 0, req.kv_len // size)
-        inserted = self.tree.insert(req.computed_key, (pages,), req.lock, req.priority, self._claim)
+        inserted = self.tree.insert(req.computed_key, (pages,), req.lock, req.priority, self._full.claim)
         self._tell(inserted)
         duplicates = inserted.spare[0]
         if len(duplicates):
@@ -207,14 +233,9 @@ class RadixCache(BasePrefixCache):
             table.write_pages(row, inserted.present // size - len(duplicates), inserted.kept)
         return inserted
 
-    def _claim(self, pages: np.ndarray) -> None:
-        """Pages the tree is about to take change their owner; raises if they are not private."""
-        if self.token_to_kv_pool_allocator is not None:
-            self.token_to_kv_pool_allocator.transfer(pages, PageState.PRIVATE, PageState.TREE)
-
     def _tell(self, inserted: Insertion) -> None:
         if self.enable_kv_cache_events and inserted.leaf is not None:
-            self._events.append(self._stored(inserted.leaf))
+            self._events.append(stored(inserted.leaf, self.page_size))
 
     def _parts(self) -> tuple[ReqToTokenPool, BaseTokenToKVPoolAllocator]:
         if self.req_to_token_pool is None or self.token_to_kv_pool_allocator is None:
@@ -233,26 +254,12 @@ class RadixCache(BasePrefixCache):
 
     def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
         """Every cached slot, node by node. O(cached)."""
-        values = [node.value for node in self.tree.nodes() if node.value is not None]
-        return expand_pages(np.concatenate(values) if values else np.empty(0, np.int32), self.page_size)
+        return expand_pages(joined([node.value for node in self.tree.nodes()]), self.page_size)
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events since the last call, oldest first; empty unless they were enabled."""
         events, self._events = self._events, []
         return events
-
-    def _stored(self, leaf: Node) -> BlockStored:
-        parent = leaf.parent
-        root = parent
-        while root.parent is not None:
-            root = root.parent
-        return BlockStored(
-            block_hashes=[block_name(digest) for digest in leaf.hashes or ()],
-            parent_block_hash=block_name(parent.hashes[-1]) if parent is not None and parent.hashes else None,
-            token_ids=np.frombuffer(leaf.key, "<i4").tolist(),
-            block_size=self.page_size,
-            namespace=root.namespace if isinstance(root, Root) else b"",
-        )
 
     def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
         """Why a lookup of `key` stops where it does: `print(cache.explain(key))`. Changes nothing, not even recency.
@@ -272,14 +279,12 @@ class RadixCache(BasePrefixCache):
           BrokenInvariant: with a drawing of the tree.
         """
         check_tree(self.tree)
-        if self.token_to_kv_pool_allocator is None:
-            return
-        values = [node.value for node in self.tree.nodes() if node.value is not None]
-        pages = np.concatenate(values) if values else np.empty(0, np.int32)
-        owners = self.token_to_kv_pool_allocator.owner_of(pages)
-        is_wrong = len(np.unique(pages)) != len(pages) or bool((owners != PageState.TREE).any())
-        if is_wrong or len(pages) != self.token_to_kv_pool_allocator.count(PageState.TREE):
-            raise BrokenInvariant(f"the tree holds {len(pages)} pages, the allocator disagrees\n{self.draw()}")
+        nodes = list(self.tree.nodes())
+        pages = joined([node.value for node in nodes])
+        for i, keeper in enumerate(self._keepers):
+            values = pages if i == 0 else joined([node.slot(i).value for node in nodes])
+            for problem in keeper.problems(pages, values):
+                raise BrokenInvariant(f"{problem}\n{self.draw()}")
 
 
 def slots_to_pages(
@@ -303,10 +308,6 @@ def slots_to_pages(
     if not np.array_equal(rows, pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)):
         raise ArgumentError(f"value must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
     return pages
-
-
-def _removed(gone: Eviction) -> BlockRemoved:
-    return BlockRemoved([block_name(digest) for node in gone.nodes for digest in node.hashes or ()])
 
 
 def _row_of(req: Request) -> int:

@@ -8,7 +8,12 @@ Source: SGLang 0.5.2 disaggregation/kv_events.py; vLLM distributed/kv_events.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from jaxcache.index.node import Node, Root
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,23 @@ KVCacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
 def block_name(digest: bytes) -> int:
     """64-bit name of a page digest."""
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def stored(leaf: Node, block_size: int) -> BlockStored:
+    """The event of a node that joined a tree that keeps hashes."""
+    parent = leaf.parent
+    root = parent
+    while root.parent is not None:
+        root = root.parent
+    return BlockStored(
+        block_hashes=[block_name(digest) for digest in leaf.hashes or ()],
+        parent_block_hash=block_name(parent.hashes[-1]) if parent is not None and parent.hashes else None,
+        token_ids=np.frombuffer(leaf.key, "<i4").tolist(),
+        block_size=block_size,
+        namespace=root.namespace if isinstance(root, Root) else b"",
+    )
+
+
+def removed(nodes: Sequence[Node]) -> BlockRemoved:
+    """The event of nodes that left a tree that keeps hashes."""
+    return BlockRemoved([block_name(digest) for node in nodes for digest in node.hashes or ()])
