@@ -40,6 +40,7 @@ from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolA
 from jaxcache.pages.base import PageState as PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator as PagedTokenToKVPoolAllocator
 from jaxcache.pages.state import PageAllocatorState as PageAllocatorState
+from jaxcache.pages.states import StateAllocator as StateAllocator
 from jaxcache.pages.swa import SWATokenToKVPoolAllocator as SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator as TokenToKVPoolAllocator
 
@@ -48,6 +49,10 @@ from jaxcache.donation import donating as donating
 from jaxcache.kernels.in_place import assert_in_place as assert_in_place
 from jaxcache.kernels.in_place import prove_in_place as prove_in_place
 from jaxcache.pools.base import KVCache as KVCache
+from jaxcache.pools.hybrid import HybridConfig as HybridConfig
+from jaxcache.pools.hybrid import HybridKVPool as HybridKVPool
+from jaxcache.pools.mamba import MambaConfig as MambaConfig
+from jaxcache.pools.mamba import MambaPool as MambaPool
 from jaxcache.pools.mha import MHAConfig as MHAConfig
 from jaxcache.pools.mha import MHATokenToKVPool as MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig as MLAConfig

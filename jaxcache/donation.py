@@ -62,6 +62,16 @@ class DevicePool:
                 "use the pool which that step returned"
             )
 
+    def require_donatable(self) -> None:
+        """Raises StalePoolError if this pool was consumed, BorrowedError if it or a part of it is borrowed."""
+        self.require_live()
+        for part in self.with_parts():
+            if part.borrow_count:
+                raise BorrowedError(
+                    f"this {type(part).__name__} is borrowed {part.borrow_count} time(s) and its memory must not "
+                    "change: end the borrow first"
+                )
+
     def mark_borrowed(self) -> None:
         """Forbids donating this pool until `unmark_borrowed` was called as often. O(1)."""
         for pool in self.with_parts():
@@ -211,13 +221,7 @@ def _refuse_hidden(arguments: dict[Any, Any]) -> None:
 
 def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
     for pool in pools:
-        pool.require_live()
-        for part in pool.with_parts():
-            if part.borrow_count:
-                raise BorrowedError(
-                    f"this {type(part).__name__} is borrowed {part.borrow_count} time(s) and its memory must not "
-                    "change: end the borrow first"
-                )
+        pool.require_donatable()
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(
             "one buffer stands twice in the pools of this step and can be donated only once: "

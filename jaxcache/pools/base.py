@@ -176,11 +176,7 @@ class KVCache(LayerStack):
 
 @jax.jit
 def _gather(pool: KVCache, loc: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, ...]:
-    if layer is None:
-        rows = pool._gather_stored(loc)
-    else:
-        rows = (b.at[layer, loc].get(mode="fill", fill_value=0, wrap_negative_indices=False) for b in pool.buffers)
-    return tuple(from_storage(array, pool.config.dtype) for array in rows)
+    return tuple(from_storage(rows, pool.config.dtype) for rows in pool._gather_stored(loc, layer))
 
 
 @donating

@@ -20,6 +20,8 @@ from jaxcache.errors import ArgumentError
 if TYPE_CHECKING:
     from jaxtyping import Array, Shaped
 
+    from jaxcache.pools.stack import LayerStack
+
 _POOL_DTYPES = tuple(
     map(
         np.dtype,
@@ -105,6 +107,11 @@ class PoolConfig(abc.ABC):
     @abc.abstractmethod
     def row_dtypes(self) -> tuple[np.dtype, ...]:
         """What the rows of each array are to the caller."""
+
+    @property
+    def pool_type(self) -> type[LayerStack]:
+        """The class of the pools of these sizes."""
+        raise ArgumentError(f"config must be of a kind that there is a pool for, got {type(self).__name__}")
 
     @property
     def shard_row_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -54,6 +54,10 @@ class MHAConfig(KVCacheConfig):
         require(self.head_num % self.shards == 0, "head_num", rule, self.head_num)
 
     @property
+    def pool_type(self) -> type[MHATokenToKVPool]:
+        return MHATokenToKVPool
+
+    @property
     def row_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """A key and a value, `(heads, dim)` each."""
         v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim

@@ -44,6 +44,10 @@ class MLAConfig(KVCacheConfig):
         require_positive(self, "kv_lora_rank", "qk_rope_head_dim")
 
     @property
+    def pool_type(self) -> type[MLATokenToKVPool]:
+        return MLATokenToKVPool
+
+    @property
     def row_shapes(self) -> tuple[tuple[int]]:
         """One row, both parts side by side."""
         return ((self.kv_lora_rank + self.qk_rope_head_dim,),)

@@ -57,7 +57,13 @@ class CpuCopy:
 
 
 class MemoryPool(DevicePool, abc.ABC):
-    """What a manager needs of its pool, be it one stack of layers or several pools in one."""
+    """What a manager needs of its pool, be it one stack of layers or several pools in one.
+
+    Attributes:
+      config: The sizes.
+    """
+
+    config: Any
 
     @classmethod
     @abc.abstractmethod
@@ -91,6 +97,14 @@ class MemoryPool(DevicePool, abc.ABC):
     @abc.abstractmethod
     def partition_specs(self) -> Self:
         """A pool of `PartitionSpec`s: what to give `jax.shard_map` as the pool's in_specs and out_specs."""
+
+    @abc.abstractmethod
+    def get_cpu_copy(self, indices: Int32[ArrayLike, " n"]) -> Any:
+        """Copies what `n` slots hold to host memory, as for a retracted request. Blocks until done."""
+
+    @abc.abstractmethod
+    def load_cpu_copy(self, copy: Any, indices: Int32[ArrayLike, " n"]) -> Self:
+        """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +208,7 @@ class LayerStack(MemoryPool):
         Cost: `n` rows of every layer over the host link, `rows_per_copy` at a time.
         Source: SGLang 0.5.2 memory_pool.py, load_cpu_copy.
         """
-        require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
-        slots = self._host_loc("indices", indices)
-        require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
-        require_distinct("indices", slots)
-        mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
-        require(mine == theirs, "copy", f"must come from a pool of the same layers, rows and dtype, {mine}", theirs)
+        slots = self.require_loadable(copy, indices)
         pool, mesh = self, self.mesh
         for start, chunk in self._chunks(slots):
             rows = (
@@ -210,6 +219,16 @@ class LayerStack(MemoryPool):
                 rows = (jax.device_put(r, b.sharding) for r, b in zip(rows, pool.buffers, strict=True))
             pool = _load(pool, pad_to(chunk, self.rows_per_copy), *rows, mesh=mesh)
         return pool
+
+    def require_loadable(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Int32[np.ndarray, " n"]:
+        """Refuses what `load_cpu_copy` would refuse, and returns the rows as int32."""
+        require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        slots = self._host_loc("indices", indices)
+        require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
+        require_distinct("indices", slots)
+        mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
+        require(mine == theirs, "copy", f"must come from a pool of the same layers, rows and dtype, {mine}", theirs)
+        return slots
 
     def _chunks(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(slots), self.rows_per_copy):
@@ -259,8 +278,13 @@ class LayerStack(MemoryPool):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
         return self._checked_loc(name, np.asarray(indices))
 
-    def _gather_stored(self, loc: Any) -> tuple[jax.Array, ...]:
-        return tuple(gather_rows(buffer, loc) for buffer in self.buffers)
+    def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
+        """Rows in storage dtype, of all layers or of one index into the stack."""
+        if layer is None:
+            return tuple(gather_rows(buffer, loc) for buffer in self.buffers)
+        return tuple(
+            buffer.at[layer, loc].get(mode="fill", fill_value=0, wrap_negative_indices=False) for buffer in self.buffers
+        )
 
     def _scatter_stored(self, loc: Any, *rows: jax.Array) -> Self:
         return self.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(self.buffers, rows, strict=True)))

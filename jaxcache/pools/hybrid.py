@@ -1,0 +1,141 @@
+"""The pool of a hybrid model: KV for its attention layers, states for its Mamba or linear-attention layers.
+
+Each kind of layer is counted by itself, from 0 (or from `start_layer`) on: a model scans over the attention layers of
+`pool.kv` and over the recurrent ones of `pool.states`.
+
+Source: SGLang 0.5.2 memory_pool.py, HybridLinearKVPool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from jax.typing import ArrayLike
+
+from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.mamba import MambaConfig, MambaPool
+from jaxcache.pools.stack import CpuCopy, MemoryPool
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+_NONE = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """Sizes of a `HybridKVPool`. Both parts lie on one mesh, or on one device.
+
+    Attributes:
+      kv: Of the attention layers' KV; its kind chooses the pool.
+      states: Of the recurrent layers' states.
+    """
+
+    kv: KVCacheConfig
+    states: MambaConfig
+
+    @property
+    def pool_type(self) -> type[HybridKVPool]:
+        """The class of the pools of these sizes."""
+        return HybridKVPool
+
+
+@dataclass(frozen=True, eq=False)
+class HybridCpuCopy:
+    """What a request has in both pools, in host memory.
+
+    Attributes:
+      kv: Rows of its tokens.
+      states: Its states.
+    """
+
+    kv: CpuCopy
+    states: CpuCopy
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens copied."""
+        return self.kv.num_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HybridKVPool(MemoryPool):
+    """A KV pool and a pool of states, donated together. Make one with `create`.
+
+    Update a part and put it back: `pool.with_kv(pool.kv.set_kv_buffer(...))`. Outside a jit this consumes the part, and
+    with it the pool that it was taken from.
+
+    Attributes:
+      kv: Any KV pool.
+      states: The pool of states.
+    """
+
+    kv: MemoryPool
+    states: MambaPool
+
+    @classmethod
+    def create(
+        cls,
+        config: HybridConfig,
+        *,
+        device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        mesh: Mesh | None = None,
+    ) -> Self:
+        kv = config.kv.pool_type.create(config.kv, device=device, mesh=mesh)
+        return cls(kv, MambaPool.create(config.states, device=device, mesh=mesh))
+
+    @classmethod
+    def abstract(cls, config: HybridConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
+        kv = config.kv.pool_type.abstract(config.kv, platform=platform, mesh=mesh)
+        return cls(kv, MambaPool.abstract(config.states, platform=platform, mesh=mesh))
+
+    @property
+    def config(self) -> HybridConfig:
+        """The sizes."""
+        return HybridConfig(kv=self.kv.config, states=self.states.config)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.kv.mesh
+
+    def partition_specs(self) -> Self:
+        return type(self)(self.kv.partition_specs(), self.states.partition_specs())
+
+    def with_kv(self, kv: MemoryPool) -> Self:
+        """This pool with its KV pool replaced, by an update of it."""
+        return type(self)(kv, self.states)
+
+    def with_states(self, states: MambaPool) -> Self:
+        """This pool with its pool of states replaced, by an update of it."""
+        return type(self)(self.kv, states)
+
+    def get_cpu_copy(self, indices: Int32[ArrayLike, " n"], states: Int32[ArrayLike, " m"] = _NONE) -> HybridCpuCopy:
+        """Copies the KV of some slots, and some states, to host memory: see `KVCache.get_cpu_copy`, which it is twice.
+
+        Args:
+          indices: Slots.
+          states: States, such as a retracted request's working state.
+        """
+        return HybridCpuCopy(self.kv.get_cpu_copy(indices), self.states.get_cpu_copy(states))
+
+    def load_cpu_copy(
+        self, copy: HybridCpuCopy, indices: Int32[ArrayLike, " n"], states: Int32[ArrayLike, " m"] = _NONE
+    ) -> Self:
+        """Writes what `get_cpu_copy` took to as many slots and states, the same or others.
+
+        Returns:
+          The updated pool; this one is consumed.
+
+        Raises:
+          StalePoolError, BorrowedError, ArgumentError, ShardingError: as `KVCache.load_cpu_copy`.
+        """
+        require(isinstance(copy, HybridCpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        self.require_donatable()
+        self.states.require_loadable(copy.states, states)  # else the KV would be lost when the states are refused
+        kv = self.kv.load_cpu_copy(copy.kv, indices)
+        return type(self)(kv, self.states.load_cpu_copy(copy.states, states))
