@@ -120,17 +120,22 @@ class ReqToTokenPool:
           ArgumentError: A row is out of range or named twice.
           DoubleFreeError: A row is free already. Nothing changes.
         """
+        rows = self._rows_to_free(free_index)
+        self._is_free[rows] = True
+        self._free.extend(rows.tolist())
+
+    def _rows_to_free(self, free_index: int | Sequence[int]) -> np.ndarray:
+        """The rows that `free` was given, checked: distinct and in use."""
         rows = np.atleast_1d(np.asarray(free_index))
         if rows.size == 0:
-            return
+            return np.empty(0, np.intp)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
             raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {free_index!r}")
         if len(set(rows.tolist())) != len(rows):
             raise ArgumentError(f"free_index names a row twice: {free_index!r}")
         if self._is_free[rows].any():
             raise DoubleFreeError(f"free_index: row {rows[self._is_free[rows]][0]} is free already")
-        self._is_free[rows] = True
-        self._free.extend(rows.tolist())
+        return rows
 
     def write(self, indices: tuple[int, slice], values: np.ndarray) -> None:
         """SGLang's write: `values` are the slots of the tokens in `indices = (row, slice)`.
@@ -169,8 +174,7 @@ class ReqToTokenPool:
           ArgumentError: The row is not in use or the entries do not fit.
         """
         stop = first + len(pages)
-        if not 0 <= row < self.size or self._is_free[row]:
-            raise ArgumentError(f"row {row} is not in use: allocate it first")
+        self._require_in_use(row)
         if first < 0 or stop > self.max_pages:
             raise ArgumentError(
                 f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len"
@@ -180,6 +184,10 @@ class ReqToTokenPool:
             if not on_device:
                 base = row * self.max_pages
                 self._changes.mark(np.arange(base + first, base + stop, dtype=np.int32))
+
+    def _require_in_use(self, row: int) -> None:
+        if not 0 <= row < self.size or self._is_free[row]:
+            raise ArgumentError(f"row {row} is not in use: allocate it first")
 
     def append_pages(
         self, rows: Int32[np.ndarray, " rows"], counts: Int32[np.ndarray, " rows"], pages: Int32[np.ndarray, " pages"]
