@@ -1,7 +1,7 @@
 """The request table of a hybrid model: beside its pages, each row has its states.
 
     set_state ──► state, state_from ── state_copies ──► copied by a step ── copied ──► state
-    set_saved ──► saved, saved_len  ── take_saved   ──► the prefix cache
+    set_saved ──► saved, saved_len  ── take_saved   ──► the prefix cache          (or save_working, at the end)
                   state, saved      ── take_states  ──► their allocator, and then the row may be freed
 
 States are ids from a `StateAllocator`, 1 or more; they have nothing to do with rows, which begin at 0.
@@ -121,18 +121,18 @@ class HybridReqToTokenPool(ReqToTokenPool):
           RequestStateError: The row has no working state, or one to be filled yet, or has a snapshot.
           OwnershipError: A row owns this state.
         """
-        self._require_in_use(row)
         self._require_unowned("state", state)
-        if not self._state[row] or self._state_from[row] != NO_COPY:
-            raise RequestStateError(f"row {row} has no working state that a step has filled: there is nothing to save")
-        if self._saved[row]:
-            raise RequestStateError(f"row {row} has a snapshot in state {self._saved[row]}: take_saved first")
-        if not _is_int(length) or length % self.page_size or not 0 < length <= self.max_context_len:
-            raise ArgumentError(
-                f"length must be a multiple of page_size = {self.page_size} in (0, {self.max_context_len}], "
-                f"got {length!r}"
-            )
+        self._require_savable(row, length)
         self._saved[row], self._saved_len[row] = state, length
+
+    def save_working(self, row: int, length: int) -> None:
+        """The working state itself becomes the snapshot, without a copy: for a request that ends.
+
+        Raises:
+          ArgumentError, RequestStateError: as `set_saved`.
+        """
+        self._require_savable(row, length)
+        self._saved[row], self._saved_len[row], self._state[row] = self._state[row], length, 0
 
     def take_saved(self, row: int) -> tuple[int, int]:
         """The snapshot of a row and its length, which the caller owns now; (0, 0) if there is none.
@@ -171,6 +171,18 @@ class HybridReqToTokenPool(ReqToTokenPool):
                 f"row {owners[0]} owns states, which would be lost: take_states, and free them, first"
             )
         super().free(free_index)
+
+    def _require_savable(self, row: int, length: int) -> None:
+        self._require_in_use(row)
+        if not self._state[row] or self._state_from[row] != NO_COPY:
+            raise RequestStateError(f"row {row} has no working state that a step has filled: there is nothing to save")
+        if self._saved[row]:
+            raise RequestStateError(f"row {row} has a snapshot in state {self._saved[row]}: take_saved first")
+        if not _is_int(length) or length % self.page_size or not 0 < length <= self.max_context_len:
+            raise ArgumentError(
+                f"length must be a multiple of page_size = {self.page_size} in (0, {self.max_context_len}], "
+                f"got {length!r}"
+            )
 
     def _require_unowned(self, name: str, state: int) -> None:
         if not _is_int(state) or not 0 < state < 2**31:
