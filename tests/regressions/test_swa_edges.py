@@ -97,10 +97,12 @@ def test_1a_06_a_group_frees_the_window_page_of_the_time_of_the_call(allocator):
 
 def test_1a_07_a_tombstone_owns_no_window_page(allocator):
     """Elsewhere its entry of the map was stale, and freeing it freed the window page of somebody else."""
+    size = allocator.page_size
+    allocator = SWATokenToKVPoolAllocator(8 * size, 7 * size, size)
     tombstone = allocator.alloc_pages(1)
     (window,) = allocator.window_pages(tombstone)
     allocator.free_windows(tombstone, PRIVATE)
-    others = allocator.alloc_pages(8 - 1)
+    others = allocator.alloc_pages(7)
     assert window in allocator.window_pages(others)
     allocator.release(tombstone, PRIVATE)
     assert allocator.window.count(PRIVATE) == 7
