@@ -21,7 +21,7 @@ from jaxcache.index.key import RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import AllBlocksCleared, KVCacheEvent, removed, stored
+from jaxcache.observe.events import AllBlocksCleared, EventQueue, KVCacheEvent, removed, stored
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request
@@ -43,6 +43,7 @@ class RadixCache(BasePrefixCache):
 
     Attributes:
       tree: The index, for looking at.
+      events: What waits for `take_events`; None unless they are enabled.
 
     Raises:
       ArgumentError: The page sizes of cache, allocator and table differ.
@@ -73,7 +74,7 @@ class RadixCache(BasePrefixCache):
         self._keepers: tuple[Keeper, ...] = (self._full,)
         components = [keeper.component for keeper in self._keepers]
         self.tree = RadixTree(page_size, components, policy, with_hashes=enable_kv_cache_events)
-        self._events: list[KVCacheEvent] = []
+        self.events = EventQueue(self.tree) if enable_kv_cache_events else None
 
     # ---- lookup, insert, evict: no request needed -----------------------------------------------------------------
 
@@ -83,8 +84,8 @@ class RadixCache(BasePrefixCache):
         Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
         """
         self.tree.reset()
-        if self.enable_kv_cache_events:
-            self._events.append(AllBlocksCleared())
+        if self.events is not None:
+            self.events.put(AllBlocksCleared())
 
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key`, in whole pages. Changes nothing but recency.
@@ -161,8 +162,8 @@ class RadixCache(BasePrefixCache):
         for keeper, values in zip(self._keepers, gone.values, strict=False):
             if len(values):
                 keeper.let_go(values)
-        if self.enable_kv_cache_events and gone.nodes:
-            self._events.append(removed(gone.nodes))
+        if self.events is not None and gone.nodes:
+            self.events.put(removed(gone.nodes))
 
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
         """Protects what a match found from eviction.
@@ -234,8 +235,8 @@ class RadixCache(BasePrefixCache):
         return inserted
 
     def _tell(self, inserted: Insertion) -> None:
-        if self.enable_kv_cache_events and inserted.leaf is not None:
-            self._events.append(stored(inserted.leaf, self.page_size))
+        if self.events is not None and inserted.leaf is not None:
+            self.events.put(stored(inserted.leaf, self.page_size))
 
     def _parts(self) -> tuple[ReqToTokenPool, BaseTokenToKVPoolAllocator]:
         if self.req_to_token_pool is None or self.token_to_kv_pool_allocator is None:
@@ -258,8 +259,7 @@ class RadixCache(BasePrefixCache):
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events since the last call, oldest first; empty unless they were enabled."""
-        events, self._events = self._events, []
-        return events
+        return self.events.take() if self.events is not None else []
 
     def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
         """Why a lookup of `key` stops where it does: `print(cache.explain(key))`. Changes nothing, not even recency.

@@ -1,53 +1,177 @@
 """What happened to cached blocks, as records. A block is one page of tokens, named by its chained hash.
 
-Names do not depend on how the tree is cut into nodes: a split is no event, and equal tokens behind different prefixes
-or in different namespaces have different names.
+    insert [1 2 3 4 | 5 6 7 8]    BlockStored([h0, h1], parent None)      page_size 4
+    insert [1 2 3 4 | 9 9 9 9]    BlockStored([h2], parent h0)            h0 was there already
+    evict  [5 6 7 8]              BlockRemoved([h1])
 
-Source: SGLang 0.5.2 disaggregation/kv_events.py; vLLM distributed/kv_events.py.
+Names do not depend on how the tree is cut into nodes: a split is no event, and equal tokens behind different prefixes
+or in different namespaces have different names. A block is there exactly while its full-attention KV is: windows and
+states that come and go alone are no events, so a block that is there need not be a place to stop at.
+
+To record an event hashes nothing: names are worked out when they are read, which may be on another thread.
+
+Source: SGLang 0.5.23 disaggregation/kv_events.py, mem_cache/events.py; vLLM distributed/kv_events.py.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from jaxcache.errors import ArgumentError
+from jaxcache.index.hashing import PageHashes
 from jaxcache.index.node import Node, Root
+from jaxcache.index.tree import RadixTree
+
+Blocks = Sequence[int] | Sequence[PageHashes]
+"""Names of blocks, or what they are hashed from."""
 
 
-@dataclass(frozen=True)
+class StorageMedium(enum.Enum):
+    """Where a block is, under the names that SGLang publishes."""
+
+    GPU = "GPU"
+    CPU = "CPU_PINNED"
+    DISK = "DISK"
+    EXTERNAL = "EXTERNAL"
+
+
 class BlockStored:
     """Blocks became available.
 
-    Attributes:
-      block_hashes: 64-bit names (the first 8 bytes of the chained SHA-256, signed), in order.
-      parent_block_hash: Name of the block before the first one; None at the start of a sequence.
-      token_ids: Tokens of all the blocks.
+    Args:
+      block_hashes: The blocks, in order.
+      parent_block_hash: Name of the block before the first one, or the hashes that end with it; None at the start of a
+        sequence.
+      token_ids: Tokens of all the blocks, or the packed elements of a key.
       block_size: Tokens a block.
       namespace: Encoded namespace; empty for the default one.
+      medium: Where they are.
+
+    Attributes:
+      block_size: As given.
+      namespace: As given.
+      medium: As given.
     """
 
-    block_hashes: list[int]
-    parent_block_hash: int | None
-    token_ids: list[int]
-    block_size: int
-    namespace: bytes = b""
+    __slots__ = ("_blocks", "_parent", "_tokens", "block_size", "medium", "namespace")
+
+    def __init__(
+        self,
+        block_hashes: Blocks,
+        parent_block_hash: int | PageHashes | None,
+        token_ids: Sequence[int] | bytes,
+        block_size: int,
+        namespace: bytes = b"",
+        medium: StorageMedium = StorageMedium.GPU,
+    ):
+        self._blocks = block_hashes
+        self._parent = parent_block_hash
+        self._tokens = token_ids
+        self.block_size = block_size
+        self.namespace = namespace
+        self.medium = medium
+
+    @property
+    def block_hashes(self) -> list[int]:
+        """64-bit names of the blocks (the first 8 bytes of the chained SHA-256, signed), in order."""
+        return _names(self._blocks)
+
+    @property
+    def parent_block_hash(self) -> int | None:
+        """Name of the block before the first one; None at the start of a sequence."""
+        return block_name(self._parent[-1]) if isinstance(self._parent, PageHashes) else self._parent
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of all the blocks; where elements of a key are pairs, the first of each."""
+        if not isinstance(self._tokens, bytes):
+            return list(self._tokens)
+        words = np.frombuffer(self._tokens, "<i4")
+        return words[:: len(words) // (len(self) * self.block_size)].tolist()
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return _count(self._blocks)
+
+    def _fields(self) -> tuple:
+        return self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.namespace, self.medium
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if isinstance(other, BlockStored) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"BlockStored({', '.join(map(repr, self._fields()))})"
 
 
-@dataclass(frozen=True)
 class BlockRemoved:
-    """Blocks are no longer available."""
+    """Blocks are no longer available.
 
-    block_hashes: list[int]
+    Args:
+      block_hashes: The blocks.
+      medium: Where they were.
+
+    Attributes:
+      medium: As given.
+    """
+
+    __slots__ = ("_blocks", "medium")
+
+    def __init__(self, block_hashes: Blocks, medium: StorageMedium = StorageMedium.GPU):
+        self._blocks = block_hashes
+        self.medium = medium
+
+    @property
+    def block_hashes(self) -> list[int]:
+        """64-bit names of the blocks."""
+        return _names(self._blocks)
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return _count(self._blocks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockRemoved):
+            return NotImplemented
+        return (self.block_hashes, self.medium) == (other.block_hashes, other.medium)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"BlockRemoved({self.block_hashes!r}, {self.medium!r})"
 
 
 @dataclass(frozen=True)
 class AllBlocksCleared:
-    """Nothing is available any more."""
+    """Nothing is available any more, wherever it was."""
+
+    def __len__(self) -> int:
+        """Counts as one block, for who counts."""
+        return 1
 
 
 KVCacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+@dataclass(frozen=True)
+class EventBatch:
+    """What is published at once, and known by one sequence number.
+
+    Attributes:
+      ts: Seconds since 1970; never less than that of the batch before.
+      events: In order.
+      data_parallel_rank: Which cache of several.
+    """
+
+    ts: float
+    events: Sequence[KVCacheEvent]
+    data_parallel_rank: int | None = None
 
 
 def block_name(digest: bytes) -> int:
@@ -55,21 +179,85 @@ def block_name(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def stored(leaf: Node, block_size: int) -> BlockStored:
-    """The event of a node that joined a tree that keeps hashes."""
-    parent = leaf.parent
-    root = parent
-    while root.parent is not None:
+def _names(blocks: Blocks) -> list[int]:
+    names: list[int] = []
+    for block in blocks:
+        if isinstance(block, PageHashes):
+            names += block.names()
+        else:
+            names.append(block)
+    return names
+
+
+def _count(blocks: Blocks) -> int:
+    return sum([len(block) if isinstance(block, PageHashes) else 1 for block in blocks])
+
+
+def stored(node: Node, block_size: int) -> BlockStored:
+    """The event of a node that joined a tree that keeps hashes. O(depth)."""
+    root = node.parent
+    while not isinstance(root, Root):
         root = root.parent
-    return BlockStored(
-        block_hashes=[block_name(digest) for digest in leaf.hashes or ()],
-        parent_block_hash=block_name(parent.hashes[-1]) if parent is not None and parent.hashes else None,
-        token_ids=np.frombuffer(leaf.key, "<i4").tolist(),
-        block_size=block_size,
-        namespace=root.namespace if isinstance(root, Root) else b"",
-    )
+    hashes: Any = node.hashes  # they are there: the tree keeps them
+    return BlockStored((hashes,), node.parent.hashes, node.key, block_size, root.namespace)
 
 
 def removed(nodes: Sequence[Node]) -> BlockRemoved:
-    """The event of nodes that left a tree that keeps hashes."""
-    return BlockRemoved([block_name(digest) for node in nodes for digest in node.hashes or ()])
+    """The event of nodes that left a tree that keeps hashes. O(nodes)."""
+    hashes: list[Any] = [node.hashes for node in nodes]  # they are there: the tree keeps them
+    return BlockRemoved(hashes)
+
+
+class EventQueue:
+    """Events that wait to be taken, oldest first.
+
+    Bounded: if more blocks wait than it has room for, it forgets them all, and what is taken next says anew what is in
+    the tree. So whoever takes from it never misses anything, and one who never takes costs no more than that.
+
+    Args:
+      tree: Must keep hashes.
+      max_blocks: Blocks whose events may wait. One takes a page of tokens and about 100 bytes.
+
+    Attributes:
+      overflows: How often it forgot.
+
+    Raises:
+      ArgumentError: The tree keeps no hashes.
+    """
+
+    def __init__(self, tree: RadixTree, max_blocks: int = 1 << 20):
+        if not tree.with_hashes:
+            raise ArgumentError("tree: it keeps no hashes to name blocks with: make it with with_hashes=True")
+        self._tree = tree
+        self._max_blocks = max_blocks
+        self._waiting: list[KVCacheEvent] = []
+        self._blocks = 0
+        self._is_lost = False
+        self.overflows = 0
+
+    def put(self, event: KVCacheEvent) -> None:
+        """Adds an event. O(nodes it is about)."""
+        if self._is_lost:
+            return
+        self._blocks += len(event)
+        if self._blocks > self._max_blocks:
+            self._waiting.clear()
+            self._is_lost = True
+            self.overflows += 1
+        else:
+            self._waiting.append(event)
+
+    def take(self) -> list[KVCacheEvent]:
+        """The events since the last call; if some were forgotten, `snapshot`."""
+        events, self._waiting, self._blocks = self._waiting, [], 0
+        if self._is_lost:
+            self._is_lost = False
+            return self.snapshot()
+        return events
+
+    def snapshot(self) -> list[KVCacheEvent]:
+        """Events that make a consumer know the tree as it is, whatever it knew: all is cleared, then all is stored.
+
+        Nothing is taken from the queue. O(nodes).
+        """
+        return [AllBlocksCleared(), *(stored(node, self._tree.page_size) for node in self._tree.nodes())]
