@@ -9,7 +9,6 @@ from jaxcache.errors import BorrowedError as BorrowedError
 from jaxcache.errors import BrokenInvariant as BrokenInvariant
 from jaxcache.errors import CacheError as CacheError
 from jaxcache.errors import DoubleFreeError as DoubleFreeError
-from jaxcache.errors import LockedError as LockedError
 from jaxcache.errors import NotInPlaceError as NotInPlaceError
 from jaxcache.errors import OwnershipError as OwnershipError
 from jaxcache.errors import ReceiptError as ReceiptError
@@ -31,7 +30,6 @@ from jaxcache.index.hashing import content_digest as content_digest
 from jaxcache.index.hashing import hash_bytes as hash_bytes
 from jaxcache.index.hashing import hash_to_int64 as hash_to_int64
 from jaxcache.index.hashing import hash_token_ids as hash_token_ids
-from jaxcache.index.key import BigramKey as BigramKey
 from jaxcache.index.key import Namespace as Namespace
 from jaxcache.index.key import RadixKey as RadixKey
 from jaxcache.index.recency import Policy as Policy
@@ -53,7 +51,6 @@ from jaxcache.kernels.in_place import prove_in_place as prove_in_place
 from jaxcache.pools.base import KVCache as KVCache
 from jaxcache.pools.hybrid import HybridConfig as HybridConfig
 from jaxcache.pools.hybrid import HybridKVPool as HybridKVPool
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool as HybridReqToTokenPool
 from jaxcache.pools.mamba import MambaConfig as MambaConfig
 from jaxcache.pools.mamba import MambaPool as MambaPool
 from jaxcache.pools.mha import MHAConfig as MHAConfig
