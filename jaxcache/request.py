@@ -53,6 +53,7 @@ class Request:
       req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
+      evicted_seqlen_local: Tokens, from the start, without window pages of its own any more.
       cpu_copy: KV kept in host memory across a retraction.
       prompt_len: Prompt tokens. They were copied: what the caller does to its list later changes nothing.
     """
@@ -68,6 +69,7 @@ class Request:
     req_pool_idx: int | None = None
     lock: Receipt | None = None
     cached_tokens: int = 0
+    evicted_seqlen_local: int = 0
     cpu_copy: Any = None
 
     def __post_init__(self):
@@ -95,6 +97,7 @@ class Request:
     def leave(self) -> None:
         """Is without a row, and so without tokens and pages."""
         self._lengths = self.req_pool_idx = None
+        self.evicted_seqlen_local = 0
 
     @property
     def kv_len(self) -> int:

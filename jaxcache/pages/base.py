@@ -129,6 +129,10 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         """Slots that `alloc` could hand out now: free, released and pending ones. O(1)."""
         return self._num_available * self.page_size
 
+    def full_available_size(self) -> int:
+        """`available_size` of the full-attention side, where there are two. O(1)."""
+        return self.available_size()
+
     def pending_size(self) -> int:
         """Slots freed inside the open free group."""
         return sum(map(len, self._pending)) * self.page_size
