@@ -21,7 +21,7 @@ from jaxcache.donation import DevicePool, donating
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
 from jaxcache.pools.layout import BufferInfo, layer_infos
-from jaxcache.pools.stack import CpuCopy, LayerStack, check_rows, pad_to
+from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
@@ -61,6 +61,14 @@ class KVCache(LayerStack):
     def get_value_buffer(self, layer: LayerId) -> Shaped[Array, " slots *row"]:
         """Values of a layer, in the pool's dtype. Copies the layer; attention should read `buffers`, or `gather`."""
 
+    @abc.abstractmethod
+    def set_kv_buffer(self, layer: LayerId, loc: Int32[Array, " n"], *args: Any, **kwargs: Any) -> Self:
+        """Writes the rows of `n` tokens in one layer; what a row is given as is the kind of pool's to say."""
+
+    @abc.abstractmethod
+    def get_kv_size_bytes(self) -> Any:
+        """Bytes of the arrays, the sink page included: of keys and of values, or of latent rows."""
+
     def get_kv_buffer(self, layer: LayerId) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
@@ -85,7 +93,7 @@ class KVCache(LayerStack):
         """
         self.require_live()
         self._require_one_shard()
-        loc = self._checked_loc("loc", loc)
+        loc = self.checked_loc("loc", loc)
         rows = _gather(self, loc, None if layer is None else self._layer_index(layer))
         return rows if len(rows) > 1 else rows[0]
 
@@ -105,7 +113,7 @@ class KVCache(LayerStack):
           ShardingError: if this pool is sharded and this is not one shard of it.
         """
         self._require_one_shard()
-        loc = self._target_loc("loc", loc)
+        loc = self.target_loc("loc", loc)
         require(len(rows) == len(self.buffers), "rows", f"must be {len(self.buffers)} arrays", len(rows))
         for i, (array, row) in enumerate(zip(rows, self.config.shard_row_shapes, strict=True)):
             self._check_rows(f"rows[{i}]", array, (self.config.layer_num, loc.shape[0], *row))
@@ -131,12 +139,11 @@ class KVCache(LayerStack):
         Source: SGLang 0.5.2 memory_pool.py, MHATokenToKVPool.move_kv_cache and copy_all_layer_kv_cache.
         """
         self._require_one_shard()
-        tgt_loc, src_loc = self._target_loc("tgt_loc", tgt_loc), self._checked_loc("src_loc", src_loc)
+        tgt_loc, src_loc = self.target_loc("tgt_loc", tgt_loc), self.checked_loc("src_loc", src_loc)
         rule = f"must be as many as src_loc, {src_loc.shape[0]}"
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", rule, tgt_loc.shape[0])
         if isinstance(tgt_loc, np.ndarray) and isinstance(src_loc, np.ndarray):
-            bucket = 1 << max(4, (len(tgt_loc) - 1).bit_length())
-            return _move(self, pad_to(tgt_loc, bucket), pad_to(src_loc, bucket))
+            return _move(self, bucketed(tgt_loc, 16), bucketed(src_loc, 16))
         return _move(self, tgt_loc, src_loc)
 
     def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:

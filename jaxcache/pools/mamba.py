@@ -30,9 +30,10 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcache.donation import donating
+from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.write_kv import put_rows
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
-from jaxcache.pools.stack import LayerStack, check_rows, pad_to
+from jaxcache.pools.stack import LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
@@ -138,7 +139,7 @@ class MambaPool(LayerStack):
         """
         self.require_live()
         self._require_one_shard()
-        conv, temporal = _read(self, self._checked_loc("states", states), self._layer_index(layer))
+        conv, temporal = _read(self, self.checked_loc("states", states), self._layer_index(layer))
         return conv, temporal
 
     def write(
@@ -168,7 +169,7 @@ class MambaPool(LayerStack):
         Cost: reads and writes `n` rows of the layer.
         """
         self._require_one_shard()
-        states, index = self._target_loc("states", states), self._layer_index(layer)
+        states, index = self.target_loc("states", states), self._layer_index(layer)
         parts = zip(self.config.shard_row_shapes, self.config.row_dtypes, strict=True)
         for name, rows, (shape, dtype) in zip(("conv", "temporal"), (conv, temporal), parts, strict=True):
             check_rows(name, rows, (states.shape[0], *shape), dtype)
@@ -179,9 +180,9 @@ class MambaPool(LayerStack):
     ) -> Self:
         """Copies state `src[i]` over state `dst[i]`, in all layers.
 
-        Lists on the host are copied as if all at the same instant: a state may be read by one copy and overwritten by
-        another, whatever their order. Lists on the device, or traced, are not read back and are copied one after the
-        other: bring them into `reading_order` first, where they are made.
+        Lists on the host (with their count) are copied as if all at the same instant: a state may be read by one copy
+        and overwritten by another, whatever their order. Lists on the device, or traced, are not read back and are
+        copied one after the other: bring them into `reading_order` first, where they are made.
 
         Args:
           src: States to read; 0 empties the target.
@@ -201,7 +202,7 @@ class MambaPool(LayerStack):
         Source: pymllm GDNPool.copy_states.
         """
         self._require_one_shard()
-        sources, targets = self._checked_loc("src", src), self._checked_loc("dst", dst)
+        sources, targets = self.checked_loc("src", src), self.checked_loc("dst", dst)
         n = sources.shape[0]
         require(targets.shape == (n,), "dst", f"must be as many as src, {n}", targets.shape[0])
         limit: Any = n if count is None else count
@@ -210,8 +211,11 @@ class MambaPool(LayerStack):
             if isinstance(sources, np.ndarray) and isinstance(targets, np.ndarray):
                 sources, targets = reading_order(sources[:limit], targets[:limit])
                 limit = len(sources)
-                sources, targets = _bucketed(sources), _bucketed(targets)
+                sources, targets = bucketed(sources, 4), bucketed(targets, 4)
             limit = np.int32(limit)
+        else:
+            require_array("count", limit)
+            require(limit.shape == () and limit.dtype == np.int32, "count", "must be an int or int32 scalar", limit)
         return _copy(self, sources, targets, limit)
 
     def reset_states(self, states: Int32[Array, " n"]) -> Self:
@@ -232,8 +236,8 @@ class MambaPool(LayerStack):
         Source: pymllm GDNPool.reset_states.
         """
         self._require_one_shard()
-        targets = self._target_loc("states", states)
-        return _reset(self, _bucketed(targets) if isinstance(targets, np.ndarray) else targets)
+        targets = self.target_loc("states", states)
+        return _reset(self, bucketed(targets, 4) if isinstance(targets, np.ndarray) else targets)
 
 
 def _is_shape(shape: Any) -> bool:
@@ -270,11 +274,6 @@ def reading_order(src: Int32[ArrayLike, " n"], dst: Int32[ArrayLike, " n"]) -> t
     require(not source, "dst", "must not close a ring of copies: copy one of its states aside first", sorted(source))
     table = np.array(ordered, np.int32).reshape(-1, 2)
     return table[:, 0], table[:, 1]
-
-
-def _bucketed(states: np.ndarray) -> np.ndarray:
-    """A list on the host, padded to a power of two: few shapes compile."""
-    return pad_to(states, 1 << max(2, (len(states) - 1).bit_length()))
 
 
 @jax.jit

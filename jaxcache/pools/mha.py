@@ -116,7 +116,7 @@ class MHATokenToKVPool(KVCache):
         """
         self._require_one_shard()
         index = self._layer_index(layer if layer_id_override is None else layer_id_override)
-        loc = self._target_loc("loc", loc)
+        loc = self.target_loc("loc", loc)
         for name, rows, scale, row_shape in zip(
             "kv", (k, v), (k_scale, v_scale), self.config.shard_row_shapes, strict=True
         ):

@@ -95,7 +95,7 @@ class MLATokenToKVPool(KVCache):
         Cost: reads and writes `n` rows.
         """
         self._require_one_shard()
-        index, loc = self._layer_index(layer), self._target_loc("loc", loc)
+        index, loc = self._layer_index(layer), self.target_loc("loc", loc)
         nope = self._flat_rows("k_nope", k_nope, loc.shape[0], self.config.kv_lora_rank)
         rope = self._flat_rows("k_rope", k_rope, loc.shape[0], self.config.qk_rope_head_dim)
         return _write(self, index, loc, nope, rope)

@@ -55,6 +55,10 @@ class CpuCopy:
         """Tokens copied; of a pool of states, states."""
         return self.buffers[0].shape[1]
 
+    def tokens(self, start: int, stop: int) -> CpuCopy:
+        """Tokens `[start, stop)` of the copy, in the same memory."""
+        return CpuCopy(self.config, tuple(buffer[:, start:stop] for buffer in self.buffers))
+
 
 class MemoryPool(DevicePool, abc.ABC):
     """What a manager needs of its pool, be it one stack of layers or several pools in one.
@@ -179,7 +183,7 @@ class LayerStack(MemoryPool):
         """
         self.require_live()
         mesh = self.mesh
-        slots = self._host_loc("indices", indices)
+        slots = self.host_loc("indices", indices)
         copies = tuple(
             np.empty((self.config.layer_num, len(slots), *buffer.shape[2:]), buffer.dtype) for buffer in self.buffers
         )
@@ -223,7 +227,7 @@ class LayerStack(MemoryPool):
     def require_loadable(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Int32[np.ndarray, " n"]:
         """Refuses what `load_cpu_copy` would refuse, and returns the rows as int32."""
         require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
-        slots = self._host_loc("indices", indices)
+        slots = self.host_loc("indices", indices)
         require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
         require_distinct("indices", slots)
         mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
@@ -247,7 +251,7 @@ class LayerStack(MemoryPool):
         require_array("layer", layer)
         return layer - first
 
-    def _checked_loc(self, name: str, loc: Any) -> Any:
+    def checked_loc(self, name: str, loc: Any) -> Any:
         """Rows as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""
         is_debugging = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
@@ -265,18 +269,18 @@ class LayerStack(MemoryPool):
             )
         return slots.astype(np.int32)
 
-    def _target_loc(self, name: str, loc: Any) -> Any:
-        """`_checked_loc` of rows to write, which must be distinct."""
-        loc = self._checked_loc(name, loc)
+    def target_loc(self, name: str, loc: Any) -> Any:
+        """`checked_loc` of rows to write, which must be distinct."""
+        loc = self.checked_loc(name, loc)
         if isinstance(loc, np.ndarray):
             require_distinct(name, loc)
         return loc
 
-    def _host_loc(self, name: str, indices: Any) -> np.ndarray:
-        """`_checked_loc` of rows that are read back from the device if they are there."""
+    def host_loc(self, name: str, indices: Any) -> np.ndarray:
+        """`checked_loc` of rows that are read back from the device if they are there."""
         if isinstance(indices, Tracer):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
-        return self._checked_loc(name, np.asarray(indices))
+        return self.checked_loc(name, np.asarray(indices))
 
     def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
         """Rows in storage dtype, of all layers or of one index into the stack."""
@@ -321,6 +325,11 @@ def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
     return np.pad(array, widths)
+
+
+def bucketed(slots: np.ndarray, smallest: int) -> np.ndarray:
+    """A list on the host, padded to a power of two of at least `smallest`: few shapes compile."""
+    return pad_to(slots, max(smallest, 1 << (len(slots) - 1).bit_length()))
 
 
 def require_distinct(name: str, slots: np.ndarray) -> None:
