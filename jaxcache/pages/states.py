@@ -5,6 +5,7 @@ Source: pymllm's GDNPool (alloc_track_slot, free_track_slot); SGLang 0.5.2 memor
 
 from __future__ import annotations
 
+from jaxcache.pages.arguments import as_count, int32_array
 from jaxcache.pages.ownership import PageState
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
@@ -34,6 +35,6 @@ class StateAllocator(TokenToKVPoolAllocator):
         Raises:
           DoubleFreeError: if it is free already.
           OwnershipError: if it is not PRIVATE (the tree's states go back through `release`), or no state.
-          ArgumentError: if it is not an integer.
+          ArgumentError: if it is no integer.
         """
-        self.release([slot], PageState.PRIVATE)
+        self._release("slot", int32_array("slot", [as_count("slot", slot)]), PageState.PRIVATE)

@@ -86,7 +86,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         self._require_unowned("state", state)
         if self._state[row]:
             raise RequestStateError(f"row {row} has working state {self._state[row]}: take_states first")
-        if not _is_int(source) or source < NO_COPY or source == state:
+        if not _is_int(source) or not NO_COPY <= source < 2**31 or source == state:
             raise ArgumentError(f"source must be another state than {state}, 0 or NO_COPY, got {source!r}")
         self._state[row], self._state_from[row] = state, source
 

@@ -1,0 +1,189 @@
+"""A KV pool and a pool of states as one: donated together, copied to the host together, refused together."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxcache.donation import donating
+from jaxcache.errors import ArgumentError, BorrowedError, ShardingError, StalePoolError
+from jaxcache.kernels.in_place import prove_in_place
+from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
+from jaxcache.pools.mamba import MambaPool
+from tests.pools import state_steps, steps
+from tests.pools.numpy_pool import filled_pool, mha_config, mla_config, random_rows
+from tests.pools.numpy_states import filled_states, mamba_config, random_parts
+from tests.pools.test_sharding import make_mesh
+
+BY_KIND = pytest.mark.parametrize("make_config", [mha_config, mla_config])
+
+
+def filled(make_config=mha_config):
+    kv, kv_oracle = filled_pool(make_config())
+    states, state_oracle = filled_states(mamba_config())
+    return HybridKVPool(kv, states), kv_oracle, state_oracle
+
+
+def hybrid_step(pool, kv_args, state_args):
+    """A step of a model with layers of both kinds, which resumes before and takes snapshots afterwards."""
+    states, _ = state_steps.whole_step(pool.states, *state_args)
+    kv, _ = steps.scan(pool.kv, *kv_args)
+    return pool.with_states(states).with_kv(kv)
+
+
+def abstract_hybrid(kv_config, platform):
+    kv, *kv_args = steps.abstract_args(kv_config.pool_type, kv_config, platform)
+    states, *state_args = state_steps.abstract_args(state_steps.config_of(), platform)
+    pool = HybridKVPool.abstract(HybridConfig(kv=kv.config, states=states.config), platform=platform)
+    assert jax.tree.leaves(pool) == [*kv.buffers, *states.buffers]
+    return pool, kv_args, state_args
+
+
+@BY_KIND
+def test_both_parts_are_donated_and_updated_in_place(make_config):
+    pool, *args = abstract_hybrid(make_config(jnp.bfloat16, **steps.SIZES), jax.default_backend())
+    report = prove_in_place(donating(hybrid_step), pool, *args)
+    assert report.ok, report.why
+    assert sum(buffer.size_bytes for buffer in report.buffers) == pool.size_bytes
+
+
+@BY_KIND
+def test_a_step_updates_both_parts_and_consumes_the_pool(make_config):
+    pool, kv_oracle, state_oracle = filled(make_config)
+    rows = [random_rows(np.random.default_rng(1), kv_oracle.config.dtype, (1, *r)) for r in pool.kv.config.row_shapes]
+    parts = random_parts(np.random.default_rng(2), pool.states.config, 1)
+
+    @donating
+    def step(pool):
+        pool = pool.with_kv(steps.set_layer(pool.kv, 1, jnp.array([9], jnp.int32), rows))
+        return pool.with_states(pool.states.write(jnp.array([4], jnp.int32), 2, *parts))
+
+    new = step(pool)
+    assert pool.is_stale
+    assert pool.kv.is_stale
+    assert pool.states.is_stale
+    kv_oracle.write(1, [9], rows)
+    state_oracle.write([4], 2, parts)
+    kv_oracle.expect(new.kv)
+    state_oracle.expect(new.states)
+
+
+def test_it_is_made_and_described_as_a_whole():
+    config = HybridConfig(kv=mla_config(jnp.bfloat16), states=mamba_config())
+    pool = config.pool_type.create(config)
+    assert pool.config == config
+    assert pool.mesh is None
+    assert pool.buffers == (*pool.kv.buffers, *pool.states.buffers)
+    assert pool.size_bytes == pool.kv.size_bytes + pool.states.size_bytes
+    assert jax.tree.structure(pool.partition_specs()) == jax.tree.structure(pool)
+    assert type(pool.kv) is config.kv.pool_type
+    on_second = HybridKVPool.create(config, device=jax.devices("cpu")[1])
+    assert {b.devices().pop() for b in on_second.buffers} == {jax.devices("cpu")[1]}
+
+
+def test_updating_a_part_outside_a_jit_consumes_the_whole():
+    pool, _, state_oracle = filled()
+    new = pool.with_states(pool.states.reset_states([3]))
+    state_oracle.copy([0], [3])
+    state_oracle.expect(new.states)
+    with pytest.raises(StalePoolError, match="HybridKVPool was consumed"):
+        pool.require_live()
+
+
+def test_a_host_copy_holds_tokens_and_states():
+    pool, kv_oracle, state_oracle = filled()
+    copy = pool.get_cpu_copy([5, 6, 7], states=[2])
+    assert copy.num_tokens == 3
+    assert copy.states.num_tokens == 1
+    pool = pool.load_cpu_copy(copy, [9, 10, 11], states=[4])
+    kv_oracle.move([9, 10, 11], [5, 6, 7])
+    state_oracle.copy([2], [4])
+    only_tokens = pool.load_cpu_copy(pool.get_cpu_copy([5]), [6])
+    kv_oracle.move([6], [5])
+    kv_oracle.expect(only_tokens.kv)
+    state_oracle.expect(only_tokens.states)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda p, c: p.load_cpu_copy(c, [9], states=[4]), "indices must name 2 slots"),
+        (lambda p, c: p.load_cpu_copy(c, [9, 10]), "indices must name 1 slots"),
+        (lambda p, c: p.load_cpu_copy(c, [9, 10], states=[99]), r"indices\[0\] must be a slot in \[0, 10\)"),
+        (lambda p, c: p.load_cpu_copy(c.kv, [9, 10]), "copy must be what get_cpu_copy returned; got CpuCopy"),
+    ],
+)
+def test_a_refused_load_changes_neither_part(load, message):
+    pool, kv_oracle, state_oracle = filled()
+    copy = pool.get_cpu_copy([5, 6], states=[2])
+    with pytest.raises(ArgumentError, match=message):
+        load(pool, copy)
+    kv_oracle.expect(pool.kv)
+    state_oracle.expect(pool.states)
+
+
+@pytest.mark.parametrize("borrowed", [lambda p: p, lambda p: p.kv, lambda p: p.states])
+def test_a_borrow_of_the_whole_or_of_a_part_forbids_donating_the_whole(borrowed):
+    pool, kv_oracle, state_oracle = filled()
+    copy = pool.get_cpu_copy([5], states=[2])
+    borrowed(pool).mark_borrowed()
+    with pytest.raises(BorrowedError):
+        donating(lambda pool: pool)(pool)
+    with pytest.raises(BorrowedError):
+        pool.load_cpu_copy(copy, [5], states=[2])
+    kv_oracle.expect(pool.kv)
+    state_oracle.expect(pool.states)
+    borrowed(pool).unmark_borrowed()
+    assert donating(lambda pool: pool)(pool).borrow_count == 0
+
+
+def test_a_borrow_of_the_whole_forbids_donating_a_part():
+    pool, _, _ = filled()
+    pool.mark_borrowed()
+    with pytest.raises(BorrowedError, match="MambaPool is borrowed"):
+        pool.states.reset_states([1])
+    pool.states.unmark_borrowed()
+    with pytest.raises(BorrowedError, match="not borrowed"):
+        pool.unmark_borrowed()
+    assert (pool.borrow_count, pool.kv.borrow_count) == (1, 1)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_on_a_mesh_both_parts_are_cut_and_give_the_bits_of_one_device(shards):
+    kv = mha_config(axis_name="tp", shards=shards)
+    states = mamba_config(axis_name="tp", shards=shards)
+    mesh = make_mesh(shards)
+    pool = HybridKVPool.create(HybridConfig(kv=kv, states=states), mesh=mesh)
+    assert pool.mesh == mesh
+    parts = random_parts(np.random.default_rng(2), states, 2)
+    specs = pool.partition_specs()
+    cut = PartitionSpec(None, "tp")
+
+    def write(pool, states, parts):
+        pool = pool.with_states(pool.states.write(states, 1, *parts).copy_states([3], [4]))
+        return pool.with_states(pool.states.copy_states(states, jnp.array([5, 6], jnp.int32), 2).reset_states([7]))
+
+    step = donating(
+        jax.shard_map(write, mesh=mesh, in_specs=(specs, PartitionSpec(), cut), out_specs=specs, check_vma=False)
+    )
+    pool = step(pool, jnp.array([3, 9], jnp.int32), tuple(jax.device_put(p) for p in parts))
+    one = MambaPool.create(mamba_config()).write([3, 9], 1, *parts).copy_states([3, 3, 9], [4, 5, 6])
+    for mine, theirs in zip(pool.states.buffers, one.buffers, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    pool = pool.load_cpu_copy(pool.get_cpu_copy([4], states=[3]), [5], states=[8])
+    np.testing.assert_array_equal(pool.states.temporal, one.copy_states([3], [8]).temporal)
+    for call in (lambda p: p.states.reset_states([1]), lambda p: p.states.read([1], 0)):
+        with pytest.raises(ShardingError, match="call it inside"):
+            call(pool)
+
+
+def test_parts_that_do_not_lie_together_are_refused():
+    mesh = make_mesh(2)
+    for kv, states in (({"axis_name": "tp", "shards": 2}, {}), ({}, {"axis_name": "tp", "shards": 2})):
+        config = HybridConfig(kv=mha_config(**kv), states=mamba_config(**states))
+        for where in (mesh, None):
+            with pytest.raises(ArgumentError, match="mesh must be"):
+                HybridKVPool.create(config, mesh=where)
