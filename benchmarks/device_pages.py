@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks.checks import implementations
 from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
 from benchmarks.timing import Report, time_jax, time_jax_donated, time_torch_graph
-from jaxcache.kernels import alloc_pages
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
@@ -129,23 +128,18 @@ def extend_batch(seed: int, bs: int, length: int) -> tuple[jax.Array, ...]:
 
 
 def torch_alloc_extend(report: Report, case: str, num_tokens: int, batch: Any, peers: Peers) -> None:
-    """Both kernels: the prefix sums, and the slots."""
     from jaxcache.kernels import alloc_pages_triton as kernels
     from jaxcache.kernels.triton_call import torch_call
 
     torch = peers.torch
     rows, new_pages = [to_torch(torch, array) for array in batch[:3]], to_torch(torch, batch[3])
     bs, num_pages = len(rows[0]), len(new_pages)
-    plan = [torch.empty_like(rows[0]) for _ in alloc_pages.RowPlan._fields]
     slots = torch.empty(num_tokens, dtype=torch.int32, device="cuda")
-    extend_launch = kernels.alloc_extend_launch(bs, num_tokens, PAGE_SIZE)
+    launch = kernels.alloc_extend_launch(bs, num_tokens, PAGE_SIZE)
 
     def work():
         for _ in range(CALLS):
-            torch_call(kernels.row_plan_kernel, rows, (bs,), outputs=plan, **kernels.row_plan_launch(bs, PAGE_SIZE))
-            torch_call(
-                kernels.alloc_extend_kernel, (*plan, new_pages), (bs, num_pages), outputs=[slots], **extend_launch
-            )
+            torch_call(kernels.alloc_extend_kernel, (*rows, new_pages), (bs, num_pages), outputs=[slots], **launch)
 
     report.add("alloc_extend", case, "jaxcache-triton-torch", time_torch_graph(work, CALLS))
     if peers.sglang and bs > 1:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int32
 
 SINK_SLOT = 0
+MAX_SUMMED = 8192
+"""Most requests whose lengths one Triton program holds at once; larger batches are left to the reference."""
 
 
 def alloc_extend(
@@ -73,7 +75,11 @@ def alloc_extend(
         return jnp.full(num_tokens, SINK_SLOT, jnp.int32)
     rows = jnp.asarray(prefix_lens), jnp.asarray(seq_lens), jnp.asarray(last_loc)
     new_pages = _never_empty(jnp.asarray(new_pages))
-    chosen = choose(Op.ALLOC_EXTEND, implementation=implementation, rows=seq_lens.shape[0]).implementation
+    bs = seq_lens.shape[0]
+    unfit = {Implementation.TRITON: f"one program sums at most {MAX_SUMMED} requests, got {bs}"}
+    chosen = choose(
+        Op.ALLOC_EXTEND, implementation=implementation, rows=bs, unfit=unfit if bs > MAX_SUMMED else {}
+    ).implementation
     if chosen is Implementation.TRITON:
         from jaxcache.kernels import alloc_pages_triton
 

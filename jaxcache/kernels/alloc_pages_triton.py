@@ -1,8 +1,9 @@
 """Triton kernels of `alloc_pages`. Parameter order: see `triton_call`.
 
 SGLang launches one program a request, each summing all rows before its own and storing through a block as wide as the
-longest batch seen. Here one small program makes the prefix sums once (`RowPlan`), and then a program owns a fixed
-stretch of the result: it finds the request of each token by bisection in the sums, which stay in L1.
+longest batch seen. Here a program owns a fixed stretch of the result. It sums the lengths of the whole batch by itself,
+which costs less than a second launch that would read the sums of a first one, and finds the request of each token by
+bisection in the sums.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from jaxcache.kernels.alloc_pages import RowPlan
 from jaxcache.kernels.triton_call import triton_call
 
-TOKENS_PER_PROGRAM = 512
+TOKENS_PER_PROGRAM = 256
 ROWS_PER_STEP = 1024
+"""Most requests that `alloc_decode` counts at once, and that four warps are enough to sum."""
 
 
 def alloc_extend(
@@ -28,18 +29,11 @@ def alloc_extend(
     page_size: int,
     num_tokens: int,
 ) -> jax.Array:
-    """See `alloc_pages.alloc_extend`; `num_tokens`, the batch and `new_pages` are not empty."""
+    """See `alloc_pages.alloc_extend`; `num_tokens`, the batch and `new_pages` are not empty, and nothing is too large."""
     bs = seq_lens.shape[0]
-    plan = triton_call(
-        row_plan_kernel,
-        (prefix_lens, seq_lens, last_loc),
-        (bs,),
-        outputs=[jax.ShapeDtypeStruct((bs,), jnp.int32)] * len(RowPlan._fields),
-        **row_plan_launch(bs, page_size),
-    )
     (slots,) = triton_call(
         alloc_extend_kernel,
-        (*plan, new_pages),
+        (prefix_lens, seq_lens, last_loc, new_pages),
         (bs, new_pages.shape[0]),
         outputs=[jax.ShapeDtypeStruct((num_tokens,), jnp.int32)],
         **alloc_extend_launch(bs, num_tokens, page_size),
@@ -60,73 +54,29 @@ def alloc_decode(seq_lens: jax.Array, last_loc: jax.Array, new_pages: jax.Array,
     return slots
 
 
-def row_plan_launch(bs: int, page_size: int) -> dict:
-    """Grid and constexprs of `row_plan_kernel`: one program, because it sums over all rows."""
-    return dict(grid=(1,), num_warps=4, PAGE_SIZE=page_size, BLOCK=_rows_per_step(bs))
-
-
 def alloc_extend_launch(bs: int, num_tokens: int, page_size: int) -> dict:
     """Grid and constexprs of `alloc_extend_kernel`."""
     return dict(
         grid=(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),),
-        num_warps=4,
+        num_warps=4 if bs <= ROWS_PER_STEP else 8,
         NUM_TOKENS=num_tokens,
         PAGE_SIZE=page_size,
         BISECTIONS=bs.bit_length(),
+        ROWS=triton.next_power_of_2(bs),
         BLOCK=TOKENS_PER_PROGRAM,
     )
 
 
 def alloc_decode_launch(bs: int, page_size: int) -> dict:
     """Grid and constexprs of `alloc_decode_kernel`: one program, because it counts the rows that take a page."""
-    return dict(grid=(1,), num_warps=4, PAGE_SIZE=page_size, BLOCK=_rows_per_step(bs))
-
-
-def _rows_per_step(bs: int) -> int:
-    return min(triton.next_power_of_2(bs), ROWS_PER_STEP)
-
-
-@triton.jit
-def row_plan_kernel(
-    prefix_lens,  # (bs,)
-    seq_lens,  # (bs,)
-    last_loc,  # (bs,)
-    bs,
-    end,  # (bs,) output, as the next four: see RowPlan
-    to_position,  # (bs,)
-    boundary,  # (bs,)
-    to_slot,  # (bs,)
-    to_page,  # (bs,)
-    PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    tokens = 0
-    pages = 0
-    for first in range(0, bs, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        inside = row < bs
-        prefix_len = tl.load(prefix_lens + row, mask=inside, other=0)
-        seq_len = tl.load(seq_lens + row, mask=inside, other=0)
-        pages_before = (prefix_len + PAGE_SIZE - 1) // PAGE_SIZE
-        taken = (seq_len + PAGE_SIZE - 1) // PAGE_SIZE - pages_before
-        row_end = tokens + tl.cumsum(seq_len - prefix_len, 0)
-        pages_taken_before = pages + tl.cumsum(taken, 0) - taken
-        tl.store(end + row, row_end, mask=inside)
-        tl.store(to_position + row, seq_len - row_end, mask=inside)
-        tl.store(boundary + row, pages_before * PAGE_SIZE, mask=inside)
-        tl.store(to_slot + row, tl.load(last_loc + row, mask=inside, other=0) + 1 - prefix_len, mask=inside)
-        tl.store(to_page + row, pages_taken_before - pages_before, mask=inside)
-        tokens += tl.sum(seq_len - prefix_len, 0)  # pyright: ignore[reportOperatorIssue]
-        pages += tl.sum(taken, 0)  # pyright: ignore[reportOperatorIssue]
+    return dict(grid=(1,), num_warps=4, PAGE_SIZE=page_size, BLOCK=min(triton.next_power_of_2(bs), ROWS_PER_STEP))
 
 
 @triton.jit
 def alloc_extend_kernel(
-    end,  # (bs,) this and the next four: RowPlan
-    to_position,  # (bs,)
-    boundary,  # (bs,)
-    to_slot,  # (bs,)
-    to_page,  # (bs,)
+    prefix_lens,  # (bs,)
+    seq_lens,  # (bs,)
+    last_loc,  # (bs,)
     new_pages,  # (num_pages,)
     bs,
     num_pages,
@@ -134,19 +84,31 @@ def alloc_extend_kernel(
     NUM_TOKENS: tl.constexpr,  # a constant, so that whole vectors are stored
     PAGE_SIZE: tl.constexpr,
     BISECTIONS: tl.constexpr,  # bit length of bs
+    ROWS: tl.constexpr,  # at least bs
     BLOCK: tl.constexpr,
 ):
+    request = tl.arange(0, ROWS)
+    prefix_len = tl.load(prefix_lens + request, mask=request < bs, other=0)
+    seq_len = tl.load(seq_lens + request, mask=request < bs, other=0)
+    pages_before = (prefix_len + PAGE_SIZE - 1) // PAGE_SIZE
+    taken = (seq_len + PAGE_SIZE - 1) // PAGE_SIZE - pages_before
+    end = tl.cumsum(seq_len - prefix_len, 0)  # as in alloc_pages.RowPlan, and so are the next two
+    to_position = seq_len - end
+    to_page = tl.cumsum(taken, 0) - taken - pages_before
+
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.zeros([BLOCK], tl.int32)  # number of rows known to end at or before the token
     for i in tl.static_range(BISECTIONS):  # pyright: ignore[reportGeneralTypeIssues]
         probe = row + (1 << (BISECTIONS - 1 - i))
-        probe_end = tl.load(end + probe - 1, mask=probe <= bs, other=0x7FFFFFFF)
-        row = tl.where(probe_end <= token, probe, row)
+        probe_end = tl.gather(end, tl.minimum(probe, ROWS) - 1, 0)
+        row = tl.where((probe <= bs) & (probe_end <= token), probe, row)
     in_batch = row < bs
-    position = token + tl.load(to_position + row, mask=in_batch, other=0)
-    in_old_page = in_batch & (position < tl.load(boundary + row, mask=in_batch, other=0))
-    old_slot = position + tl.load(to_slot + row, mask=in_old_page, other=0)
-    ordinal = position // PAGE_SIZE + tl.load(to_page + row, mask=in_batch, other=0)
+    some_row = tl.minimum(row, ROWS - 1)
+    position = token + tl.gather(to_position, some_row, 0)
+    ordinal = position // PAGE_SIZE + tl.gather(to_page, some_row, 0)
+    prefix = tl.load(prefix_lens + row, mask=in_batch, other=0)
+    in_old_page = in_batch & (position < (prefix + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE)
+    old_slot = position + tl.load(last_loc + row, mask=in_old_page, other=0) + 1 - prefix
     takes_page = in_batch & (position >= 0) & (ordinal >= 0) & (ordinal < num_pages)
     page = tl.load(new_pages + ordinal, mask=takes_page & ~in_old_page, other=0)
     fresh = tl.where(page == 0, 0, page * PAGE_SIZE + position % PAGE_SIZE)

@@ -67,11 +67,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table: this implementation from so many rows (tokens, requests, pages) on."""
+    """A row of the table: this implementation, perhaps only up to so many rows (tokens, requests, pages)."""
 
     implementation: Implementation
     measured: str
-    from_rows: int = 0
+    up_to_rows: int | None = None
 
 
 _COMPUTE_CAPABILITY: Mapping[str, int] = MappingProxyType(
@@ -84,8 +84,14 @@ _BOTH = (
     Rule(Implementation.TRITON, "as fast as Mosaic on an H200, any width, and compiled in a tenth of the time"),
     Rule(Implementation.MOSAIC, "faster than the reference on an H200, and needs no package"),
 )
+_EXTEND = (
+    Rule(Implementation.TRITON, "three times as fast as Mosaic on an H200"),
+    Rule(Implementation.MOSAIC, "faster than the reference on an H200 up to some 100 requests", up_to_rows=128),
+)
 _TRITON = (Rule(Implementation.TRITON, "faster than the reference on an H200"),)
-_GPU_TABLE: Mapping[Op, tuple[Rule, ...]] = MappingProxyType({op: _BOTH if op in MOSAIC_OPS else _TRITON for op in Op})
+_GPU_TABLE: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
+    {op: _BOTH if op in MOSAIC_OPS else _TRITON for op in Op} | {Op.ALLOC_EXTEND: _EXTEND}
+)
 """Rules of an op, the one to try first in front."""
 
 
@@ -148,7 +154,8 @@ def choose(
         return Choice(Implementation.REFERENCE, f"the table's choice for {op.value} on {target.platform}")
     passed_over = []
     for rule in _GPU_TABLE[op]:
-        if rule.from_rows > (rows or 0):
+        if rule.up_to_rows is not None and (rows is None or rows > rule.up_to_rows):
+            passed_over.append(f"{rule.implementation.value} is for at most {rule.up_to_rows} rows")
             continue
         missing = unfit.get(rule.implementation) or why_not(op, rule.implementation, target)
         if missing is None:

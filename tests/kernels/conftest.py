@@ -68,27 +68,24 @@ class InterpretedRunner:
         return self.torch.from_numpy(array)
 
     def alloc_extend(self, prefix_lens, seq_lens, last_loc, new_pages, *, page_size: int, num_tokens: int):
-        bs = len(seq_lens)
-        plan = self.call("row_plan", (prefix_lens, seq_lens, last_loc), (bs,), [bs] * 5, bs, page_size)
-        return self.call(
-            "alloc_extend", (*plan, new_pages), (bs, len(new_pages)), [num_tokens], bs, num_tokens, page_size
-        )[0]
+        arrays, bs = (prefix_lens, seq_lens, last_loc, new_pages), len(seq_lens)
+        return self.call("alloc_extend", arrays, (bs, len(new_pages)), num_tokens, bs, num_tokens, page_size)
 
     def alloc_decode(self, seq_lens, last_loc, new_pages, *, page_size: int):
         bs = len(seq_lens)
-        return self.call("alloc_decode", (seq_lens, last_loc, new_pages), (bs, len(new_pages)), [bs], bs, page_size)[0]
+        return self.call("alloc_decode", (seq_lens, last_loc, new_pages), (bs, len(new_pages)), bs, bs, page_size)
 
-    def call(self, name, arrays, scalars, output_lengths, *launch_args):
-        """One kernel of `alloc_pages_triton`, into outputs full of poison."""
-        outputs = [self.torch.full((length,), -7, dtype=self.torch.int32) for length in output_lengths]
+    def call(self, name, arrays, scalars, output_length, *launch_args):
+        """One kernel of `alloc_pages_triton`, into an output full of poison."""
+        output = self.torch.full((output_length,), -7, dtype=self.torch.int32)
         triton_call.torch_call(
             getattr(self.alloc, f"{name}_kernel"),
             [self.tensor(array) for array in arrays],
             scalars,
-            outputs=outputs,
+            outputs=[output],
             **getattr(self.alloc, f"{name}_launch")(*launch_args),
         )
-        return [output.numpy() for output in outputs]
+        return output.numpy()
 
     def write_kv(self, k_pool, v_pool, layer, loc, k, v):
         arrays = (k_pool, v_pool, np.full(1, layer, np.int32), loc, k, v)

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.kernels import alloc_pages
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.kernels.dispatch import Implementation
 from tests.kernels import oracles
 
 PAGE_SIZES = (1, 3, 4, 16, 64)
@@ -53,6 +55,25 @@ def test_decode_is_the_rule(run, bs, page_size):
     padded = np.where(rng.random(bs) < 0.3, 0, seq).astype(np.int32)
     got = run.alloc_decode(padded, last, np.append(pages, i32([10**6])), page_size=page_size)
     np.testing.assert_array_equal(got, oracles.decode(padded, last, np.append(pages, i32([10**6])), page_size))
+
+
+def test_more_requests_than_tokens_in_a_program(run):
+    """Most rows end before the program's first token, or begin after its last, and some have no token at all."""
+    rng = np.random.default_rng(3)
+    prefix = rng.integers(0, 50, 300).astype(np.int32)
+    seq = prefix + rng.integers(0, 3, 300).astype(np.int32)
+    last, pages = prefix + 15, i32(rng.permutation(400) + 1)  # page 1 onwards, so that slots fit their positions
+    num_tokens = int((seq - prefix).sum())
+    got = run.alloc_extend(prefix, seq, last, pages, page_size=16, num_tokens=num_tokens)
+    np.testing.assert_array_equal(got, oracles.extend(prefix, seq, last, pages, 16, num_tokens))
+
+
+def test_a_batch_too_large_for_one_program_is_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(alloc_pages, "MAX_SUMMED", 2)
+    batch = i32([0] * 3), i32([1] * 3), i32([-1] * 3), i32([4, 5, 6])
+    assert alloc_extend(*batch, page_size=4, num_tokens=3).tolist() == [16, 20, 24]
+    with pytest.raises(UnsupportedError, match="at most 2 requests, got 3"):
+        alloc_extend(*batch, page_size=4, num_tokens=3, implementation=Implementation.TRITON)
 
 
 def test_too_few_pages_go_to_the_sink(run):

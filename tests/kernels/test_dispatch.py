@@ -35,6 +35,15 @@ def test_gpu_runs_triton_if_it_is_there(monkeypatch):
     assert choice.implementation is not Implementation.TRITON and "jax-triton" in choice.why
 
 
+def test_a_rule_may_be_for_few_rows(monkeypatch):
+    pretend_installed(monkeypatch)
+    monkeypatch.setattr(dispatch, "_missing_for_mosaic", lambda target: None)
+    assert choose(Op.ALLOC_EXTEND, platform="gpu", rows=128).implementation is Implementation.MOSAIC
+    for rows in (129, None):
+        choice = choose(Op.ALLOC_EXTEND, platform="gpu", rows=rows)
+        assert choice.implementation is Implementation.REFERENCE and "mosaic is for at most 128 rows" in choice.why
+
+
 def test_insisting(monkeypatch):
     pretend_installed(monkeypatch, "triton", "jax_triton")
     assert choose(Op.WRITE_KV, platform="gpu", implementation=Implementation.REFERENCE).why == "the caller asked for it"
