@@ -81,7 +81,7 @@ def check_alloc_decode(implementation: Implementation) -> int:
 
 def check_write_kv(implementation: Implementation) -> int:
     shapes = [(3, 64, 2, 8, 8, 40), (2, 9000, 8, 128, 96, 4096), (2, 9000, 8, 128, 96, 5000)]
-    if implementation is not Implementation.MOSAIC:  # whose bulk copies move pieces of 16 bytes
+    if implementation is not Implementation.MOSAIC:  # whose bulk copies move multiples of 16 bytes
         shapes += [(2, 33, 3, 5, 7, 50), (1, 40, 5, 1000, 8, 20)]
     for seed, (layers, slots, heads, k_dim, v_dim, n) in enumerate(shapes):
         for dtype in oracles.STORAGE_DTYPES:

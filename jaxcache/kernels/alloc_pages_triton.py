@@ -29,7 +29,7 @@ def alloc_extend(
     page_size: int,
     num_tokens: int,
 ) -> jax.Array:
-    """See `alloc_pages.alloc_extend`; `num_tokens`, the batch and `new_pages` are not empty, and nothing is too large."""
+    """See `alloc_pages.alloc_extend`; nothing is empty, and the batch fits one program."""
     bs = seq_lens.shape[0]
     (slots,) = triton_call(
         alloc_extend_kernel,

@@ -4,9 +4,9 @@ A pool is stacked over layers, `(layers, slots, ...)`, and the layer is an opera
 layer, and a `lax.scan` over layers carries the stack without copying it. A write is in place when the step owns the
 pool (donated at the jit boundary, or carried by the scan); `kernels/in_place.py` proves it.
 
-Rows for slot 0, the sink, are dropped, and so are rows for slots outside the pool: padding costs no memory traffic, and
-what a pool holds is a function of what was written to it, bit for bit. Two rows of one call for the same slot (other
-than 0) are the caller's bug: which one stays is undefined.
+Rows for slot 0, the sink, are dropped, and so are rows for slots outside the pool: padding is never written, and what a
+pool holds is a function of what was written to it, bit for bit. Two rows of one call for the same slot (other than 0)
+are the caller's bug: which one stays is undefined.
 
 Source: SGLang 0.5.2 memory_pool.py (MHATokenToKVPool.set_kv_buffer, set_mla_kv_buffer_triton).
 """
@@ -14,7 +14,6 @@ Source: SGLang 0.5.2 memory_pool.py (MHATokenToKVPool.set_kv_buffer, set_mla_kv_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -28,8 +27,9 @@ from jaxcache.kernels.dispatch import Implementation, Op, choose
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
 
-_MAX_BOX = 256
 _BULK_BYTES = 16
+_MAX_ROW_BYTES = 96 * 1024  # of each of two pools
+_MAX_ROWS = 2**31 - 1
 
 
 def write_kv(
@@ -137,24 +137,17 @@ def write_mla_kv(
     return put_rows(pool, layer, loc, jnp.concatenate([nope, rope], axis=-1))
 
 
-def bulk_width(widths: Sequence[int], itemsize: int) -> int:
-    """Elements of the pieces in which the bulk copy engine moves rows that consist of parts of these widths.
-
-    A bulk copy covers at most 256 elements along a dimension and moves multiples of 16 bytes, so a row is seen as
-    `(width / w, w)` for the widest such `w`; 0 if there is none.
-    """
-    common = math.gcd(*widths)
-    for w in range(min(_MAX_BOX, common), 0, -1):
-        if common % w == 0 and w * itemsize % _BULK_BYTES == 0:
-            return w if max(widths) // w <= _MAX_BOX else 0
-    return 0
-
-
 def _unfit(pool: jax.Array, *widths: int) -> dict[Implementation, str]:
-    if bulk_width(widths, pool.dtype.itemsize):
-        return {}
-    reason = f"bulk copies move pieces of {_BULK_BYTES} bytes, and rows of {' + '.join(map(str, widths))} {pool.dtype}"
-    return {Implementation.MOSAIC: f"{reason} have no such pieces"}
+    """Why Mosaic cannot write parts of these widths, in elements, side by side into the rows of `pool`."""
+    itemsize, (layers, slots) = pool.dtype.itemsize, pool.shape[:2]
+    rows = f"rows of {' + '.join(map(str, widths))} {pool.dtype}"
+    if any(width * itemsize % _BULK_BYTES for width in widths):
+        return {Implementation.MOSAIC: f"bulk copies move multiples of {_BULK_BYTES} bytes, not {rows}"}
+    if sum(widths) * itemsize > _MAX_ROW_BYTES:
+        return {Implementation.MOSAIC: f"{rows} do not fit the shared memory of a block"}
+    if layers * slots > _MAX_ROWS:
+        return {Implementation.MOSAIC: f"its row ids are int32, and the pool has {layers} x {slots} rows"}
+    return {}
 
 
 def drop_sink(loc: Int32[AnyArray, " n"], slots: int) -> Int32[Array, " n"]:

@@ -1,9 +1,8 @@
 """Mosaic GPU kernels of `write_kv`: rows go through shared memory by the bulk copy engine of Hopper and newer GPUs.
 
-One block moves `rows` consecutive tokens: one bulk load brings them in, one bulk store a token takes each to its slot.
-The slots are read while the load is in flight. A bulk copy covers at most 256 elements along a dimension and moves
-multiples of 16 bytes, so a row is seen as `(width / w, w)` for the widest `w` that fits. Widths that have none, such as
-33, are left to the other implementations.
+One block moves `rows` consecutive tokens: one bulk load for each part brings them in, one bulk store a token and part
+takes each to its slot. The slots are read while the loads are in flight. Copies are contiguous, of any length that is a
+multiple of 16 bytes; widths that are none, such as 33, are left to the other implementations.
 
 The pool is a `Ref` of the step's own array: updated in place when the step owns it.
 """
@@ -17,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from jaxcache.kernels.write_kv import bulk_width
 
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
@@ -71,11 +68,6 @@ def write_parts(
     layers, slots = pools[0].shape[:2]
     n = loc.shape[0]
     parts = tuple(part.reshape(n, -1) for part in parts)
-    widths = [
-        [part.shape[1] for part, to in zip(parts, targets, strict=True) if to.pool == i] for i in range(len(pools))
-    ]
-    units = [bulk_width(own, pool.dtype.itemsize) for own, pool in zip(widths, pools, strict=True)]
-    views = [part.reshape(n, -1, units[target.pool]) for part, target in zip(parts, targets, strict=True)]
     rows = rows_of_block(n, sum(part.shape[1] * part.dtype.itemsize for part in parts))
 
     def body(layer_ref, loc_ref, *refs):
@@ -83,7 +75,9 @@ def write_parts(
         *buffers, barrier = refs[len(parts) + len(pools) :]
         first = jax.lax.axis_index("block") * rows
         for source, buffer in zip(part_refs, buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, rows)], buffer, barrier)
+            # Rows divide the batch, and the promise that nothing is out of bounds makes the copy a plain bulk copy.
+            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, rows)], buffer, barrier, oob_mode=in_bounds)
         which = layer_ref[0]
         found = [loc_ref[first + i] for i in range(rows)]
         plgpu.barrier_wait(barrier)
@@ -94,22 +88,22 @@ def write_parts(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def store_row(i, row, buffers, pool_refs):
-        for buffer, view, target in zip(buffers, views, targets, strict=True):
-            columns = pl.ds(target.column // view.shape[2], view.shape[1])
+        for buffer, part, target in zip(buffers, parts, targets, strict=True):
+            columns = pl.ds(target.column, part.shape[1])
             plgpu.copy_smem_to_gmem(buffer.at[i], pool_refs[target.pool].at[row, columns], commit_group=False)
 
-    refs = [jax.new_ref(pool.reshape(layers * slots, -1, unit)) for pool, unit in zip(pools, units, strict=True)]
+    refs = [jax.new_ref(pool.reshape(layers * slots, -1)) for pool in pools]
     plgpu.kernel(
         body,
         out_type=(),
         grid=(n // rows,),
         grid_names=("block",),
         scratch_types=[
-            *(plgpu.SMEM((rows, *view.shape[1:]), view.dtype) for view in views),
+            *(plgpu.SMEM((rows, part.shape[1]), part.dtype) for part in parts),
             plgpu.Barrier(num_arrivals=len(parts)),
         ],
         interpret=interpret,
-    )(layer.reshape(1), loc, *views, *refs)
+    )(layer.reshape(1), loc, *parts, *refs)
     return [jax.freeze(ref).reshape(pool.shape) for ref, pool in zip(refs, pools, strict=True)]
 
 

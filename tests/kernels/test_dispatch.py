@@ -3,8 +3,10 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxcache.errors import UnsupportedError
@@ -94,8 +96,18 @@ def test_mosaic_says_what_it_needs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("widths", "itemsize", "piece"),
-    [((512, 64), 2, 64), ((1024,), 2, 256), ((1000,), 2, 200), ((96, 33), 2, 0), ((40,), 1, 0), ((2**20,), 2, 0)],
+    ("shape", "dtype", "rank", "why"),
+    [
+        ((2, 40, 96 + 33), jnp.bfloat16, 96, "multiples of 16 bytes"),
+        ((2, 40, 24), jnp.uint8, 16, "multiples of 16 bytes"),
+        ((2, 40, 2**20), jnp.bfloat16, 2**19, "shared memory"),
+        ((2**12, 2**19, 16), jnp.bfloat16, 8, "row ids are int32"),
+    ],
+    ids=str,
 )
-def test_pieces_of_bulk_copies(widths, itemsize, piece):
-    assert write_kv.bulk_width(widths, itemsize) == piece
+def test_mosaic_says_which_rows_it_cannot_move(monkeypatch, shape, dtype, rank, why):
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    arrays = [(shape, dtype), ((), jnp.int32), ((7,), jnp.int32), ((7, rank), dtype), ((7, shape[2] - rank), dtype)]
+    write = partial(write_kv.write_mla_kv, implementation=Implementation.MOSAIC)
+    with pytest.raises(UnsupportedError, match=why):
+        jax.eval_shape(write, *(jax.ShapeDtypeStruct(*array) for array in arrays))
