@@ -51,6 +51,7 @@ from jaxcache.kernels.in_place import prove_in_place as prove_in_place
 from jaxcache.pools.base import KVCache as KVCache
 from jaxcache.pools.hybrid import HybridConfig as HybridConfig
 from jaxcache.pools.hybrid import HybridKVPool as HybridKVPool
+from jaxcache.pools.hybrid_requests import HybridReqToTokenPool as HybridReqToTokenPool
 from jaxcache.pools.mamba import MambaConfig as MambaConfig
 from jaxcache.pools.mamba import MambaPool as MambaPool
 from jaxcache.pools.mha import MHAConfig as MHAConfig
