@@ -3,7 +3,8 @@
 A step that updates a pool must own its buffers, or XLA copies the whole pool, silently. `donating(step)` jits a step so
 that every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool
 that an earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools, a
-pool that hides among arrays which are not to be donated.
+pool that hides among arrays which are not to be donated. `reading(step)` is its twin for steps that only look. Both
+tell whoever keeps a view of a pool's memory in another framework what is about to happen there, and what happened.
 
 Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
 
 import jax
 from jax.core import Tracer
@@ -23,6 +25,19 @@ from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class PoolView(Protocol):
+    """A view of a pool's memory that another framework keeps, be it across donated steps. None of these may raise."""
+
+    def before_step(self) -> None:
+        """JAX is about to be given work on the memory, which must come after what the other framework was given."""
+
+    def after_step(self, step: str, returned: Sequence[DevicePool]) -> None:
+        """JAX was given a step that consumed the pool; the memory is now that of one of `returned`, or lost."""
+
+    def after_read(self, result: Any) -> None:
+        """JAX was given work that reads the memory, for `result`: what the other framework is given comes after it."""
 
 
 class DevicePool:
@@ -38,6 +53,7 @@ class DevicePool:
     """
 
     borrow_count: ClassVar[int] = 0  # an instance gets its own through object.__setattr__: the dataclass is frozen
+    views: ClassVar[tuple[weakref.ref[PoolView], ...]] = ()  # likewise
 
     @property
     def buffers(self) -> tuple[Any, ...]:
@@ -65,12 +81,21 @@ class DevicePool:
     def require_donatable(self) -> None:
         """Raises StalePoolError if this pool was consumed, BorrowedError if it or a part of it is borrowed."""
         self.require_live()
+        self.require_unborrowed()
+
+    def require_unborrowed(self) -> None:
+        """Raises BorrowedError if this pool or a part of it is borrowed."""
         for part in self.with_parts():
             if part.borrow_count:
                 raise BorrowedError(
                     f"this {type(part).__name__} is borrowed {part.borrow_count} time(s) and its memory must not "
                     "change: end the borrow first"
                 )
+
+    def add_view(self, view: PoolView) -> None:
+        """Has `donating` and `reading` tell `view` of each step on this pool, for as long as somebody holds it."""
+        kept = (ref for ref in self.views if ref() is not None)
+        object.__setattr__(self, "views", (*kept, weakref.ref(view)))
 
     def mark_borrowed(self) -> None:
         """Forbids donating this pool until `unmark_borrowed` was called as often. O(1)."""
@@ -88,9 +113,12 @@ class DevicePool:
             object.__setattr__(pool, "borrow_count", pool.borrow_count - 1)
 
     def with_parts(self) -> list[DevicePool]:
-        """This pool, and the pools that it consists of."""
-        nodes = jax.tree_util.tree_leaves(self, is_leaf=lambda node: node is not self and isinstance(node, DevicePool))
-        return [self, *(pool for node in nodes if isinstance(node, DevicePool) for pool in node.with_parts())]
+        """This pool, and those of its attributes that are pools, with theirs."""
+        pools: list[DevicePool] = [self]
+        for value in vars(self).values():
+            if isinstance(value, DevicePool):
+                pools += value.with_parts()
+        return pools
 
 
 def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> DonatingStep[P, R]:
@@ -124,6 +152,43 @@ def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ())
     return DonatingStep(step, names)
 
 
+def reading(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) -> Callable[P, R]:
+    """Jits `step`, which only reads the pools among its positional arguments, and leaves them where and as they are.
+
+    A pool that no other framework sees may as well be read in a plain `jax.jit`. Of one that is shared, this reads what
+    the other framework wrote before, and not what it writes afterwards.
+
+    Args:
+      step: A pure function.
+      static_argnames: Names of the arguments that are compiled in, as for `jax.jit`.
+
+    Returns:
+      A callable with the signature of `step`.
+
+    Raises:
+      StalePoolError: (calling) if a pool was consumed.
+
+    Cost: some microseconds a call beyond `jax.jit`.
+    """
+    names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+    jitted = jax.jit(step, static_argnames=names)
+
+    @functools.wraps(step)
+    def read(*args: P.args, **kwargs: P.kwargs) -> R:
+        pools = [pool for arg in args for pool in _pools_of(arg)]
+        for pool in pools:
+            pool.require_live()
+        views = _views_of(pools)
+        for view in views:
+            view.before_step()
+        result = jitted(*args, **kwargs)
+        for view in views:
+            view.after_read(result)
+        return result
+
+    return read
+
+
 def is_update(returned: Any, pool: DevicePool) -> bool:
     """Whether a step that was given `pool` returned a pool of the same kind, sizes and dtypes."""
     same_tree = jax.tree_util.tree_structure(returned) == jax.tree_util.tree_structure(pool)
@@ -141,13 +206,29 @@ class DonatingStep(Generic[P, R]):
         self._jitted: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        pools = _pools_by_position(args, kwargs)
-        leaves = jax.tree_util.tree_leaves(list(pools.values()))
+        by_position = _pools_by_position(args, kwargs)
+        pools = list(itertools.chain.from_iterable(by_position.values()))
+        leaves = jax.tree_util.tree_leaves(pools)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
-        _refuse_unsafe(itertools.chain.from_iterable(pools.values()), leaves, args)
+        _refuse_unsafe(pools, leaves, args)
+        views = _views_of(pools)
+        for view in views:
+            view.before_step()
+        result = self._dispatch(tuple(by_position), args, kwargs)
+        if views:
+            returned = _pools_in(result)
+            for view in views:
+                view.after_step(vars(self).get("__qualname__", repr(self._step)), returned)
+        return result
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
+        """Lowers the step as a call would, consuming nothing; the arrays may be `jax.ShapeDtypeStruct`s."""
+        return self._jit(tuple(_pools_by_position(args, kwargs))).lower(*args, **kwargs)
+
+    def _dispatch(self, positions: tuple[int, ...], args: Any, kwargs: Any) -> R:
         try:
-            return self._jit(tuple(pools))(*args, **kwargs)
+            return self._jit(positions)(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # A GPU refuses to donate memory that a DLPack view holds; the arrays stay valid.
             if "external reference" not in str(error):
@@ -155,10 +236,6 @@ class DonatingStep(Generic[P, R]):
             raise BorrowedError(
                 "a pool was to be donated while another framework holds a view of its memory: drop the view first"
             ) from error
-
-    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
-        """Lowers the step as a call would, consuming nothing; the arrays may be `jax.ShapeDtypeStruct`s."""
-        return self._jit(tuple(_pools_by_position(args, kwargs))).lower(*args, **kwargs)
 
     def _jit(self, positions: tuple[int, ...]) -> Any:
         jitted = self._jitted.get(positions)
@@ -206,6 +283,18 @@ def _pools_of(argument: Any) -> list[DevicePool]:
     return pools
 
 
+def _pools_in(tree: Any) -> list[DevicePool]:
+    """The pools anywhere in `tree`, and those that they consist of."""
+    nodes = jax.tree_util.tree_leaves(tree, is_leaf=lambda node: isinstance(node, DevicePool))
+    return [part for node in nodes if isinstance(node, DevicePool) for part in node.with_parts()]
+
+
+def _views_of(pools: Iterable[DevicePool]) -> list[PoolView]:
+    """The views that somebody still holds."""
+    refs = itertools.chain.from_iterable(part.views for pool in pools for part in pool.with_parts())
+    return [view for ref in refs if (view := ref()) is not None]
+
+
 def _refuse_hidden(arguments: dict[Any, Any]) -> None:
     """Raises ArgumentError if a pool is a part of an argument that is not donated."""
     for name, argument in arguments.items():
@@ -220,8 +309,11 @@ def _refuse_hidden(arguments: dict[Any, Any]) -> None:
 
 
 def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
+    is_stale = any(map(_is_deleted, leaves))
     for pool in pools:
-        pool.require_donatable()
+        if is_stale:
+            pool.require_live()
+        pool.require_unborrowed()
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(
             "one buffer stands twice in the pools of this step and can be donated only once: "

@@ -40,6 +40,10 @@ class BorrowedError(CacheError):
     """A pool was to be donated while another framework holds a view of it."""
 
 
+class DeadViewError(CacheError):
+    """Another framework's view of a pool was used after its time: it was closed, or the pool is elsewhere."""
+
+
 class ShardingError(CacheError):
     """A sharded pool was used outside the `jax.shard_map` over its axis, or was cut differently from its config."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating
+from jaxcache.donation import DevicePool, donating, reading
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
 from jaxcache.pools.layout import BufferInfo, layer_infos
@@ -176,12 +176,16 @@ class KVCache(LayerStack):
         """One layer of a stacked array, in the pool's dtype. A copy."""
         self.require_live()
         self._require_one_shard()
-        index = self._layer_index(layer)
-        rows = buffer.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return from_storage(rows, self.config.dtype)
+        return _layer(self, buffer, self._layer_index(layer))
 
 
-@jax.jit
+@reading
+def _layer(pool: KVCache, buffer: jax.Array, layer: Any) -> jax.Array:
+    rows = buffer.at[layer].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return from_storage(rows, pool.config.dtype)
+
+
+@reading
 def _gather(pool: KVCache, loc: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, ...]:
     return tuple(from_storage(rows, pool.config.dtype) for rows in pool._gather_stored(loc, layer))
 

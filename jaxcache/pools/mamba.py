@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcache.donation import donating
+from jaxcache.donation import donating, reading
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.write_kv import put_rows
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
@@ -276,7 +276,7 @@ def reading_order(src: Int32[ArrayLike, " n"], dst: Int32[ArrayLike, " n"]) -> t
     return table[:, 0], table[:, 1]
 
 
-@jax.jit
+@reading
 def _read(pool: MambaPool, states: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
     rows = zip(pool._gather_stored(states, layer), pool.config.row_dtypes, strict=True)
     return tuple(from_storage(part, dtype) for part, dtype in rows)

@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating
+from jaxcache.donation import DevicePool, donating, reading
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
@@ -294,7 +294,7 @@ class LayerStack(MemoryPool):
         return self.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(self.buffers, rows, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(reading, static_argnames="mesh")
 def _read(pool: LayerStack, loc: jax.Array, *, mesh: Mesh | None) -> tuple[jax.Array, ...]:
     specs = pool.partition_specs()
     read = on_every_shard(lambda pool, loc: pool._gather_stored(loc), mesh, (specs, PartitionSpec()), specs.buffers)
