@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +39,8 @@ class LoopPlan:
     Attributes:
       shape: Its static shape.
       requests: The batch, in order: column `i` of what comes back is request `i`.
-      row, seq_len, limit, tag, tokens: int32, one a request: its table row; tokens it has and may have; a number of the
-        engine's own; the token it computes first.
+      row, seq_len, limit, tag, tokens: One integer a request: its table row; tokens it has and may have; a number of
+        the engine's own; the token it computes first.
       window: int32, the pages lent to the loop, in the order in which its steps take them.
     """
 
@@ -51,22 +51,13 @@ class LoopPlan:
     limit: Int32[np.ndarray, " requests"]
     tag: Int32[np.ndarray, " requests"]
     tokens: Int32[np.ndarray, " requests"]
-    window: Int32[np.ndarray, " pages"]
+    window: Int32[np.ndarray, " pages"] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @classmethod
-    def of(cls, shape: LoopShape, requests: Sequence[Request], limits: Sequence[int]) -> LoopPlan:
-        """The plan, without pages yet, for running requests with one token to compute; without requests, padding."""
-        first = [request.output_ids[-1] if request.output_ids else request.origin_input_ids[-1] for request in requests]
-        return cls(
-            shape,
-            tuple(requests),
-            row=np.array([request.req_pool_idx for request in requests], np.int32),
-            seq_len=np.array([request.kv_len for request in requests], np.int32),
-            limit=np.array(limits, np.int32),
-            tag=np.array([request.tag for request in requests], np.int32),
-            tokens=int32_array("output_ids", first) if first else np.empty(0, np.int32),
-            window=np.empty(0, np.int32),
-        )
+    def empty(cls, shape: LoopShape) -> LoopPlan:
+        """A plan of padding alone, to compile a shape."""
+        none = np.empty(0, np.int32)
+        return cls(shape, (), none, none, none, none, none)
 
     @property
     def most_pages(self) -> int:
@@ -90,7 +81,7 @@ class LoopPlan:
         Raises:
           ArgumentError: on another shape or dtype, or lengths that no step can accept.
 
-        Cost: some ten NumPy operations a step.
+        Cost: some thirty NumPy operations on (steps, requests), whatever the number of steps.
         """
         rules = (accepted, "accepted", "iu", "integers"), (stopped, "stopped", "b", "booleans")
         given, masks = (self._matrix(*rule) for rule in rules)
@@ -106,19 +97,31 @@ class LoopPlan:
         return self._replay(given, masks)
 
     def _replay(self, given: np.ndarray, masks: np.ndarray) -> LoopReplay:
-        rows = DecodeRows.start(self.seq_len, self.limit, self.shape.page_size)
-        accepted, owners = np.zeros(given.shape, np.int32), [np.empty(0, np.int64)]
-        taken, short_at = 0, None
-        for step in range(len(given)):
-            before = rows.seq_len
-            rows, need = rows.grown(self.shape.width, self.shape.page_size, len(self.window) - taken)
-            rows = rows.accepted(given[step]).stopped(masks[step])
-            accepted[step] = rows.seq_len - before
-            owners.append(np.repeat(np.arange(len(need)), need))
-            taken += len(owners[-1])
-            if short_at is None and not rows.ok:
-                short_at = step
-        return LoopReplay(self, accepted, rows, np.concatenate(owners), short_at)
+        """All steps of `DecodeRows` at once: each of its sums and maxima runs along the steps.
+
+        Lengths only grow, and no further than the limit: clipping once behind the sum is clipping at each step. A row's
+        pages are those of the furthest token that ever got a slot. What follows the step that found too few pages is
+        cut off.
+        """
+        steps, n, size = len(given), len(self.requests), self.shape.page_size
+        stopped = np.zeros((steps + 1, n), bool)  # row t of this and what follows: before step t
+        np.logical_or.accumulate(masks, axis=0, out=stopped[1:])
+        active = ~stopped
+        length = np.zeros((steps + 1, n), np.int32)
+        np.cumsum(given * active[:-1], axis=0, dtype=np.int32, out=length[1:])
+        length = np.minimum(length + self.seq_len, self.limit)
+        pages = np.zeros_like(length)
+        pages[0] = pages_of(self.seq_len, size)
+        pages[1:] = pages_of(np.minimum(length[:-1] + np.int32(self.shape.width), self.limit), size) * active[:-1]
+        np.maximum.accumulate(pages, axis=0, out=pages)
+        is_short = pages[1:].sum(axis=1) - pages[0].sum() > len(self.window)
+        done = int(is_short.argmax()) if is_short.any() else steps
+        accepted = np.zeros((steps, n), np.int32)
+        accepted[:done] = np.diff(length[: done + 1], axis=0)
+        owner = np.repeat(np.tile(np.arange(n), done), np.diff(pages[: done + 1], axis=0).ravel())
+        no_drafts = np.zeros(n, np.int32)
+        rows = DecodeRows(length[done], pages[done], self.limit, no_drafts, active[done], np.asarray(done == steps))
+        return LoopReplay(self, accepted, rows, owner, None if done == steps else done)
 
     def _matrix(self, value: ArrayLike | None, name: str, kinds: str, words: str) -> np.ndarray | None:
         if value is None:
@@ -150,30 +153,42 @@ class LoopReplay:
     owner: Int32[np.ndarray, " taken"]
     short_at: int | None
 
-    def pages_taken(self) -> list[Int32[np.ndarray, " pages"]]:
-        """The pages that each request took, in the order of its tokens. O(taken log taken)."""
+    def pages_by_request(self) -> tuple[Int32[np.ndarray, " requests"], Int32[np.ndarray, " taken"]]:
+        """How many pages each request took, and all of them: request by request, in the order of its tokens.
+
+        Cost: O(taken log taken).
+        """
         by_request = np.argsort(self.owner, kind="stable")
-        ends = np.cumsum(np.bincount(self.owner, minlength=len(self.plan.requests)))
-        return np.split(self.plan.window[by_request], ends)[:-1]
+        return np.bincount(self.owner, minlength=len(self.plan.requests)), self.plan.window[by_request]
+
+    def pages_taken(self) -> list[Int32[np.ndarray, " pages"]]:
+        """The pages that each request took, in the order of its tokens. O(requests + taken log taken)."""
+        counts, pages = self.pages_by_request()
+        return np.split(pages, np.cumsum(counts))[:-1]
 
 
-def loop_limits(requests: Sequence[Request], limits: Sequence[int] | None, longest: int) -> Sequence[int]:
-    """The limits of a loop's requests, checked; by default `longest` for each.
+def loop_limits(
+    requests: Sequence[Request],
+    kv_len: Int32[np.ndarray, " requests"],
+    limits: Sequence[int] | None,
+    longest: int,
+) -> Int32[np.ndarray, " requests"]:
+    """The limits of a loop's requests, which have `kv_len` tokens; checked, and by default `longest` for each.
 
     Raises:
       ArgumentError: they are not one a request, or one is above `longest` or leaves its request nothing to compute.
     """
-    if limits is None:
-        limits = [longest] * len(requests)
-    if len(limits) != len(requests):
-        raise ArgumentError(f"limits must be one a request, got {len(limits)} for {len(requests)} requests")
-    for request, limit in zip(requests, limits, strict=True):
-        if not request.kv_len < limit <= longest:
-            raise ArgumentError(
-                f"limits: that of request {request.rid} must be above its {request.kv_len} tokens and at most "
-                f"max_context_len = {longest}, got {limit}: raise it, or finish the request"
-            )
-    return limits
+    limit = np.full(len(requests), longest, np.int32) if limits is None else int32_array("limits", limits)
+    if len(limit) != len(requests):
+        raise ArgumentError(f"limits must be one a request, got {len(limit)} for {len(requests)} requests")
+    is_wrong = (limit <= kv_len) | (limit > longest)
+    if is_wrong.any():
+        i = int(is_wrong.argmax())
+        raise ArgumentError(
+            f"limits: that of request {requests[i].rid} must be above its {kv_len[i]} tokens and at most "
+            f"max_context_len = {longest}, got {limit[i]}: raise it, or finish the request"
+        )
+    return limit
 
 
 class PageLoan:
@@ -218,6 +233,7 @@ class _Flight:
     """A loop that is not over. `books` are its rows and allocator at the end, on the device, once it was launched."""
 
     loan: PageLoan
+    rows: frozenset[int]
     books: tuple[DecodeRows, Any] | None = None
 
 
@@ -240,7 +256,7 @@ class DecodeLoops:
 
     def holds(self, row: int) -> bool:
         """Whether the request in that row is part of a loop that is not over."""
-        return any(row in plan.row for plan in self._flights)
+        return any(row in flight.rows for flight in self._flights.values())
 
     def open(self, plan: LoopPlan, num_pages: int) -> LoopPlan | None:
         """Lends the pages of a new loop to its plan; None, and nothing has changed, if there are not as many."""
@@ -249,7 +265,8 @@ class DecodeLoops:
         if window is None:
             return None
         plan = dataclasses.replace(plan, window=window)
-        self._flights[plan] = _Flight(PageLoan(self._allocator, before, window))
+        self._flights[plan] = _Flight(PageLoan(self._allocator, before, window), frozenset(plan.row.tolist()))
+        self._table.touch(plan.row)
         return plan
 
     def require_planned(self, plan: LoopPlan) -> None:
@@ -267,12 +284,14 @@ class DecodeLoops:
         flight = self._flight(plan)
         if flight.books is None:
             raise RequestStateError("replay: its loop was not launched: run or cancel it")
-        for request, length in zip(plan.requests, replay.rows.seq_len.tolist(), strict=True):
-            if request.num_tokens < length:
-                raise ArgumentError(
-                    f"replay: request {request.rid} has {request.num_tokens} tokens, the loop computed {length} of "
-                    "them: append the tokens it sampled to output_ids first"
-                )
+        num_tokens = np.array([request.prompt_len + len(request.output_ids) for request in plan.requests], np.int32)
+        is_short = num_tokens < replay.rows.seq_len
+        if is_short.any():
+            i = int(is_short.argmax())
+            raise ArgumentError(
+                f"replay: request {plan.requests[i].rid} has {num_tokens[i]} tokens, the loop computed "
+                f"{replay.rows.seq_len[i]} of them: append the tokens it sampled to output_ids first"
+            )
         if device_table is not None:
             check_loop(replay, flight.books, self._table, device_table)
         self._commit(replay, flight.loan)
@@ -286,14 +305,9 @@ class DecodeLoops:
     def _commit(self, replay: LoopReplay, loan: PageLoan) -> None:
         plan, rows = replay.plan, replay.rows
         loan.settle(len(replay.owner))
-        kept = (-(-rows.seq_len // plan.shape.page_size)).tolist()
-        columns = plan.row.tolist(), replay.pages_taken(), kept, rows.seq_len.tolist()
-        spare = [np.empty(0, np.int32)]
-        for request, row, pages, keep, length in zip(plan.requests, *columns, strict=True):
-            self._table.write_pages(row, request.num_pages, pages, on_device=True)
-            spare.append(self._table.row_pages(row, keep, request.num_pages + len(pages)))
-            request.kv_len, request.num_pages = length, keep
-        self._allocator.release(np.concatenate(spare), PageState.PRIVATE)
+        self._table.append_pages(plan.row, *replay.pages_by_request(), on_device=True)
+        self._table.commit(plan.row, rows.seq_len)
+        self._allocator.release(self._table.cut_spare_pages(plan.row), PageState.PRIVATE)
 
     def _flight(self, plan: LoopPlan) -> _Flight:
         if plan not in self._flights:

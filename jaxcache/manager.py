@@ -29,7 +29,7 @@ from jaxcache.caches.base import expand_pages
 from jaxcache.caches.radix import RadixCache
 from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay, loop_limits
+from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.memory_config import MemoryConfig
 from jaxcache.pages.arguments import as_count
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
@@ -38,7 +38,7 @@ from jaxcache.pools.base import KVCache
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.request import Request, RequestState
 from jaxcache.runner import StepRunner
-from jaxcache.step import StepKind, StepPlan, default_buckets, smallest
+from jaxcache.step import StepKind, StepPlan, default_buckets
 
 
 def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None) -> MemoryManager:
@@ -241,7 +241,7 @@ class MemoryManager:
         """
         self._planner.require_current(plan)
         out = self.runner.run(step, plan, *args)
-        self.req_to_token_pool.kv_len[plan.row] = plan.seq_len
+        self.req_to_token_pool.commit(plan.row, plan.seq_len)
         if plan.bucket.kind is StepKind.EXTEND:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
@@ -253,12 +253,8 @@ class MemoryManager:
         left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
         for request in left or plan.requests:
             self._planner.require_running(request)
-        for request in left:
-            keep = self._pages_of(request.kv_len)
-            extra = self.req_to_token_pool.row_pages(self._row(request), keep, request.num_pages)
-            if len(extra):
-                self.allocator.release(extra.copy(), PageState.PRIVATE)
-                request.num_pages = keep
+        left_rows = np.array([request.req_pool_idx for request in left], np.intp)
+        self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
 
     def warm_up(self, step: Callable, *args: Any) -> None:
         """Compiles `step` for every bucket, and the table patch, with batches of padding."""
@@ -292,10 +288,7 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        self._planner.decode_batch(requests)
-        bucket = smallest(self.buckets, StepKind.DECODE, len(requests), len(requests), 0)
-        shape = LoopShape(bucket.requests, steps, width, self.page_size)
-        plan = LoopPlan.of(shape, requests, loop_limits(requests, limits, self.config.max_context_len))
+        plan = self._planner.decode_loop(requests, steps, width, limits, self.buckets)
         num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
         self._planner.make_room(num_pages)
         self._planner.forget_batch()
@@ -341,7 +334,7 @@ class MemoryManager:
         """Compiles a loop of that many steps for every batch size, with batches of padding."""
         for bucket in self.buckets:
             if bucket.kind is StepKind.DECODE:
-                plan = LoopPlan.of(LoopShape(bucket.requests, steps, width, self.page_size), (), ())
+                plan = LoopPlan.empty(LoopShape(bucket.requests, steps, width, self.page_size))
                 self.runner.run_loop(step, plan, *args)
 
     # ---- memory --------------------------------------------------------------------------------------------------

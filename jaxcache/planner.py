@@ -1,23 +1,24 @@
 """From running requests to a step plan, and whether that plan still holds when it is to run.
 
 Lengths and pages of all running requests stand in the arrays of the request table: a plan is NumPy calls over a batch,
-not a loop over requests.
+not a loop over requests. Only what an engine appends to, `output_ids`, is read request by request.
 
 Source: jaxcache's own; SGLang 0.5.2 schedule_batch.py, prepare_for_extend and prepare_for_decode, do the same in torch.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxcache.caches.radix import RadixCache
+from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import pack
-from jaxcache.loop_plan import DecodeLoops
+from jaxcache.loop_plan import DecodeLoops, LoopPlan, loop_limits
 from jaxcache.pages.arguments import as_count, int32_array
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator
 from jaxcache.pages.expand import pages_of
@@ -25,8 +26,8 @@ from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
 from jaxcache.step import Bucket, StepKind, StepPlan, smallest
 
-_OUTPUT_IDS = operator.attrgetter("output_ids")
-_LAST = operator.itemgetter(-1)
+if TYPE_CHECKING:
+    from jaxtyping import Int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class RunningBatch:
 
     Attributes:
       requests: Distinct running requests.
-      row, prompt_len, tag: int32, one a request.
+      row: Their rows, as NumPy likes its indices: int32 would be converted at each use.
+      prompt_len, tag: int32, one a request.
     """
 
     requests: tuple[Request, ...]
@@ -52,10 +54,24 @@ class RunningBatch:
         """
         return cls(
             tuple(requests),
-            row=np.array([request.req_pool_idx for request in requests], np.int32),
+            row=np.array([request.req_pool_idx for request in requests], np.intp),
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
             tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
         )
+
+
+class Waiting(NamedTuple):
+    """A batch that waits for a step, and how far its requests are.
+
+    Attributes:
+      batch: The batch.
+      kv_len: int32, tokens of each request that have KV.
+      room: int32, slots left in the last page of each: 0 .. page_size - 1.
+    """
+
+    batch: RunningBatch
+    kv_len: np.ndarray
+    room: np.ndarray
 
 
 class StepPlanner:
@@ -95,8 +111,10 @@ class StepPlanner:
         if 0 < short <= self._cache.evictable_size():  # else what is cached would be lost for nothing
             self._cache.evict(short)
 
-    def take_pages(self, num_pages: int) -> np.ndarray | None:
+    def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
         """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""
+        if not num_pages:
+            return np.empty(0, np.int32)
         self.make_room(num_pages)
         return self._allocator.alloc_pages(num_pages)
 
@@ -104,42 +122,48 @@ class StepPlanner:
         """Requests came, went, or entered a loop: the next batch is looked at anew."""
         self._last_batch = None
 
+    # ---- plans ---------------------------------------------------------------------------------------------------
+
     def extend(self, work: Sequence[tuple[Request, int]], buckets: Sequence[Bucket]) -> StepPlan | None:
         """`MemoryManager.extend` has the contract."""
-        batch = self._batch([request for request, _ in work])
-        counts = np.array([as_count(f"work: tokens of request {request.rid}", n) for request, n in work])
+        waiting = self._waiting([request for request, _ in work])
+        counts = [as_count(f"work: tokens of request {request.rid}", n) for request, n in work]
         for request, n in work:
             if not 1 <= n <= request.num_tokens - request.kv_len:
                 raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
         tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
-        return self._plan(StepKind.EXTEND, batch, counts, np.concatenate(tokens), buckets)
+        return self._plan(StepKind.EXTEND, waiting, np.array(counts, np.int32), np.concatenate(tokens), buckets)
 
     def decode(self, requests: Sequence[Request], buckets: Sequence[Bucket]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
-        batch, tokens = self.decode_batch(requests)
-        return self._plan(StepKind.DECODE, batch, np.ones(len(tokens), np.int32), tokens, buckets)
+        waiting = self._waiting(requests)
+        return self._plan(StepKind.DECODE, waiting, np.int32(1), self._last_tokens(waiting), buckets)
 
-    def decode_batch(self, requests: Sequence[Request]) -> tuple[RunningBatch, np.ndarray]:
-        """A batch whose requests have one token each to compute, and those tokens.
+    def decode_loop(
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        width: int,
+        limits: Sequence[int] | None,
+        buckets: Sequence[Bucket],
+    ) -> LoopPlan:
+        """`MemoryManager.decode_loop` has the contract; the plan has no pages yet."""
+        waiting = self._waiting(requests)
+        tokens = self._last_tokens(waiting)
+        batch, kv_len, _ = waiting
+        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
+        return LoopPlan(
+            LoopShape(bucket.requests, steps, width, self._table.page_size),
+            batch.requests,
+            row=batch.row,
+            seq_len=kv_len,
+            limit=loop_limits(batch.requests, kv_len, limits, self._table.max_context_len),
+            tag=batch.tag,
+            tokens=tokens,
+        )
 
-        Raises:
-          RequestStateError: As `MemoryManager.decode`.
-          ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
-        """
-        batch = self._batch(requests)
-        outputs = list(map(_OUTPUT_IDS, batch.requests))
-        sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
-        left = batch.prompt_len + sampled - self._table.kv_len[batch.row]
-        if (left != 1).any():
-            i = int((left != 1).argmax())
-            rid = batch.requests[i].rid
-            raise ArgumentError(f"requests: {rid} has {left[i]} tokens to compute, decode computes one")
-        if not all(outputs):
-            outputs = [request.output_ids or request.key.token_ids for request in batch.requests]
-        return batch, np.frombuffer(pack(map(_LAST, outputs)), np.int32)
-
-    def _batch(self, requests: Sequence[Request]) -> RunningBatch:
-        """Distinct running requests that wait for a step, with their rows.
+    def _waiting(self, requests: Sequence[Request]) -> Waiting:
+        """Distinct running requests that wait for a step.
 
         Raises:
           RequestStateError: One is not running, is in a decode loop, or has a plan that has not run.
@@ -152,63 +176,83 @@ class StepPlanner:
             if len(set(map(id, requests))) != len(requests) or not requests:
                 raise ArgumentError("requests: name each request once, and at least one")
             batch = self._last_batch = RunningBatch.of(requests)
-        table, row = self._table, batch.row
-        is_ready = table.num_pages[row] == pages_of(table.kv_len[row], table.page_size)
-        if not is_ready.all():
-            rid = batch.requests[int(is_ready.argmin())].rid
+        table = self._table
+        kv_len = table.kv_len[batch.row]
+        room = table.num_pages[batch.row] * np.int32(table.page_size) - kv_len
+        if room.max() >= table.page_size:
+            rid = batch.requests[int(room.argmax())].rid
             raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
-        return batch
+        return Waiting(batch, kv_len, room)
+
+    def _last_tokens(self, waiting: Waiting) -> Int32[np.ndarray, " requests"]:
+        """The one token that each request has to compute.
+
+        Raises:
+          ArgumentError: One has none, or several, or it is no int32.
+        """
+        batch = waiting.batch
+        outputs = [request.output_ids for request in batch.requests]
+        sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
+        left = batch.prompt_len + sampled - waiting.kv_len
+        if (left != 1).any():
+            i = int((left != 1).argmax())
+            raise ArgumentError(
+                f"requests: {batch.requests[i].rid} has {left[i]} tokens to compute, decode computes one"
+            )
+        if not sampled.all():
+            outputs = [request.output_ids or request.key.token_ids for request in batch.requests]
+        return np.frombuffer(pack([tokens[-1] for tokens in outputs]), np.int32)
 
     def _plan(
-        self, kind: StepKind, batch: RunningBatch, counts: np.ndarray, tokens: np.ndarray, buckets: Sequence[Bucket]
+        self,
+        kind: StepKind,
+        waiting: Waiting,
+        counts: np.ndarray | np.int32,
+        tokens: np.ndarray,
+        buckets: Sequence[Bucket],
     ) -> StepPlan | None:
         """Takes the pages that `counts` more tokens of each request need, and says what the step is to do."""
-        table, row = self._table, batch.row
-        prefix, held = table.kv_len[row], table.num_pages[row]
-        target = (prefix + counts).astype(np.int32)
+        table, (batch, kv_len, room) = self._table, waiting
+        target = kv_len + counts
         if target.max() > table.max_context_len:
             i = int(target.argmax())
             raise ArgumentError(
                 f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
                 f"{table.max_context_len}: finish it"
             )
-        new = pages_of(target, table.page_size) - held
-        bucket = smallest(buckets, kind, len(row), len(tokens), int(new.sum()))
-        fresh = self.take_pages(int(new.sum()))
+        new = pages_of(counts - room, table.page_size)
+        num_pages = int(new.sum())
+        bucket = smallest(buckets, kind, len(target), len(tokens), num_pages)
+        fresh = self.take_pages(num_pages)
         if fresh is None:
             return None
-        last_loc = table.last_slots(row)
-        table.append_pages(row, new, fresh)
+        last_loc = table.last_slots(batch.row)
+        table.append_pages(batch.row, new, fresh)
         return StepPlan(
             bucket,
             batch.requests,
-            row=row,
-            prefix_len=prefix,
+            row=batch.row,
+            prefix_len=kv_len,
             seq_len=target,
             last_loc=last_loc,
             tag=batch.tag,
             tokens=tokens,
             new_pages=fresh,
+            stamp=table.stamp(batch.row),
         )
 
     def require_current(self, plan: StepPlan) -> None:
-        """Raises RequestStateError unless every request is in its row, as long as the plan expects, with its pages."""
-        is_in_place = tuple(map(self._running.get, plan.row.tolist())) == plan.requests
-        if not is_in_place or not self._loops.are_over:
-            for request in plan.requests:
-                self.require_running(request)
-        if plan.requests and not (is_in_place and self._rows_are_as_planned(plan)):
-            request, row = plan.requests[0], int(plan.row[0])
-            now = (request.req_pool_idx, request.kv_len, request.num_pages)
-            raise RequestStateError(
-                f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
-                f"(row, tokens, pages) = {now}; plan again"
-            )
+        """Raises RequestStateError unless every request is in its row, as long as the plan expects, with its pages.
 
-    def _rows_are_as_planned(self, plan: StepPlan) -> bool:
-        table, row = self._table, plan.row
-        same_length = np.array_equal(table.kv_len[row], plan.prefix_len)
-        # A row that was planned anew, or came back after a retraction, can be as long as before, in other pages.
-        same_tail = np.array_equal(table.last_slots(row), plan.last_loc)
-        same_pages = np.array_equal(table.tail_pages(row), plan.new_pages)
-        return same_length and same_tail and same_pages
+        Cost: one comparison of a number a row, unless it raises.
+        """
+        if plan.stamp is None or self._table.is_current(plan.stamp):
+            return
+        for request in plan.requests:
+            self.require_running(request)
+        request, row = plan.requests[0], int(plan.row[0])
+        now = (request.req_pool_idx, request.kv_len, request.num_pages)
+        raise RequestStateError(
+            f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
+            f"(row, tokens, pages) = {now}; plan again"
+        )

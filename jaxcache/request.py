@@ -36,6 +36,10 @@ class RowLengths(Protocol):
     kv_len: np.ndarray
     num_pages: np.ndarray
 
+    def touch(self, rows: int) -> None:
+        """Tells that the request in a row has other lengths or pages than before."""
+        ...
+
 
 @dataclass(eq=False)
 class Request:
@@ -106,7 +110,9 @@ class Request:
 
     @kv_len.setter
     def kv_len(self, value: int) -> None:
-        self._row_lengths().kv_len[self.req_pool_idx] = value
+        table, row = self._place()
+        table.kv_len[row] = value
+        table.touch(row)
 
     @property
     def num_pages(self) -> int:
@@ -115,12 +121,14 @@ class Request:
 
     @num_pages.setter
     def num_pages(self, value: int) -> None:
-        self._row_lengths().num_pages[self.req_pool_idx] = value
+        table, row = self._place()
+        table.num_pages[row] = value
+        table.touch(row)
 
-    def _row_lengths(self) -> RowLengths:
-        if self._lengths is None:
+    def _place(self) -> tuple[RowLengths, int]:
+        if self._lengths is None or self.req_pool_idx is None:
             raise RequestStateError(f"request {self.rid} has no row: it is {self.state.value}; admit it first")
-        return self._lengths
+        return self._lengths, self.req_pool_idx
 
     @property
     def num_tokens(self) -> int:

@@ -22,8 +22,9 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
+from jaxcache.mirror import TableChanges
 from jaxcache.packing import NOWHERE, Field, Packing
-from jaxcache.pools.requests import RequestTable, TableChanges
+from jaxcache.pools.requests import RequestTable, RowStamp
 from jaxcache.request import Request
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ class StepPlan:
     Attributes:
       bucket: Where it is padded to.
       requests: The batch, in order.
-      row, prefix_len, seq_len, last_loc, tag: One int32 a request: its table row; tokens it had and will have; the slot
-        of its last token (-1 for none); a number of the engine's own, such as its adapter.
+      row, prefix_len, seq_len, last_loc, tag: One integer a request: its table row; tokens it had and will have; the
+        slot of its last token (-1 for none); a number of the engine's own, such as its adapter.
       tokens: int32 token ids computed, request by request.
       new_pages: int32 fresh pages, in the order the requests take them.
+      stamp: The rows as the plan leaves them: once they change, it is outdated. None for padding.
     """
 
     bucket: Bucket
@@ -93,6 +95,7 @@ class StepPlan:
     tag: np.ndarray
     tokens: np.ndarray
     new_pages: np.ndarray
+    stamp: RowStamp | None = None
 
     @classmethod
     def empty(cls, bucket: Bucket) -> StepPlan:

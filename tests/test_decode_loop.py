@@ -657,7 +657,7 @@ def test_nothing_compiles_after_the_warm_up():
     args = {n: (np.ones((3, n), np.int32), never(3, n)) for n in (2, 6)}
     for bucket in manager.buckets:
         if bucket.requests in args:
-            plan = LoopPlan.of(LoopShape(bucket.requests, 3, 2, 4), (), ())
+            plan = LoopPlan.empty(LoopShape(bucket.requests, 3, 2, 4))
             manager.runner.run_loop(speculate, plan, *map(jax.device_put, args[bucket.requests]))
     manager.warm_up(write_step)
     seen = []

@@ -48,6 +48,21 @@ class RequestTable(DevicePool):
         return self.pages[row, position // page_size] * page_size + position % page_size
 
 
+@dataclass(frozen=True, eq=False)
+class RowStamp:
+    """What rows of a table were at some moment, without a copy of them: `ReqToTokenPool.is_current` tells.
+
+    Attributes:
+      table: Whose rows.
+      rows: Which.
+      changed_at: When each one had changed last.
+    """
+
+    table: ReqToTokenPool
+    rows: np.ndarray
+    changed_at: np.ndarray
+
+
 class ReqToTokenPool:
     """Rows of the request table, on the host.
 
@@ -79,6 +94,8 @@ class ReqToTokenPool:
         self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
+        self._changed_at = np.zeros(size, np.int64)
+        self._clock = 0
         self.clear()
 
     def clear(self) -> None:
@@ -86,6 +103,7 @@ class ReqToTokenPool:
         self._free = deque(range(self.size))
         self._is_free = np.ones(self.size, bool)
         self._changes.forget()
+        self.touch(slice(None))
 
     def available_size(self) -> int:
         """Free rows."""
@@ -111,6 +129,7 @@ class ReqToTokenPool:
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
         self._is_free[rows] = False
+        self.touch(rows)
         return rows
 
     def free(self, free_index: int | Sequence[int]) -> None:
@@ -122,6 +141,7 @@ class ReqToTokenPool:
         """
         rows = self._rows_to_free(free_index)
         self._is_free[rows] = True
+        self.touch(rows)
         self._free.extend(rows.tolist())
 
     def _rows_to_free(self, free_index: int | Sequence[int]) -> np.ndarray:
@@ -181,6 +201,7 @@ class ReqToTokenPool:
             )
         if len(pages):
             self._pages[row, first:stop] = pages
+            self.touch(row)
             if not on_device:
                 base = row * self.max_pages
                 self._changes.mark(np.arange(base + first, base + stop, dtype=np.int32))
@@ -190,27 +211,64 @@ class ReqToTokenPool:
             raise ArgumentError(f"row {row} is not in use: allocate it first")
 
     def append_pages(
-        self, rows: Int32[np.ndarray, " rows"], counts: Int32[np.ndarray, " rows"], pages: Int32[np.ndarray, " pages"]
+        self,
+        rows: Int32[np.ndarray, " rows"],
+        counts: Int32[np.ndarray, " rows"],
+        pages: Int32[np.ndarray, " pages"],
+        on_device: bool = False,
     ) -> None:
         """The next `counts[i]` of `pages` go behind the last page in use of `rows[i]`, for all rows at once.
 
-        The rows must be in use and distinct, and have room. Cost: some NumPy calls, whatever the number of rows.
+        The rows must be in use and distinct, and have room. `on_device`: as for `write_pages`.
+
+        Cost: some NumPy calls, whatever the number of rows.
         """
         if not len(pages):
             return
-        ends = np.cumsum(counts)
-        first = rows * np.int32(self.max_pages) + self.num_pages[rows] - (ends - counts)
-        index = (np.repeat(first, counts) + np.arange(len(pages))).astype(np.int32)
+        growing = np.flatnonzero(counts)
+        rows, counts = rows[growing], counts[growing]
+        index = _runs(rows * np.int32(self.max_pages) + self.num_pages[rows], counts).astype(np.int32)
         self._pages.reshape(-1)[index] = pages
         self.num_pages[rows] += counts
-        self._changes.mark(index)
+        self.touch(rows)
+        if not on_device:
+            self._changes.mark(index)
 
-    def tail_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
-        """Row after row, the pages behind those of the tokens with KV: what a step that has not run yet was given."""
-        used = (self.kv_len[rows] + self.page_size - 1) // self.page_size
-        counts = self.num_pages[rows] - used
-        entry = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - used, counts)
-        return self._pages[np.repeat(rows, counts), entry]
+    def cut_spare_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
+        """Takes the pages behind those of the tokens with KV from distinct rows; the caller frees them.
+
+        Returns:
+          A copy of them, row after row. Cost: as `append_pages`.
+        """
+        keep = -(-self.kv_len[rows] // self.page_size)
+        counts = self.num_pages[rows] - keep
+        longer = np.flatnonzero(counts)
+        rows, keep, counts = rows[longer], keep[longer], counts[longer]
+        pages = self._pages[np.repeat(rows, counts), _runs(keep, counts)]
+        self.num_pages[rows] = keep
+        self.touch(rows)
+        return pages
+
+    def commit(self, rows: Int32[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
+        """These rows have so many tokens with KV from now on."""
+        self.kv_len[rows] = kv_len
+        self.touch(rows)
+
+    def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
+        """The owner, the length or the pages of these rows changed: stamps of before are no longer current.
+
+        Called wherever the table changes; whoever writes to `kv_len` or `num_pages` calls it.
+        """
+        self._clock += 1
+        self._changed_at[rows] = self._clock
+
+    def stamp(self, rows: Int32[np.ndarray, " rows"]) -> RowStamp:
+        """Remembers these rows as they are. O(rows)."""
+        return RowStamp(self, rows, self._changed_at[rows])
+
+    def is_current(self, stamp: RowStamp) -> bool:
+        """Whether its rows are this table's and have not changed since, not even to and fro. O(rows), three calls."""
+        return stamp.table is self and bool((self._changed_at[stamp.rows] == stamp.changed_at).all())
 
     def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
         """Slot of the last token with KV of each row; -1 where there is none."""
@@ -248,3 +306,9 @@ class ReqToTokenPool:
             return RequestTable(jnp.array(self._pages))
         everywhere = NamedSharding(mesh, PartitionSpec())
         return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
+
+
+def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`counts[i]` consecutive numbers from `first[i]` on, one run after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
