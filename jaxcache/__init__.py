@@ -9,6 +9,7 @@ from jaxcache.errors import BorrowedError as BorrowedError
 from jaxcache.errors import BrokenInvariant as BrokenInvariant
 from jaxcache.errors import CacheError as CacheError
 from jaxcache.errors import DoubleFreeError as DoubleFreeError
+from jaxcache.errors import LockedError as LockedError
 from jaxcache.errors import NotInPlaceError as NotInPlaceError
 from jaxcache.errors import OwnershipError as OwnershipError
 from jaxcache.errors import ReceiptError as ReceiptError
@@ -30,6 +31,7 @@ from jaxcache.index.hashing import content_digest as content_digest
 from jaxcache.index.hashing import hash_bytes as hash_bytes
 from jaxcache.index.hashing import hash_to_int64 as hash_to_int64
 from jaxcache.index.hashing import hash_token_ids as hash_token_ids
+from jaxcache.index.key import BigramKey as BigramKey
 from jaxcache.index.key import Namespace as Namespace
 from jaxcache.index.key import RadixKey as RadixKey
 from jaxcache.index.recency import Policy as Policy

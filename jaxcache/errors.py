@@ -24,6 +24,10 @@ class ReceiptError(CacheError):
     """A lock receipt was given back twice, to another tree, or after a reset."""
 
 
+class LockedError(CacheError):
+    """Something was to be let go that a lock covers."""
+
+
 class SnapshotError(CacheError):
     """An allocator snapshot cannot be restored any more."""
 

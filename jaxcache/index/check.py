@@ -53,7 +53,7 @@ def problems(tree: RadixTree) -> Iterator[str]:
 
 
 def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
-    page_bytes = 4 * tree.page_size
+    page_bytes = tree.element_bytes * tree.page_size
     parent = node.parent
     if parent is None:
         return
@@ -61,8 +61,8 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         yield f"{node}: its key has {len(node.key)} bytes, it must be whole pages and not empty"
     if parent.children.get(node.key[:page_bytes]) is not node:
         yield f"{node}: its parent does not list it under its first page"
-    if node.start != parent.end:
-        yield f"{node}: it must start where its parent ends, at {parent.end}"
+    if node.start != parent.end or tree.element_bytes * node.tokens != len(node.key):
+        yield f"{node}: it must start where its parent ends, at {parent.end}, and be as long as its key"
     pages = len(node.key) // page_bytes
     locks = [node.slot(i).locks for i in range(len(tree.components))]
     if node.value is None:
@@ -78,10 +78,12 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
             continue
         if len(value) != (pages if component.spans else 1):
             yield f"{node}: {component.name} has {len(value)} values for {pages} pages"
+        if i and not value.all():
+            yield f"{node}: {component.name} has id 0, which is nothing"
         if value.base is not None or value.dtype != np.int32 or value.flags.writeable:
             yield f"{node}: {component.name} must own a read-only int32 array"
-    if not node.children and not node.locks and any(slot.value is None for slot in node.others):
-        yield f"{node}: an unlocked leaf must be a stopping point for every component"
+    if not node.children and any(slot.value is None for slot in node.others):
+        yield f"{node}: a leaf must have a value of every component"
     if node.hashes is not None:
         prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
         if list(node.hashes) != page_hashes(node.key, page_bytes, prior):
@@ -114,7 +116,7 @@ def draw(tree: RadixTree, max_nodes: int = 200) -> str:
 
 def describe(tree: RadixTree, node: Node) -> str:
     """One node in one line."""
-    tokens = np.frombuffer(node.key, "<i4")
+    tokens = node.token_ids
     shown = " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
     parts = [f"[{node.start}:{node.end}] {shown}"]
     for i, component in enumerate(tree.components):

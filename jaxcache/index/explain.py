@@ -32,6 +32,7 @@ class Reason(enum.Enum):
     NO_STATE = "no state was saved there"
     TAIL = "the rest is shorter than a page"
     EVICTED = "the rest was evicted"
+    DROPPED = "the rest was dropped with its namespace"
     OTHER_NAMESPACE = "the rest is cached in another namespace"
     NEVER_SEEN = "the rest was never cached, or too long ago to remember"
 
@@ -47,7 +48,7 @@ class Explanation:
       known: Tokens that it would find without what stopped it, at least.
       component: What was missing, for WINDOW_GONE and NO_STATE.
       policy: What evicted it, for EVICTED and WINDOW_GONE.
-      changes_ago: How many changes of the tree (leaf added, node split or let go) ago, for EVICTED.
+      changes_ago: How many changes of the tree (leaf added, node split or let go) ago, for EVICTED and DROPPED.
       namespace: Encoding of the namespace that has it, for OTHER_NAMESPACE. It may hold a secret: not in the line.
     """
 
@@ -65,7 +66,8 @@ class Explanation:
         if self.component is not None:
             line += f" ({self.component}; {self.known} tokens are cached)"
         if self.changes_ago is not None:
-            line += f", up to token {self.known}, by {self.policy}, {self.changes_ago} changes ago"
+            by = f", by {self.policy}" if self.policy is not None else ""
+            line += f", up to token {self.known}{by}, {self.changes_ago} changes ago"
         if self.namespace is not None:
             line += f", up to token {self.known}"
         return line
@@ -78,18 +80,20 @@ class Graves:
     is kept is a node let go: its key and no values; the oldest are forgotten first, an eighth of them at a time.
 
     Args:
-      page_bytes: Bytes of a page of tokens.
+      page_bytes: Bytes of a page of a key.
+      element_bytes: Bytes of an element of a key.
       most_bytes: Of keys, and 256 a node for the rest of it.
     """
 
-    def __init__(self, page_bytes: int, most_bytes: int = _MOST_BYTES):
+    def __init__(self, page_bytes: int, element_bytes: int = TOKEN_BYTES, most_bytes: int = _MOST_BYTES):
         self._page_bytes = page_bytes
+        self._element_bytes = element_bytes
         self._most_bytes = self._left = most_bytes
-        self._buried: deque[tuple[Node, Node, int]] = deque()
+        self._buried: deque[tuple[Node, Node, int, bool]] = deque()
 
-    def bury(self, node: Node, parent: Node, now: int) -> None:
+    def bury(self, node: Node, parent: Node, now: int, is_drop: bool) -> None:
         """`node` is let go by its `parent`, as change number `now`. Parents go after their children."""
-        self._buried.append((node, parent, now))
+        self._buried.append((node, parent, now, is_drop))
         self._left -= len(node.key) + _NODE_BYTES
         if self._left < 0:
             self._forget()
@@ -99,33 +103,34 @@ class Graves:
             oldest = self._buried.popleft()[0]
             self._left += len(oldest.key) + _NODE_BYTES
 
-    def search(self, key: RadixKey, found: int) -> tuple[int, int] | None:
-        """The furthest that prefixes of `key` reached that were let go, and when the last such node went.
+    def search(self, key: RadixKey, found: int) -> tuple[int, int, bool] | None:
+        """The furthest that prefixes of `key` reached that were let go, when the last such node went, if by a drop.
 
         Looks beyond `found` tokens only. Cost: O(nodes kept and their ancestors), and the compares that go far.
         """
-        best: tuple[int, int] | None = None
+        best: tuple[int, int, bool] | None = None
         page = self._page_bytes
-        parents = {node: parent for node, parent, _ in self._buried}
-        for node, _, when in self._buried:
-            begin = TOKEN_BYTES * node.start
+        parents = {node: parent for node, parent, _, _ in self._buried}
+        for node, _, when, is_drop in self._buried:
+            begin = self._element_bytes * node.start
             if key.packed[begin : begin + page] != node.key[:page]:
                 continue
             reached = self._reach(node, key, parents)
-            if reached > found and (best is None or (reached, when) > best):
-                best = (reached, when)
+            if reached > found and (best is None or (reached, when) > best[:2]):
+                best = (reached, when, is_drop)
         return best
 
     def _reach(self, node: Node, key: RadixKey, parents: dict[Node, Node]) -> int:
         """Tokens of `key`, in whole pages, that end in or at `node`; 0 if what is above it is not in `key`."""
-        begin, end, page = TOKEN_BYTES * node.start, TOKEN_BYTES * node.end, self._page_bytes
+        size, page = self._element_bytes, self._page_bytes
+        begin, end = size * node.start, size * node.end
         same = begin
         while same < end and key.packed[same : same + page] == node.key[same - begin : same - begin + page]:
             same += page
         for ancestor in _ancestors(node, parents):
             if isinstance(ancestor, Root):
-                return same // TOKEN_BYTES if ancestor.namespace == key.namespace else 0
-            if not key.packed.startswith(ancestor.key, TOKEN_BYTES * ancestor.start):
+                return same // size if ancestor.namespace == key.namespace else 0
+            if not key.packed.startswith(ancestor.key, size * ancestor.start):
                 break
         return 0
 
@@ -158,8 +163,9 @@ def explain(tree: RadixTree, key: RadixKey) -> Explanation:
         return Explanation(Reason.TAIL, length, asked, found)
     gone = tree.graves.search(key, found)
     if gone is not None:
-        known, when = gone
-        return Explanation(Reason.EVICTED, length, asked, known, policy=policy, changes_ago=tree.changes - when)
+        known, when, is_drop = gone
+        reason, by = (Reason.DROPPED, None) if is_drop else (Reason.EVICTED, policy)
+        return Explanation(reason, length, asked, known, policy=by, changes_ago=tree.changes - when)
     elsewhere, known = _elsewhere(tree, key)
     if known > found:
         return Explanation(Reason.OTHER_NAMESPACE, length, asked, known, namespace=elsewhere)

@@ -2,6 +2,11 @@
 
 Tokens are packed once, as little-endian int32 bytes. Every comparison on a hot path is then a `memcmp`, every child is
 found by the bytes of its first page, and no loop runs over tokens.
+
+    RadixKey([5, 6, 7, 8])     5 6 7 8         an element is a token      4 bytes
+    BigramKey([5, 6, 7, 8])    56 67 78        an element is a pair       8 bytes
+
+A tree knows elements only, and takes keys of one kind.
 """
 
 from __future__ import annotations
@@ -11,16 +16,19 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from jaxcache.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from jaxtyping import Int32
 
 TOKEN_BYTES = 4
+BIGRAM_BYTES = 8
 _LITTLE_ENDIAN = sys.byteorder == "little"
 
 TokenIds = "RadixKey | bytes | np.ndarray | Sequence[int]"
@@ -53,6 +61,24 @@ class Namespace:
         fields += [(b"m", digest) for digest in self.media]
         return b"".join(tag + _encode_field(value) for tag, value in fields if value is not None)
 
+    @classmethod
+    def decode(cls, encoded: bytes) -> Namespace:
+        """The namespace that `encode` made this of."""
+        fields: dict[bytes, str | bytes] = {}
+        media: list[Any] = []
+        start = 0
+        while start < len(encoded):  # a tag, a kind, a length, the field
+            tag, kind = encoded[start : start + 1], encoded[start + 1 : start + 2]
+            stop = start + 6 + int.from_bytes(encoded[start + 2 : start + 6], "little")
+            data = encoded[start + 6 : stop]
+            value = data.decode("utf-8", "surrogatepass") if kind == b"t" else data
+            if tag == b"m":
+                media.append(value)
+            else:
+                fields[tag] = value
+            start = stop
+        return cls(fields.get(b"x"), fields.get(b"l"), fields.get(b"s"), tuple(media))
+
 
 def _encode_field(value: str | bytes) -> bytes:
     if isinstance(value, str):
@@ -75,6 +101,12 @@ class RadixKey:
     Raises:
       ArgumentError: A token is not an integer in the int32 range, or the array has more than one dimension.
 
+    Attributes:
+      packed: The elements; there may be more than `length`, which do not belong to the key.
+      length: Elements of the key.
+      namespace: Encoding of the namespace.
+      element_bytes: Bytes of an element, the same for all keys of a class.
+
     Source: SGLang 0.5.3 radix_cache.py, RadixKey; pymllm base_prefix_cache.
     """
 
@@ -83,6 +115,7 @@ class RadixKey:
     packed: bytes
     length: int
     namespace: bytes
+    element_bytes: ClassVar[int] = TOKEN_BYTES
 
     def __init__(
         self,
@@ -94,14 +127,18 @@ class RadixKey:
         self.namespace = b"" if extra_key is None else _namespace(extra_key).encode()
 
     @classmethod
-    def _of(cls, packed: bytes, length: int, namespace: bytes) -> RadixKey:
+    def _of(cls, packed: bytes, length: int, namespace: bytes) -> Self:
         key = cls.__new__(cls)
         key.packed, key.length, key.namespace = packed, length, namespace
         return key
 
-    def within(self, namespace: bytes) -> RadixKey:
-        """The same tokens in the namespace of that encoding. O(1)."""
-        return RadixKey._of(self.packed, self.length, namespace)
+    def within(self, namespace: bytes) -> Self:
+        """The same elements in the namespace of that encoding. O(1)."""
+        return self._of(self.packed, self.length, namespace)
+
+    def bigrams(self) -> BigramKey:
+        """The pairs of neighbouring tokens, as a key in the same namespace. O(length)."""
+        return BigramKey._of(_pairs(self.packed[: TOKEN_BYTES * self.length]), max(self.length - 1, 0), self.namespace)
 
     @property
     def token_ids(self) -> Int32[np.ndarray, " tokens"]:
@@ -114,7 +151,7 @@ class RadixKey:
     def __iter__(self) -> Iterator[int]:
         return iter(self.token_ids.tolist())
 
-    def __getitem__(self, index: int | slice) -> RadixKey:
+    def __getitem__(self, index: int | slice) -> Self:
         """A part of the key in the same namespace; a prefix shares the packed bytes and costs O(1)."""
         if isinstance(index, slice):
             start, stop, step = index.indices(self.length)
@@ -125,28 +162,94 @@ class RadixKey:
             start = range(self.length)[index]
             stop = start + 1
         if start == 0:
-            return RadixKey._of(self.packed, stop, self.namespace)
-        return RadixKey._of(self.packed[TOKEN_BYTES * start : TOKEN_BYTES * stop], stop - start, self.namespace)
+            return self._of(self.packed, stop, self.namespace)
+        size = self.element_bytes
+        return self._of(self.packed[size * start : size * stop], stop - start, self.namespace)
 
-    def extended(self, token_ids: bytes | np.ndarray | Sequence[int]) -> RadixKey:
+    def extended(self, token_ids: bytes | np.ndarray | Sequence[int]) -> Self:
         """This key with more tokens at its end; only the new tokens are converted."""
         packed = self.packed[: TOKEN_BYTES * self.length] + pack(token_ids)
-        return RadixKey._of(packed, len(packed) // TOKEN_BYTES, self.namespace)
+        return self._of(packed, len(packed) // TOKEN_BYTES, self.namespace)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RadixKey):
             return NotImplemented
-        end = TOKEN_BYTES * self.length
+        end = self.element_bytes * self.length
         same = self.length == other.length and self.namespace == other.namespace
-        return same and self.packed[:end] == other.packed[:end]
+        return same and self.element_bytes == other.element_bytes and self.packed[:end] == other.packed[:end]
 
     def __hash__(self) -> int:
-        return hash((self.packed[: TOKEN_BYTES * self.length], self.namespace))
+        return hash((self.packed[: self.element_bytes * self.length], self.namespace))
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(str, self.token_ids[:10].tolist())) + (", ..." if self.length > 10 else "")
+        shown = ", ".join(map(str, self[:10])) + (", ..." if self.length > 10 else "")
         space = f", namespace={self.namespace!r}" if self.namespace else ""
-        return f"RadixKey([{shown}], length={self.length}{space})"
+        return f"{type(self).__name__}([{shown}], length={self.length}{space})"
+
+
+class BigramKey(RadixKey):
+    """A key of pairs of neighbouring tokens: n tokens make n - 1 elements, (t0, t1) (t1, t2) ...
+
+    The KV of an EAGLE draft model at a position depends on the token there and on the next one, so what may be shared
+    is named by pairs. Fewer than two tokens make an empty key.
+
+    Args:
+      token_ids: The tokens, not the pairs; in any form that `RadixKey` takes. O(tokens).
+      extra_key: See `RadixKey`.
+
+    Raises:
+      ArgumentError: See `RadixKey`.
+
+    Source: SGLang 0.5.3 radix_cache.py, _convert_to_bigram_key.
+    """
+
+    __slots__ = ()
+
+    element_bytes: ClassVar[int] = BIGRAM_BYTES
+
+    def __init__(
+        self,
+        token_ids: bytes | np.ndarray | Sequence[int],
+        extra_key: str | bytes | Namespace | None = None,
+    ):
+        self.packed = _pairs(pack(token_ids))
+        self.length = len(self.packed) // BIGRAM_BYTES
+        self.namespace = b"" if extra_key is None else _namespace(extra_key).encode()
+
+    @property
+    def pairs(self) -> Int32[np.ndarray, "pairs 2"]:
+        """The pairs, as a read-only view."""
+        return np.frombuffer(self.packed, "<i4", 2 * self.length).reshape(self.length, 2)
+
+    @property
+    def token_ids(self) -> Int32[np.ndarray, " pairs"]:
+        """The first token of each pair, as a read-only view."""
+        return self.pairs[:, 0]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return map(tuple, self.pairs.tolist())
+
+    def bigrams(self) -> BigramKey:
+        """The key itself: its elements are pairs already."""
+        return self
+
+    def extended(self, token_ids: bytes | np.ndarray | Sequence[int]) -> Self:
+        """This key with more tokens at its end; only the new tokens are converted.
+
+        Raises:
+          ArgumentError: The key is empty, so that it does not know the token before the new ones.
+        """
+        if not self.length:
+            raise ArgumentError("token_ids: an empty key of pairs cannot be extended: make one of all the tokens")
+        end = BIGRAM_BYTES * self.length
+        packed = self.packed[:end] + _pairs(self.packed[end - TOKEN_BYTES : end] + pack(token_ids))
+        return self._of(packed, len(packed) // BIGRAM_BYTES, self.namespace)
+
+
+def _pairs(packed: bytes) -> bytes:
+    """Packed tokens as packed pairs of neighbours."""
+    tokens = np.frombuffer(packed, "<i4")
+    return np.stack([tokens[:-1], tokens[1:]], axis=1).tobytes() if len(tokens) > 1 else b""
 
 
 def _namespace(extra_key: str | bytes | Namespace) -> Namespace:
@@ -215,12 +318,13 @@ def page_hashes(packed: bytes, page_bytes: int, prior: bytes = b"") -> list[byte
     """One SHA-256 digest a whole page, each chained to the one before it.
 
     Args:
-      packed: Packed tokens; what is left after the last whole page is ignored.
-      page_bytes: Bytes of a page of tokens.
+      packed: Packed elements; what is left after the last whole page is ignored.
+      page_bytes: Bytes of a page of elements.
       prior: Digest of the page before, or `namespace_seed(...)` at the start of a sequence.
 
     The digest of a page depends on every token before its end and on the namespace, never on node boundaries. With the
-    default namespace it equals SGLang's `get_hash_str` page by page (golden vector in the tests).
+    default namespace it equals SGLang's `get_hash_str` page by page (golden vector in the tests). A pair contributes
+    both its tokens, in order.
 
     Source: SGLang 0.5.2 hicache_storage.py, get_hash_str.
     """

@@ -1,13 +1,14 @@
 """Nodes, and the receipts that protect them. Data only: `tree.py` decides, this file remembers.
 
     root (one a namespace)
-     └─ node   key = b"...", whole pages of packed tokens
+     └─ node   key = b"...", whole pages of packed elements
          │     value = [7 8 9], one page id a page   <- the first component lives in the node itself,
          │     others = (Slot, ...)                     each further one in a Slot beside it
          ├─ node
          └─ node                 siblings differ within their first page
 
-Only the node, and its dict once it has children, are tracked by the garbage collector.
+With one component only the node, and its dict once it has children, are tracked by the garbage collector. Positions are
+counted in elements of the key: tokens, or pairs of them for `BigramKey`; the words below say tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from jaxcache.index.hashing import PageHashes
     from jaxcache.index.key import RadixKey
     from jaxcache.index.tree import RadixTree
 
 
-NOTHING = np.empty(0, np.int32)
-NOTHING.setflags(write=False)
+_INT32 = np.dtype(np.int32)
+
+
+def owned(values: np.ndarray) -> np.ndarray:
+    """A read-only copy of ids: a slice would keep the whole array behind it alive."""
+    copy = np.array(values, _INT32)
+    copy.setflags(write=False)
+    return copy
+
+
+NOTHING = owned(np.empty(0))
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -36,7 +47,8 @@ class Slot:
     """What one component keeps at one node.
 
     Attributes:
-      value: int32 array, a page id a page (a spanning component) or one state id; None where it was let go (tombstone).
+      value: int32 array, a page id a page (a spanning component) or one state id; None where there is none: it was let
+        go, or never offered (tombstone).
       locks: Receipts that cover this value.
     """
 
@@ -52,36 +64,39 @@ class Node(Slot):
 
     Attributes:
       key: Packed tokens of this run, a multiple of a page, never empty but for a root.
+      start: Tokens before this run.
       end: Tokens from the start of the sequence to the end of this run.
       parent: None for a root and for a node that has left the tree.
       children: By the bytes of their first page.
       others: Slots of the tree's further components.
       priority: Highest priority of the requests inserted through this node.
-      hashes: Chained digest of each page, kept only when the tree was asked to.
+      hashes: Chained digest of each page, kept only when the tree was asked to, or `compute_node_hash`.
     """
 
-    __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority")
+    __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority", "start")
 
-    def __init__(self, key: bytes, end: int, parent: Node | None, others: tuple[Slot, ...]):
+    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: tuple[Slot, ...]):
         self.value = None
         self.locks = 0
         self.key = key
+        self.start = start
         self.end = end
         self.parent: Any = parent  # a Node in all code that has met a node inside the tree
         self.children: dict[bytes, Node] = {}
         self.others = others
         self.priority = 0
-        self.hashes: list[bytes] | None = None
-
-    @property
-    def start(self) -> int:
-        """Tokens before this node."""
-        return self.end - len(self.key) // 4
+        self.hashes: PageHashes | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of this run."""
-        return len(self.key) // 4
+        return self.end - self.start
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 tokens of this run, as a read-only view; of pairs the first ones."""
+        packed = np.frombuffer(self.key, "<i4")
+        return packed[:: len(packed) // self.tokens]
 
     def slot(self, component: int) -> Slot:
         """The slot of the component with that index."""
@@ -97,7 +112,7 @@ class Root(Node):
     __slots__ = ("namespace",)
 
     def __init__(self, namespace: bytes):
-        super().__init__(b"", 0, None, ())
+        super().__init__(b"", 0, 0, None, ())
         self.namespace = namespace
 
 
@@ -110,12 +125,20 @@ class Match:
       pages: int32 page id of each page found, read-only.
       node: The node the match ends in or at; None when nothing was found.
       structural_length: Tokens found before components cut the match back (equal to `length` with one component).
+      state: Id of the state saved at `length`; 0 if nothing was found, or the tree keeps no states.
     """
 
-    __slots__ = ("key", "length", "node", "pages", "path", "structural_length", "version")
+    __slots__ = ("key", "length", "node", "pages", "path", "state", "structural_length", "version")
 
     def __init__(
-        self, key: RadixKey, length: int, structural_length: int, pages: np.ndarray, path: list[Node], version: int
+        self,
+        key: RadixKey,
+        length: int,
+        structural_length: int,
+        pages: np.ndarray,
+        path: list[Node],
+        version: int,
+        state: int = 0,
     ):
         self.key = key
         self.length = length
@@ -124,6 +147,7 @@ class Match:
         self.path = path
         self.node = path[-1] if path else None
         self.version = version
+        self.state = state
 
     def __repr__(self) -> str:
         return f"Match(length={self.length}, node={self.node!r})"
@@ -162,27 +186,36 @@ class Insertion:
       node: The node that ends the key; None for a key shorter than a page.
       length: Tokens of the key that are in the tree now (the key, cut to whole pages).
       present: Tokens of them that were in the tree before.
-      spare: For each component, the offered values the tree did not take: the caller still owns them and frees them.
-      leaf: The node that was added, or None.
+      spare: For each component, the offered ids the tree did not take, without zeros: the caller still owns them and
+        frees them.
+      added: The nodes that were added, parents first: none, one, or two where something was offered for the end only.
+      healed: The nodes that were there and got a value of a further spanning component, which they had lacked.
     """
 
-    __slots__ = ("_kept", "leaf", "length", "node", "present", "spare")
+    __slots__ = ("_kept", "added", "healed", "length", "node", "present", "spare")
 
     def __init__(
         self,
         node: Node | None,
-        leaf: Node | None,
+        added: list[Node],
+        healed: list[Node],
         length: int,
         present: int,
         kept: list[np.ndarray],
         spare: tuple[np.ndarray, ...],
     ):
         self.node = node
-        self.leaf = leaf
+        self.added = added
+        self.healed = healed
         self.length = length
         self.present = present
         self._kept = kept
         self.spare = spare
+
+    @property
+    def leaf(self) -> Node | None:
+        """The last node that was added, which ends the key; None if nothing was added."""
+        return self.added[-1] if self.added else None
 
     @property
     def kept(self) -> np.ndarray:
@@ -191,7 +224,7 @@ class Insertion:
 
 
 class Eviction:
-    """What an eviction let go of; the caller owns it now.
+    """What was let go of, by an eviction or with its namespace; the caller owns it now.
 
     Attributes:
       values: For each component, the values let go.

@@ -12,48 +12,49 @@ Three rules keep it simple:
   * A lookup changes no structure: a match may end inside a node. Only `insert` and `lock` split, and the old object
     stays the LOWER half, so that whoever holds a node keeps holding its end.
   * The walk knows tokens only. What a component has at the nodes of a path is looked at afterwards, along the path.
+    Every leaf has a value of each component, so whatever is cached leads to something that can be found.
 
 Pure Python and NumPy. Time is a logical order of calls, so two ranks that make the same calls make the same decisions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError, ReceiptError
+from jaxcache.errors import ArgumentError, LockedError, ReceiptError
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.explain import Graves
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed
-from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined
+from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed
+from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined, owned
+from jaxcache.index.offer import as_priority, offered_from
 from jaxcache.index.recency import Policy
-
-_INT32 = np.dtype(np.int32)
+from jaxcache.index.stops import Stops
 
 
 class RadixTree:
     """Prefixes of token sequences and, for each component, what is cached for them.
 
-    Looking up: `match`. Changing: `insert`, `evict`, `reset`. Protecting: `lock`, `unlock`. Looking at: `nodes`,
-    `evictable`, `protected`, `len`.
+    Looking up: `match`. Changing: `insert`, `evict`, `drop`, `reset`. Protecting: `lock`, `unlock`. Looking at:
+    `nodes`, `evictable`, `protected`, `len`. Where keys are `BigramKey`s, what is called tokens here are pairs of them.
 
     Args:
       page_size: Tokens a page, >= 1. Keys are cut to whole pages here, by nobody else.
       components: What is kept for each prefix. The first one must reach to infinity and span: a node exists exactly
-        while it has its value.
+        while it has its value. At most one keeps states.
       policy: Eviction order, the same for every component.
       with_hashes: Keep a chained digest of each page in the nodes (what events need), worked out when it is looked at.
+      element_bytes: That of the class of its keys.
 
     Attributes:
       evictable: For each component, values (pages or states) that no lock covers.
       protected: For each component, values that a lock covers.
 
     Raises:
-      ArgumentError: page_size < 1, no policy, or the first component does not reach to infinity.
+      ArgumentError: page_size < 1, no policy, no such keys, or components that do not go together.
 
     Source: SGLang 0.5.2 radix_cache.py, swa_radix_cache.py; pymllm radix_cache and mamba_radix_cache.
     """
@@ -64,20 +65,22 @@ class RadixTree:
         components: Sequence[Component] = (FULL,),
         policy: Policy = Policy.LRU,
         with_hashes: bool = False,
+        element_bytes: int = TOKEN_BYTES,
     ):
         if not isinstance(page_size, (int, np.integer)) or page_size < 1:
             raise ArgumentError(f"page_size must be an integer of at least 1, got {page_size!r}")
         if not isinstance(policy, Policy):
             raise ArgumentError(f"policy must be a Policy, got {policy!r}: use Policy({policy!r})")
-        if not components or components[0].reach != math.inf or not components[0].spans:
-            raise ArgumentError("components: the first one must span with infinite reach, it decides which nodes exist")
+        if element_bytes not in (TOKEN_BYTES, BIGRAM_BYTES):
+            raise ArgumentError(f"element_bytes: give that of a key class, such as BigramKey's; got {element_bytes!r}")
         self.page_size = page_size
         self.components = tuple(components)
         self.policy = policy
         self.with_hashes = with_hashes
-        self._page_bytes = TOKEN_BYTES * page_size
+        self.element_bytes = element_bytes
+        self._page_bytes = element_bytes * page_size
+        self._stops = Stops(self.components)
         self._is_single = len(self.components) == 1
-        self._spanning = [i for i, component in enumerate(self.components) if component.spans]
         self._epoch = 0
         self._version = 0
         self.reset()
@@ -89,25 +92,31 @@ class RadixTree:
 
         Counts as a use of the nodes it covers whole; one it ends inside is used when a lock or insert splits it there.
 
+        Raises:
+          ArgumentError: The key has elements of another size than the tree's.
+
         Cost: O(nodes on the path) dict probes and memory compares; no loop over tokens.
         """
+        if key.element_bytes != self.element_bytes:
+            self._refuse(key)
         path: list[Node] = []
         root = self._roots.get(key.namespace)
         if root is None:
             return Match(key, 0, 0, NOTHING, path, self._version)
-        packed = key.packed
-        reached = self._walk(packed, key.length // self.page_size * self._page_bytes, root, 0, path)
-        found = length = reached // TOKEN_BYTES
+        reached = self._walk(key.packed, key.length // self.page_size * self._page_bytes, root, 0, path)
+        found = length = reached // self.element_bytes
+        state = 0
         if not self._is_single:
-            length = self._usable(path, found)
-            while path and path[-1].parent.end >= length:
+            length = self._stops.usable(path, found)
+            while path and path[-1].start >= length:
                 path.pop()
+            state = self._stops.state_at(path)
         if not path:
             return Match(key, 0, found, NOTHING, path, self._version)
         whole = path if path[-1].end == length else path[:-1]
         for policy in self._policies:
             policy.hit(whole)
-        return Match(key, length, found, self._values_to(path, length), path, self._version)
+        return Match(key, length, found, self._values_to(path, length), path, self._version, state)
 
     def _walk(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
         """Descends from `node`, which ends at byte `offset`, along `packed[offset:end]`.
@@ -130,33 +139,12 @@ class RadixTree:
                 return offset + same // page_bytes * page_bytes
         return offset
 
-    def _usable(self, path: list[Node], found: int) -> int:
-        """Longest prefix length within the `found` tokens of `path` that satisfies every component."""
-        best = 0
-        runs = [math.inf] * len(self.components)  # tokens present right before the position, per component
-        for node in path:
-            end = min(node.end, found)
-            start = node.parent.end
-            limit = end  # the furthest position inside this node that is usable
-            for i, component in enumerate(self.components):
-                is_live = node.slot(i).value is not None
-                if component.spans:
-                    runs[i] = runs[i] + (end - start) if is_live else 0
-                    if runs[i] < min(component.reach, end):
-                        limit = 0
-                else:
-                    runs[i] = 1 if is_live and end == node.end else 0
-                    if not runs[i]:
-                        limit = 0
-            best = max(best, limit)
-        return best
-
     def _values_to(self, path: list[Node], length: int) -> np.ndarray:
         """Values of the first component along a path, cut at `length` tokens."""
         values: list[Any] = [node.value for node in path]
         last = path[-1]
         if last.end != length:
-            values[-1] = values[-1][: (length - last.parent.end) // self.page_size]
+            values[-1] = values[-1][: (length - last.start) // self.page_size]
         return joined(values)
 
     # ---- changing --------------------------------------------------------------------------------------------
@@ -173,7 +161,8 @@ class RadixTree:
 
         Args:
           key: Tokens and namespace; cut to whole pages.
-          values: For each component an int32 array: a page id a page (a longer array is cut), or one state id.
+          values: For each component an int32 array: a page id a page (a longer array is cut), or one state id. For a
+            component other than the first, id 0 says that nothing is offered; nor is what comes before the last 0.
           held: The caller's lock on a prefix of `key`. What it covers is the tree's own: it is neither walked nor
             offered nor returned.
           priority: That of a new leaf; raises the priority of the nodes above it (see `Policy.PRIORITY`).
@@ -183,18 +172,22 @@ class RadixTree:
         Returns:
           What was added and what was not taken; see `Insertion`. The values taken belong to the tree.
 
+        A new leaf is cut in two where something is offered from its middle on. Of what is there already, a hole is
+        filled if something is offered for all of its node.
+
         Raises:
-          ArgumentError: Too few values for the key, `held` is longer than the key, or `priority` is no integer.
+          ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
+            element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
           ReceiptError: `held` is not a live receipt of this tree.
         """
         if type(priority) is not int:
-            priority = _as_priority(priority)
-        page_size = self.page_size
+            priority = as_priority(priority)
+        size, page_size = self.element_bytes, self.page_size
         pages = key.length // page_size
         length = pages * page_size
-        owned, node, path = self._begin_insert(key, length, held)
-        self._check_values(values, pages)
-        present = self._walk(key.packed, TOKEN_BYTES * length, node, TOKEN_BYTES * owned, path) // TOKEN_BYTES
+        begin, node, path = self._begin_insert(key, length, held)
+        starts = offered_from(self.components, values, begin // page_size, pages)
+        present = self._walk(key.packed, size * length, node, size * begin, path) // size
         if claim is not None and present < length:
             claim(values[0][present // page_size : pages])
         if path:
@@ -202,27 +195,30 @@ class RadixTree:
             if node.end != present:
                 node = path[-1] = self._split(node, present)
         kept: list[Any] = [step.value for step in path]
-        spare = [values[0][owned // page_size : present // page_size]]
-        if not self._is_single:
-            spare += [self._heal(i, path, values[i]) for i in range(1, len(self.components))]
-        leaf = None
+        spare = [values[0][begin // page_size : present // page_size]]
+        added: list[Node] = []
+        healed: list[Node] = []
         if present < length:
-            leaf = node = self._add_leaf(key, length, node, values, present // page_size)
-            leaf.priority = priority
-            path.append(leaf)
+            added = self._add_leaves(key, node, values, starts, present // page_size, priority)
         if not self._is_single:
-            self._offer_states(node, length, values, spare)
-            path = self._path_to(node)
+            healed = self._heal(path, values, starts, begin // page_size, spare)
+        if self._stops.state:
+            spare.insert(self._stops.state, NOTHING if added else self._save(node, values[self._stops.state]))
         if priority or self._has_priorities:
             self._has_priorities = True
             for step in self._path_to(node):
                 step.priority = max(step.priority, priority)
-        for policy in self._policies:
-            policy.touch(path)
-        return Insertion(node if length else None, leaf, length, present, kept, tuple(spare))
+        self._policies[0].touch(path)
+        for policy in self._policies[1:]:
+            policy.touch(self._path_to(node) if begin else path)  # what the lock covers need not be locked here
+        if added:
+            node = added[-1]
+        return Insertion(node if length else None, added, healed, length, present, kept, tuple(spare))
 
     def _begin_insert(self, key: RadixKey, length: int, held: Receipt | None) -> tuple[int, Node, list[Node]]:
         """Where the walk of an insert starts: the tokens already owned, the node there, and an empty path."""
+        if key.element_bytes != self.element_bytes:
+            self._refuse(key)
         if held is not None:
             self._check_receipt(held)
             if held.length > length:
@@ -240,62 +236,81 @@ class RadixTree:
         """Raises ArgumentError unless the lock is on a prefix of `key`; one memory compare a node."""
         node = held.node
         while node is not None and node.parent is not None:
-            if not key.packed.startswith(node.key, TOKEN_BYTES * node.start):
+            if not key.packed.startswith(node.key, key.element_bytes * node.start):
                 raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
             node = node.parent
         if isinstance(node, Root) and node.namespace != key.namespace:
             raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
 
-    def _check_values(self, values: Sequence[np.ndarray], pages: int) -> None:
-        if len(values) != len(self.components):
-            raise ArgumentError(f"values: expected one array a component ({len(self.components)}), got {len(values)}")
-        for component, array in zip(self.components, values, strict=False):  # strict costs time, and was just checked
-            if len(array) < pages and (component.spans or not len(array)):
-                need = pages if component.spans else 1
-                raise ArgumentError(f"values of {component.name}: the key needs {need}, got {len(array)}")
+    def _refuse(self, key: RadixKey) -> None:
+        raise ArgumentError(
+            f"key: elements of this tree have {self.element_bytes} bytes, those of a {type(key).__name__} have "
+            f"{key.element_bytes}: use keys of one class"
+        )
 
-    def _add_leaf(
-        self, key: RadixKey, length: int, parent: Node, values: Sequence[np.ndarray], first_page: int
-    ) -> Node:
-        packed = key.packed[first_page * self._page_bytes : TOKEN_BYTES * length]
-        leaf = Node(packed, length, parent, self._new_slots())
-        for i in self._spanning:
-            self._fill(i, leaf, values[i][first_page : length // self.page_size])
-        if self.with_hashes:
-            leaf.hashes = PageHashes(packed, self._page_bytes, parent.hashes or namespace_seed(key.namespace))
-        if isinstance(parent, Root):
-            self._roots[parent.namespace] = parent
-        parent.children[packed[: self._page_bytes]] = leaf
-        self._version += 1
-        return leaf
+    def _add_leaves(
+        self, key: RadixKey, parent: Node, values: Sequence[np.ndarray], starts: list[int], page: int, priority: int
+    ) -> list[Node]:
+        """Adds the pages of `key` from `page` on: one leaf, cut where the offer of a component starts."""
+        added: list[Node] = []
+        pages = key.length // self.page_size
+        ends = [pages] if max(starts) <= page else sorted({pages, *[start for start in starts if start > page]})
+        for end in ends:
+            packed = key.packed[page * self._page_bytes : end * self._page_bytes]
+            leaf = Node(packed, page * self.page_size, end * self.page_size, parent, self._new_slots())
+            leaf.priority = priority
+            if self.with_hashes:
+                leaf.hashes = PageHashes(packed, self._page_bytes, parent.hashes or namespace_seed(key.namespace))
+            if isinstance(parent, Root):
+                self._roots[parent.namespace] = parent
+            parent.children[packed[: self._page_bytes]] = leaf
+            added.append(leaf)
+            self._version += 1
+            for i in self._stops.spanning:
+                if starts[i] <= page:
+                    self._fill(i, leaf, values[i][page:end])
+            parent, page = leaf, end
+        if self._stops.state:
+            self._fill(self._stops.state, parent, values[self._stops.state][:1])
+        if len(added) > 1:
+            for policy in self._policies:
+                policy.touch(added)  # the deepest first
+        return added
 
-    def _heal(self, i: int, path: list[Node], offered: np.ndarray) -> np.ndarray:
-        """Fills the holes of a spanning component along `path`; returns what was not needed."""
-        if not self.components[i].spans:
+    def _heal(
+        self, path: list[Node], values: Sequence[np.ndarray], starts: list[int], first: int, spare: list[np.ndarray]
+    ) -> list[Node]:
+        """Fills the holes along `path` that are wholly offered; returns their nodes. What is not needed is spare."""
+        healed: list[Node] = []
+        page_size, present = self.page_size, first + len(spare[0])
+        for i in self._stops.spanning[1:]:
+            start, rest = starts[i], values[i][first : max(starts[i], present)]
+            if len(rest):
+                holes = [n for n in path if n.others[i - 1].value is None and n.start >= start * page_size]
+                if holes or start > first:
+                    rest = rest.copy()
+                    for node in holes:
+                        part = rest[node.start // page_size - first : node.end // page_size - first]
+                        self._fill(i, node, part)
+                        part[:] = 0
+                    rest = rest[rest != 0]
+                    healed += holes
+            spare.append(rest)
+        return healed
+
+    def _save(self, node: Node, state: np.ndarray) -> np.ndarray:
+        """Gives the end of a key its state, if it has none yet; returns what was not needed."""
+        if not len(state) or not state[0]:
             return NOTHING
-        spare = []
-        for node in path:
-            part = offered[node.start // self.page_size : node.end // self.page_size]
-            if node.slot(i).value is None:
-                self._fill(i, node, part)
-            else:
-                spare.append(part)
-        return np.concatenate(spare) if spare else NOTHING
-
-    def _offer_states(self, node: Node, length: int, values: Sequence[np.ndarray], spare: list[np.ndarray]) -> None:
-        """Gives the end of the key its states, where it has none yet."""
-        for i, component in enumerate(self.components):
-            if component.spans or not len(values[i]):
-                continue
-            if length and node.slot(i).value is None:
-                self._fill(i, node, values[i])
-            else:
-                spare[i] = values[i]
+        if node.parent is None or node.others[self._stops.state - 1].value is not None:
+            return state[:1]
+        self._fill(self._stops.state, node, state[:1])
+        return NOTHING
 
     def _fill(self, i: int, node: Node, value: np.ndarray) -> None:
         """Component `i` of `node` takes a copy of `value`: a slice would keep the whole array behind it alive."""
-        slot = node.slot(i)
-        slot.value = _owned(value)
+        slot = node.others[i - 1] if i else node
+        slot.value = owned(value)
         if slot.locks:
             self.protected[i] += len(value)
         else:
@@ -304,18 +319,19 @@ class RadixTree:
 
     def _split(self, lower: Node, position: int) -> Node:
         """Cuts `lower` at token `position`; returns the new upper half. The caller touches or locks the path next."""
-        cut = TOKEN_BYTES * (position - lower.start)
-        pages = cut // self._page_bytes
+        pages = (position - lower.start) // self.page_size
+        cut = pages * self._page_bytes
         parent = lower.parent
-        upper = Node(lower.key[:cut], position, parent, self._new_slots())
+        upper = Node(lower.key[:cut], lower.start, position, parent, self._new_slots())
         upper.priority = lower.priority
         if lower.hashes is not None:
             upper.hashes, lower.hashes = lower.hashes[:pages], lower.hashes[pages:]
         parent.children[lower.key[: self._page_bytes]] = upper
         lower.key = lower.key[cut:]
+        lower.start = position
         lower.parent = upper
         upper.children[lower.key[: self._page_bytes]] = lower
-        for i in self._spanning:
+        for i in self._stops.spanning:
             self._split_slot(i, upper, lower, pages)
         self._version += 1
         return upper
@@ -327,7 +343,7 @@ class RadixTree:
         top, bottom = upper.slot(i), lower.slot(i)
         top.locks = bottom.locks
         if bottom.value is not None:
-            top.value, bottom.value = _owned(bottom.value[:pages]), _owned(bottom.value[pages:])
+            top.value, bottom.value = owned(bottom.value[:pages]), owned(bottom.value[pages:])
             self._policies[i].split(upper, lower)
             if not top.locks:
                 self._policies[i].add(upper)
@@ -346,39 +362,68 @@ class RadixTree:
         target = self.evictable[component] - amount
         while self.evictable[component] > target and (node := policy.victim()) is not None:
             if node.children:
-                self._drop(component, node, freed)
+                self._let_go(component, node, freed)
                 self._version += 1
             else:
                 self._remove(node, freed, nodes)
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
+    def drop(self, namespace: bytes) -> Eviction:
+        """Lets go of all of one namespace, such as that of an adapter that is unloaded; of nothing if it has nothing.
+
+        Args:
+          namespace: Its encoding: `Namespace.encode()`, or `namespace` of a key.
+
+        Raises:
+          ArgumentError: `namespace` is no encoding.
+          LockedError: A lock covers some of it. Nothing changes.
+
+        Cost: O(its nodes), whatever the size of the tree.
+        """
+        if not isinstance(namespace, bytes):
+            raise ArgumentError(f"namespace must be an encoding, got {type(namespace).__name__}: use its encode()")
+        freed: list[list[np.ndarray]] = [[] for _ in self.components]
+        nodes: list[Node] = []
+        root = self._roots.get(namespace)
+        if root is not None:
+            if any(child.locks for child in root.children.values()):
+                raise LockedError("namespace: a lock covers some of it: end what uses it, then drop it")
+            for node in reversed(list(_below([root]))):
+                self._unlink(node, freed, nodes, is_drop=True)
+            del self._roots[namespace]
+        return Eviction(tuple([joined(part) for part in freed]), nodes)
+
     def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
         """Unlinks a leaf, then every ancestor that this left childless without being a stopping point."""
         while True:
-            for i in range(len(self.components)):
-                self._drop(i, node, freed)
             parent = node.parent
-            del parent.children[node.key[: self._page_bytes]]
-            self._graves.bury(node, parent, self._version)
-            node.parent = None
-            nodes.append(node)
-            self._version += 1
+            self._unlink(node, freed, nodes)
             if parent.children:
                 return
             if parent.parent is None:
                 del self._roots[parent.namespace]
                 return
-            if parent.locks:
+            if parent.locks:  # then it was matched or inserted up to here, and still has all values
                 return
             if self._is_single or all(slot.value is not None for slot in parent.others):
                 for policy in self._policies:
-                    if parent in policy:
-                        policy.exposed(parent)
+                    policy.exposed(parent)
                 return
             node = parent
 
-    def _drop(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
-        slot = node.slot(i)
+    def _unlink(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node], is_drop: bool = False) -> None:
+        """Takes a childless, unlocked node out of the tree."""
+        for i in range(len(freed)):
+            self._let_go(i, node, freed)
+        parent = node.parent
+        del parent.children[node.key[: self._page_bytes]]
+        self._graves.bury(node, parent, self._version, is_drop)
+        node.parent = None
+        nodes.append(node)
+        self._version += 1
+
+    def _let_go(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
+        slot = node.others[i - 1] if i else node
         value = slot.value
         if value is not None:
             freed[i].append(value)
@@ -389,7 +434,7 @@ class RadixTree:
     def reset(self) -> None:
         """Forgets everything, without freeing anything; receipts given out before are refused from now on."""
         self._roots: dict[bytes, Root] = {}
-        self._graves = Graves(self._page_bytes)
+        self._graves = Graves(self._page_bytes, self.element_bytes)
         self._policies = [self.policy.build(leaves_only=i == 0) for i in range(len(self.components))]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
@@ -405,12 +450,12 @@ class RadixTree:
         A match that ends inside a node splits it there. A match older than the tree's last change is looked up again.
 
         Raises:
-          ReceiptError: What was matched is no longer in the tree: match again.
+          ReceiptError: What was matched or inserted is no longer all in the tree: match again.
           ArgumentError: `where` is neither.
         """
         if isinstance(where, Insertion):
             node, length = where.node, where.length
-            if node is not None and not self._holds(node):
+            if node is not None and not (self._holds(node) and all(slot.value is not None for slot in node.others)):
                 raise ReceiptError("where: the inserted prefix is not in this tree, or no longer: insert again")
         elif not isinstance(where, Match):
             raise ArgumentError(f"where must be a match or an insertion, got {type(where).__name__}: match first")
@@ -421,8 +466,7 @@ class RadixTree:
             node = path[-1] if path else None
             if node is not None and node.end != length:
                 node = self._split(node, length)
-        since = tuple(self._reach_back(component, node) for component in self.components) if node else ()
-        receipt = Receipt(self, node, length, since, self._epoch)
+        receipt = Receipt(self, node, length, self._stops.since(node) if node else (), self._epoch)
         self._hold(receipt, 1)
         return receipt
 
@@ -450,14 +494,11 @@ class RadixTree:
 
     def _path_again(self, match: Match) -> list[Node]:
         """The path of an outdated match, if all of it is still there."""
-        path: list[Node] = []
-        root = self._roots.get(match.key.namespace)
-        end = TOKEN_BYTES * match.length
         if not match.length:
-            return path
-        is_there = root is not None and self._walk(match.key.packed, end, root, 0, path) == end
-        is_usable = is_there and (self._is_single or self._usable(path, match.length) == match.length)
-        if is_usable and np.array_equal(self._values_to(path, match.length), match.pages):  # not cached anew, elsewhere
+            return []
+        path, _, length = self.find(match.key[: match.length])
+        is_same = length == match.length and np.array_equal(self._values_to(path, length), match.pages)
+        if is_same and self._stops.state_at(path) == match.state:  # not cached anew, elsewhere
             return path
         raise ReceiptError("where: the matched prefix is not in this tree, or no longer: match again")
 
@@ -466,25 +507,13 @@ class RadixTree:
             node = node.parent
         return isinstance(node, Root) and self._roots.get(node.namespace) is node
 
-    @staticmethod
-    def _reach_back(component: Component, node: Node) -> int:
-        """Token position a lock at the end of `node` reaches back to."""
-        if not component.spans:
-            return node.end - 1
-        if component.reach == math.inf:
-            return 0
-        top = node
-        while top.start > 0 and node.end - top.start < component.reach:
-            top = top.parent
-        return top.start
-
     def _hold(self, receipt: Receipt, step: int) -> None:
         for i, since in enumerate(receipt.since):
             policy = self._policies[i]
             moved = 0
-            node = receipt.node
-            while node is not None and node.parent is not None and node.end > since:
-                slot = node.slot(i)
+            node: Any = receipt.node
+            while node.end > since:
+                slot = node.others[i - 1] if i else node
                 before = slot.locks
                 slot.locks = before + step
                 if slot.value is not None:
@@ -520,13 +549,15 @@ class RadixTree:
 
         No use of anything: for looking at.
         """
+        if key.element_bytes != self.element_bytes:
+            self._refuse(key)
         path: list[Node] = []
         root = self._roots.get(key.namespace)
         if root is None:
             return path, 0, 0
         end = key.length // self.page_size * self._page_bytes
-        found = self._walk(key.packed, end, root, 0, path) // TOKEN_BYTES
-        return path, found, found if self._is_single else self._usable(path, found)
+        found = self._walk(key.packed, end, root, 0, path) // self.element_bytes
+        return path, found, found if self._is_single else self._stops.usable(path, found)
 
     @property
     def policies(self) -> Sequence:
@@ -535,12 +566,7 @@ class RadixTree:
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents first. O(nodes)."""
-        todo: list[Node] = list(self._roots.values())
-        while todo:
-            node = todo.pop()
-            todo.extend(node.children.values())
-            if node.parent is not None:
-                yield node
+        return _below(self._roots.values())
 
     def __len__(self) -> int:
         """Pages cached for the first component. O(1)."""
@@ -554,13 +580,11 @@ class RadixTree:
         return path[::-1]
 
 
-def _as_priority(priority: Any) -> int:
-    if not isinstance(priority, (int, np.integer)):
-        raise ArgumentError(f"priority must be an integer, got {priority!r}")
-    return int(priority)
-
-
-def _owned(value: np.ndarray) -> np.ndarray:
-    owned = np.array(value, _INT32)
-    owned.setflags(write=False)
-    return owned
+def _below(roots: Iterable[Node]) -> Iterator[Node]:
+    """Every node below `roots`, parents first."""
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        todo.extend(node.children.values())
+        if node.parent is not None:
+            yield node

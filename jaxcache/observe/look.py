@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node
 from jaxcache.index.recency import LRU
 from jaxcache.index.tree import RadixTree
@@ -18,7 +19,6 @@ TokenText = Callable[[np.ndarray], str]
 LOCKED = "#f6c453"
 YOUNG, OLD = (94, 205, 190), (232, 236, 241)  # between them: unlocked nodes by age
 UNRANKED = "#a8dcd5"
-_FIELDS = {b"x": "extra_key", b"l": "lora_id", b"s": "cache_salt", b"m": "media"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,7 @@ def looks(tree: RadixTree, text: TokenText | None = None) -> dict[Node, Look]:
     """Every node of the tree but the roots, parents first. O(nodes and their values)."""
     ages = _ages(tree)
     text = text or numbers
-    return {
-        node: Look(node, text(np.frombuffer(node.key, "<i4")), _pages(tree, node), ages.get(node))
-        for node in tree.nodes()
-    }
+    return {node: Look(node, text(node.token_ids), _pages(tree, node), ages.get(node)) for node in tree.nodes()}
 
 
 def numbers(tokens: np.ndarray) -> str:
@@ -93,15 +90,13 @@ def shortened(text: str, room: int) -> str:
 
 def namespace_name(namespace: bytes) -> str:
     """An encoded `Namespace` as a reader may see it: a salt is a secret and stays one."""
-    parts, start = [], 0
-    while start < len(namespace):  # a tag, a kind, a length, the field: see Namespace.encode
-        tag, kind = namespace[start : start + 1], namespace[start + 1 : start + 2]
-        stop = start + 6 + int.from_bytes(namespace[start + 2 : start + 6], "little")
-        data = namespace[start + 6 : stop]
-        words = "..." if tag == b"s" else data.decode() if kind == b"t" else data.hex()[:16]
-        parts.append(f"{_FIELDS.get(tag, '?')}={words}")
-        start = stop
-    return "namespace " + ", ".join(parts) if parts else "default namespace"
+    space = Namespace.decode(namespace)
+    fields = [("extra_key", space.extra_key), ("lora_id", space.lora_id)]
+    fields += [("cache_salt", None if space.cache_salt is None else "..."), *(("media", each) for each in space.media)]
+    shown = [
+        f"{name}={words if isinstance(words, str) else words.hex()[:16]}" for name, words in fields if words is not None
+    ]
+    return "namespace " + ", ".join(shown) if shown else "default namespace"
 
 
 def outline(tree: RadixTree, text: TokenText | None = None, max_nodes: int = 200) -> str:

@@ -18,7 +18,7 @@ WINDOW = Component("window", 4)
 
 def put(tree, tokens, space=None):
     key = RadixKey(tokens, space)
-    pages = np.arange(len(tokens) // tree.page_size, dtype=np.int32)
+    pages = np.arange(1, len(tokens) // tree.page_size + 1, dtype=np.int32)
     return tree.insert(key, [pages if component.spans else pages[:1] for component in tree.components])
 
 

@@ -135,8 +135,8 @@ def test_what_a_policy_remembers_of_itself_is_checked(policy):
 
 
 def node(start, tokens):
-    parent = Node(b"", start, None, ())
-    return Node(np.array(tokens, "<i4").tobytes(), start + len(tokens), parent, ())
+    parent = Node(b"", 0, start, None, ())
+    return Node(np.array(tokens, "<i4").tobytes(), start, start + len(tokens), parent, ())
 
 
 def test_ghosts_are_found_by_place_and_first_tokens_and_the_oldest_expire():

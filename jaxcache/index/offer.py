@@ -1,0 +1,63 @@
+"""What an insert offers: for each component an array of ids, one a page, or one state.
+
+full      7  8  9 10 11     the first component: every page
+window    0  0  4  5  6     0 where nothing is offered; what comes before the last 0 does not count either
+state     3                 what was saved at the end of the key; 0, or no id, where nothing was
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxcache.errors import ArgumentError
+from jaxcache.index.component import Component
+
+
+def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], owned: int, pages: int) -> list[int]:
+    """For each component, the page from which on it is offered up to the end of the key.
+
+    Args:
+      components: Of the tree.
+      values: See the module.
+      owned: Pages that are the tree's own: what is offered there is not looked at.
+      pages: Pages of the key.
+
+    Raises:
+      ArgumentError: An array is missing or too short, or offers nothing at the end of the key: that could never be a
+        stopping point.
+    """
+    if len(values) != len(components):
+        raise ArgumentError(f"values: expected one array a component ({len(components)}), got {len(values)}")
+    starts: list[int] = []
+    for component, array in zip(components, values, strict=False):  # strict costs time, and was just checked
+        start = owned
+        if not component.spans:
+            if not len(array) or not array[0]:
+                start = pages
+        elif len(array) < pages:
+            raise ArgumentError(f"values of {component.name}: the key needs {pages}, got {len(array)}")
+        elif starts and owned < pages:
+            part = array[owned:pages]
+            if not part[part.argmin()]:  # ids are not negative, so the least one says whether there is a 0
+                start += int(np.flatnonzero(part == 0)[-1]) + 1
+        if start == pages > owned:
+            raise ArgumentError(
+                f"values of {component.name}: nothing is offered at the end of the key, which could not be found then: "
+                "cut the key where something is"
+            )
+        starts.append(start)
+    return starts
+
+
+def as_priority(priority: Any) -> int:
+    """An integer of any kind as an int.
+
+    Raises:
+      ArgumentError: It is none.
+    """
+    if not isinstance(priority, (int, np.integer)):
+        raise ArgumentError(f"priority must be an integer, got {priority!r}")
+    return int(priority)
