@@ -56,6 +56,9 @@ ONLY_IN = {
     "typer": {("commands", ".py")},
     "rich": {("commands", ".py"), ("observe", "draw.py"), ("replay", "terminal.py")},
     "plotly": {("observe", "draw.py")},
+    "msgspec": {("observe", "event_wire.py")},
+    "zmq": {("observe", "publisher.py"), ("observe", "subscriber.py")},
+    "prometheus_client": {("observe", "metrics.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
