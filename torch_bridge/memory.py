@@ -1,0 +1,223 @@
+"""The memory of a pool, as both frameworks use it: what keeps it alive, where it lies, and who may look there.
+
+    torch tensor -> its storage -> PoolMemory -> the pool and its arrays        (each keeps the next one alive)
+                                      ^ . . . . . the pool                      (weakly, to tell it of each step)
+
+So the memory outlives whichever side is dropped first. A pool that consists of pools has one memory for each: a step
+may update one of them by itself.
+
+The tensors are made from the address, not through DLPack: a DLPack view would forbid every donated step for as long as
+the last slice of it lives. When a view ends, its tensors are dead: on a CPU they ask before each use, on a GPU torch
+marks their storage and refuses. What was made of their address is beyond that: NumPy arrays, CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.core import Tracer
+
+from jaxcache.donation import DevicePool
+from jaxcache.errors import ArgumentError, DeadViewError, ShardingError, UnsupportedError
+from jaxcache.pools.stack import LayerStack
+from torch_bridge.dtypes import torch_dtype
+from torch_bridge.streams import order_on
+
+
+class PoolMemory:
+    """The memory of the arrays that are `pool`'s own, followed through every step that `donating` makes of it.
+
+    Attributes:
+      pool: The pool that is in the memory now.
+      device: Where torch finds it.
+      order: The order of the two frameworks there.
+
+    Raises:
+      StalePoolError: if the pool was consumed.
+      ShardingError: if it lies on several devices.
+      ArgumentError: if it is being traced, or an array has no torch dtype or lies in no order that torch has.
+      UnsupportedError: if torch cannot reach its device.
+    """
+
+    def __init__(self, pool: DevicePool):
+        self._arrays = _lendable_arrays(pool)
+        self._addresses = _addresses(self._arrays)
+        self.pool = pool
+        self.device = torch_device(pool.buffers[0])
+        self.order = order_on(self.device)
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self._why_dead: str | None = None
+        pool.add_view(self)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """A tensor over each array, in the dtype that its rows have for the caller. To be called once."""
+        tensors = []
+        for array, dtype in zip(self._arrays, _row_dtypes(self.pool, self._arrays), strict=True):
+            tensor = _bytes_at(_Address(array, self), self.device)
+            self._storages.append(weakref.ref(tensor.untyped_storage()))
+            tensors.append(tensor.view(torch_dtype("pool", dtype)).view(array.shape))
+        return tuple(tensors)
+
+    def lent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, which is one of `tensors` or a part of one, as the caller may have it."""
+        if self.device.type != "cpu":
+            return tensor
+        lent = tensor.as_subclass(LentTensor)
+        lent.memory = self
+        return lent
+
+    def require_alive(self) -> None:
+        """Raises DeadViewError if torch must not look into the memory any more."""
+        if self._why_dead is not None:
+            raise DeadViewError(self._why_dead)
+        if any(array.is_deleted() for array in self._arrays):
+            raise DeadViewError(
+                "the pool that this torch view follows was consumed by a step which was not made by donating: make "
+                "steps with jaxcache.donating, and share the pool that the step returned"
+            )
+
+    def end(self, why: str) -> None:
+        """From now on using a tensor of this memory raises, and says `why`."""
+        self._why_dead = why
+        if self.device.type == "cuda":
+            for storage in filter(None, (ref() for ref in self._storages)):
+                # What torch itself does to the outputs of a CUDA graph that has been replayed.
+                torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
+
+    # What `donating` and `reading` tell: see `jaxcache.donation.PoolView`.
+
+    def before_step(self) -> None:
+        """JAX comes after what torch was given."""
+        if self._why_dead is None:
+            self.order.jax_after_torch()
+
+    def after_step(self, step: str, returned: Sequence[DevicePool]) -> None:
+        """Follows the pool into the one that the step returned, if that is where it was; torch comes after the step."""
+        if self._why_dead is not None:
+            return
+        for pool in returned:
+            if type(pool) is not type(self.pool):
+                continue
+            arrays = _own_arrays(pool)
+            self.order.torch_after(arrays)
+            if _addresses(arrays) == self._addresses:
+                self.pool, self._arrays = pool, arrays
+                pool.add_view(self)
+                return
+        self.end(
+            f"the step {step} returned no {type(self.pool).__name__} in the memory that this torch view looks into: it "
+            "copied the pool, or did not return it; prove_in_place says why, then share the pool anew"
+        )
+
+    def after_read(self, result: Any) -> None:
+        """Torch comes after the read."""
+        if self._why_dead is None:
+            self.order.torch_after([leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)])
+
+
+class LentTensor(torch.Tensor):
+    """A tensor on the CPU that asks its memory before each use, and so do its slices. What is computed from it is free.
+
+    Torch has such a check of its own on a GPU only.
+    """
+
+    memory: PoolMemory
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carries out `func` on plain tensors, unless the time of one of them is over."""
+        kwargs = {} if kwargs is None else kwargs
+        lent = [leaf for leaf in jax.tree_util.tree_leaves((args, kwargs)) if isinstance(leaf, LentTensor)]
+        for tensor in lent:
+            tensor.memory.require_alive()
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            return jax.tree_util.tree_map(lambda part: _lent_like(part, lent), result)
+
+
+def _lent_like(part: Any, lent: Sequence[LentTensor]) -> Any:
+    """`part` of a result: lent as well, if it lies in the memory of one of the lent tensors."""
+    if not isinstance(part, torch.Tensor) or any(part is tensor for tensor in lent):
+        return part
+    for tensor in lent:
+        if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            return tensor.memory.lent(part)
+    return part.as_subclass(torch.Tensor) if isinstance(part, LentTensor) else part
+
+
+def _lendable_arrays(pool: DevicePool) -> tuple[jax.Array, ...]:
+    """The arrays of `pool` itself. Raises unless torch can look into every one; see `PoolMemory`."""
+    if not isinstance(pool, DevicePool):
+        raise ArgumentError(f"pool must be a pool of jaxcache (DevicePool), got {type(pool).__name__}")
+    if any(not isinstance(buffer, jax.Array) or isinstance(buffer, Tracer) for buffer in pool.buffers):
+        raise ArgumentError("pool must hold arrays with memory; this one is traced or abstract: call this outside jit")
+    pool.require_live()
+    arrays = _own_arrays(pool)
+    for array in arrays:
+        if array.sharding.num_devices > 1:
+            raise ShardingError(
+                f"pool lies on {array.sharding.num_devices} devices, and a torch tensor on one: lend a pool of one "
+                "device, in each process its own"
+            )
+        layout = array.format.layout  # pyright: ignore[reportAttributeAccessIssue]
+        if layout is not None and layout.major_to_minor != tuple(range(array.ndim)):
+            raise ArgumentError(
+                f"pool must lie in row-major order, got dimensions in the order {layout.major_to_minor}: copy it first"
+            )
+
+    return arrays
+
+
+def _own_arrays(pool: DevicePool) -> tuple[jax.Array, ...]:
+    """The arrays of `pool` itself, not of its parts."""
+    nodes = jax.tree_util.tree_leaves(pool, is_leaf=lambda node: node is not pool and isinstance(node, DevicePool))
+    return tuple(node for node in nodes if not isinstance(node, DevicePool))
+
+
+def _row_dtypes(pool: DevicePool, arrays: Sequence[jax.Array]) -> Sequence[np.dtype]:
+    """What the arrays hold for the caller, which is not always what they are stored as."""
+    return pool.config.row_dtypes if isinstance(pool, LayerStack) else [np.dtype(array.dtype) for array in arrays]
+
+
+def torch_device(array: jax.Array) -> torch.device:
+    """Torch's name of the device of `array`.
+
+    Raises:
+      UnsupportedError: if torch cannot reach it, or the array is in host memory that belongs to a GPU.
+    """
+    (device,) = array.devices()
+    if array.sharding.memory_kind not in (None, device.default_memory().kind):
+        raise UnsupportedError(f"pool must lie in the memory of its device, got {array.sharding.memory_kind}")
+    if device.platform == "cpu":
+        return torch.device("cpu")
+    if device.platform == "gpu" and torch.cuda.is_available():
+        return torch.device("cuda", device.local_hardware_id)
+    raise UnsupportedError(f"this build of torch, {torch.__version__}, cannot reach JAX's device {device}")
+
+
+class _Address:
+    """The bytes of one array, as the array interface of NumPy and CUDA states them. Keeps `memory` alive."""
+
+    def __init__(self, array: jax.Array, memory: PoolMemory):
+        self.memory = memory
+        self.__array_interface__ = self.__cuda_array_interface__ = {
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (array.unsafe_buffer_pointer(), False),
+            "version": 3,
+        }
+
+
+def _bytes_at(address: _Address, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(np.asarray(address))
+    return torch.as_tensor(address, device=device)
+
+
+def _addresses(arrays: Sequence[jax.Array]) -> tuple[int, ...]:
+    return tuple(array.unsafe_buffer_pointer() for array in arrays)

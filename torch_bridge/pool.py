@@ -1,0 +1,366 @@
+"""Pools as torch code sees them: SGLang's method names, on the memory of a jaxcache pool, in place.
+
+Make one with `borrow` or `share`. Getters return views, setters write through the project's own kernels on a GPU and
+through torch on a CPU. Contracts are those of the JAX pools where nothing else is said: slot 0 is the sink, and rows
+for it or for slots outside the pool are dropped; layers are global ids, or objects that have a `layer_id`.
+
+Source: SGLang 0.5.2 memory_pool.py, whose tensors a torch engine would otherwise allocate itself.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+
+import numpy as np
+import torch
+
+from jaxcache.donation import DevicePool
+from jaxcache.errors import ArgumentError
+from jaxcache.pools.base import CpuCopy, KVCache
+from jaxcache.pools.config import require
+from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
+from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from torch_bridge import writes
+from torch_bridge.dtypes import torch_dtype
+from torch_bridge.memory import PoolMemory
+from torch_bridge.slots import slots_to_host
+
+
+class HasLayerId(Protocol):
+    """An attention layer, such as SGLang's RadixAttention."""
+
+    layer_id: int
+
+
+Layer: TypeAlias = int | HasLayerId
+
+
+class BufferInfos(NamedTuple):
+    """What SGLang's transfer engines register: one entry a layer and array. Addresses die with the view."""
+
+    data_ptrs: list[int]
+    data_lens: list[int]
+    item_lens: list[int]
+
+
+class TorchPool:
+    """Torch tensors over the arrays of a pool. Use as a context manager, or `close` it.
+
+    Args:
+      pool: The pool, on one device.
+
+    Attributes:
+      parts: Views of the pools that it consists of, in their order.
+
+    Raises:
+      StalePoolError, ShardingError, ArgumentError, UnsupportedError: if torch cannot look into it; see `PoolMemory`.
+    """
+
+    def __init__(self, pool: DevicePool):
+        self._memory = PoolMemory(pool)
+        self._tensors = self._memory.tensors()
+        self.parts = tuple(torch_pool(part) for part in vars(pool).values() if isinstance(part, DevicePool))
+
+    @property
+    def pool(self) -> Any:
+        """The JAX pool that is in this memory now; a donated step replaces it.
+
+        Raises:
+          DeadViewError: if this view has ended.
+        """
+        self._memory.require_alive()
+        return self._memory.pool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self._memory.device
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """The whole arrays, in the dtypes that their rows have for the caller: the pool's own, then those of its parts.
+
+        Raises:
+          DeadViewError: if this view has ended.
+        """
+        own = tuple(map(self._lent, self._tensors))
+        return sum((part.buffers for part in self.parts), own)
+
+    def fence(self) -> None:
+        """Whatever either framework was given so far comes before what the other one is given from now on.
+
+        `borrow`, steps made by `donating` and all pool methods do what is needed by themselves. Only a jit of your own
+        that reads a shared pool without donating it needs this: before it for torch's writes, after it if torch writes.
+
+        Cost: on a GPU some ten microseconds of the host, 100 while torch is busy; no wait.
+        """
+        self._memory.require_alive()
+        self._memory.order.jax_after_torch()
+        self._memory.order.torch_after_all(self._memory.pool.buffers[0])
+
+    def close(self) -> None:
+        """Ends the view: JAX comes after what torch was given, and every tensor is dead, slices included."""
+        self._memory.before_step()
+        self._memory.end("this torch view of a pool was closed: use its tensors only before, in the block of a borrow")
+        for part in self.parts:
+            part.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def _lent(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._memory.require_alive()
+        return self._memory.lent(tensor)
+
+
+class TorchKVPool(TorchPool):
+    """Base of the KV pools for torch. `loc` arguments are one-dimensional int64 or int32 tensors on the pool's device.
+
+    Writes are in place and return nothing. Slots of one write must be distinct, but for 0; they are not read back, and
+    if one repeats, either row stays.
+    """
+
+    def __init__(self, pool: KVCache):
+        super().__init__(pool)
+        self.config = pool.config
+        self._layers = [tensor.unbind(0) for tensor in self._tensors]
+        self._layer_ids: tuple[torch.Tensor, ...] | None = None
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Keys of a layer, `(slots, heads, dim)`: a view."""
+        return self._layer(0, layer_id)
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Values of a layer, `(slots, heads, dim)`: a view."""
+        return self._layer(1, layer_id)
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`get_key_buffer` and `get_value_buffer`."""
+        return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
+
+    def get_paged_buffers(self, layer_id: int) -> tuple[torch.Tensor, ...]:
+        """Each array of a layer as `(pages, page_size, *row)`, what FlashInfer calls NHD: views."""
+        pages = -1, self.config.page_size
+        return tuple(self._layer(i, layer_id).unflatten(0, pages) for i in range(len(self._tensors)))
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Copies slot `src_loc[i]` to slot `tgt_loc[i]` in every layer, all at the same instant: the lists may overlap.
+
+        Raises:
+          DeadViewError: if this view has ended.
+          ArgumentError: on lists of different lengths or a wrong dtype or device.
+        """
+        self._memory.require_alive()
+        self._check_loc("tgt_loc", tgt_loc)
+        self._check_loc("src_loc", src_loc)
+        require(tgt_loc.shape == src_loc.shape, "tgt_loc", f"must be as many as src_loc, {len(src_loc)}", len(tgt_loc))
+        for tensor in self._tensors:
+            writes.move_rows(tensor, tgt_loc, src_loc)
+
+    def get_contiguous_buf_infos(self) -> BufferInfos:
+        """Address, bytes and bytes of a page: of each layer of the first array, then of the second."""
+        self._memory.require_alive()
+        layers = [layer for tensors in self._layers for layer in tensors]
+        return BufferInfos(
+            [layer.data_ptr() for layer in layers],
+            [layer.nbytes for layer in layers],
+            [layer[: self.config.page_size].nbytes for layer in layers],
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all arrays, the sink page included."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def get_cpu_copy(self, indices: torch.Tensor) -> CpuCopy:
+        """The rows of some slots in host memory: `KVCache.get_cpu_copy`, behind torch's writes."""
+        return self.pool.get_cpu_copy(slots_to_host("indices", indices))
+
+    def load_cpu_copy(self, kv_cache_cpu: CpuCopy, indices: torch.Tensor) -> None:
+        """Writes what `get_cpu_copy` took: `KVCache.load_cpu_copy`. Torch reads behind it.
+
+        Raises:
+          BorrowedError: in the block of a `borrow`: JAX writes there, and takes the pool.
+        """
+        self.pool.load_cpu_copy(kv_cache_cpu, slots_to_host("indices", indices))
+
+    def maybe_get_custom_mem_pool(self) -> None:
+        """None. Kept for callers of SGLang's name."""
+
+    def _layer(self, array: int, layer: Layer) -> torch.Tensor:
+        return self._lent(self._layers[array][self._index(layer)])
+
+    def _index(self, layer: Layer) -> int:
+        """The index into the stack of a global layer id."""
+        layer_id = layer if isinstance(layer, (int, np.integer)) else layer.layer_id
+        first, count = self.config.start_layer, self.config.layer_num
+        require(first <= layer_id < first + count, "layer", f"must be in [{first}, {first + count})", layer_id)
+        return int(layer_id) - first
+
+    def _on_device(self, index: int) -> torch.Tensor:
+        """A layer's index as the kernels want it: on the device, so that a captured graph reads it there."""
+        if self._layer_ids is None:
+            ids = torch.arange(self.config.layer_num, dtype=torch.int32, device=self.device)
+            self._layer_ids = ids.unbind(0)
+        return self._layer_ids[index]
+
+    def _check_loc(self, name: str, loc: Any) -> None:
+        self._check_tensor(name, loc)
+        is_list = loc.ndim == 1 and loc.dtype in (torch.int64, torch.int32)
+        require(is_list, name, "must be one-dimensional int64 or int32", f"{loc.dtype}{list(loc.shape)}")
+
+    def _stored(self, name: str, rows: Any, shape: tuple[int, ...], scale: Any = None) -> torch.Tensor:
+        """Rows as the pool keeps them, divided by `scale` in float32 before the cast; the caller's are untouched."""
+        self._check_tensor(name, rows)
+        require(rows.shape == shape, name, f"must have shape {shape}", tuple(rows.shape))
+        dtype = torch_dtype("pool", np.dtype(self.config.dtype))
+        if dtype.is_floating_point:
+            require(rows.is_floating_point(), name, f"must be floats, for a {dtype} pool", rows.dtype)
+        else:
+            require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
+            require(scale is None, f"{name}_scale", "must be None: the caller quantises for a pool of integers", scale)
+        if scale is not None:
+            rows = rows.float() / scale
+        return rows.to(dtype).contiguous()
+
+    def _check_tensor(self, name: str, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"{name} must be a torch tensor, got {type(tensor).__name__}: use torch.as_tensor")
+        require(tensor.device == self.device, name, f"must lie on {self.device}, where the pool is", tensor.device)
+
+
+class TorchMHAPool(TorchKVPool):
+    """Keys and values, `(layers, slots, heads, dim)` each."""
+
+    config: MHAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def k(self) -> torch.Tensor:
+        """Keys of all layers."""
+        return self._lent(self._tensors[0])
+
+    @property
+    def v(self) -> torch.Tensor:
+        """Values of all layers."""
+        return self._lent(self._tensors[1])
+
+    def set_kv_buffer(
+        self,
+        layer: Layer,
+        loc: torch.Tensor,
+        cache_k: torch.Tensor,
+        cache_v: torch.Tensor,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        layer_id_override: int | None = None,
+    ) -> None:
+        """Writes keys and values of `n` tokens in one layer.
+
+        Args:
+          layer: Global layer id, or the layer itself.
+          loc: `(n,)` slots; padding and what is outside the pool is dropped.
+          cache_k: `(n, heads, dim)`; cast to the pool's dtype.
+          cache_v: `(n, heads, v_dim)`, likewise.
+          k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree.
+          v_scale: The same for the values.
+          layer_id_override: Takes the place of `layer` if given.
+
+        Raises:
+          DeadViewError: if this view has ended.
+          ArgumentError: on a layer outside the pool, or a wrong shape, dtype or device. Nothing is written.
+
+        Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
+        """
+        self._memory.require_alive()
+        index = self._index(layer if layer_id_override is None else layer_id_override)
+        self._check_loc("loc", loc)
+        k_shape, v_shape = ((len(loc), *row) for row in self.config.row_shapes)
+        k = self._stored("k", cache_k, k_shape, k_scale)
+        v = self._stored("v", cache_v, v_shape, v_scale)
+        k_pool, v_pool = self._tensors
+        writes.write_kv(k_pool, v_pool, index, self._on_device(index), loc, k, v)
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Bytes of the keys and of the values, the sink page included."""
+        return self._tensors[0].nbytes, self._tensors[1].nbytes
+
+
+class TorchMLAPool(TorchKVPool):
+    """Latent rows, `(layers, slots, rank + rope)`. Getters give them a head of their own, as SGLang does."""
+
+    config: MLAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """Rows of all layers."""
+        return self._lent(self._tensors[0])
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Whole rows of a layer, `(slots, 1, rank + rope)`: a view."""
+        return self._layer(0, layer_id).unsqueeze(1)
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Latent parts of a layer, `(slots, 1, rank)`: a view."""
+        return self.get_key_buffer(layer_id)[..., : self.config.kv_lora_rank]
+
+    def set_mla_kv_buffer(
+        self, layer: Layer, loc: torch.Tensor, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor
+    ) -> None:
+        """Writes the two parts of `n` tokens' rows in one layer.
+
+        Args:
+          layer: Global layer id, or the layer itself.
+          loc: `(n,)` slots; padding and what is outside the pool is dropped.
+          cache_k_nope: Latent parts, `(n, rank)` or `(n, 1, rank)`; cast to the pool's dtype.
+          cache_k_rope: Rope parts, `(n, rope)` or `(n, 1, rope)`, likewise.
+
+        Raises:
+          DeadViewError: if this view has ended.
+          ArgumentError: on a layer outside the pool, or a wrong shape, dtype or device. Nothing is written.
+
+        Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
+        """
+        self._memory.require_alive()
+        index = self._index(layer)
+        self._check_loc("loc", loc)
+        nope = self._stored("cache_k_nope", _flat(cache_k_nope), (len(loc), self.config.kv_lora_rank))
+        rope = self._stored("cache_k_rope", _flat(cache_k_rope), (len(loc), self.config.qk_rope_head_dim))
+        writes.write_mla_kv(self._tensors[0], index, self._on_device(index), loc, nope, rope)
+
+    def set_kv_buffer(
+        self, layer: Layer, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor | None = None
+    ) -> None:
+        """`set_mla_kv_buffer` of rows whose parts stand side by side already. `cache_v` is ignored, as in SGLang."""
+        del cache_v
+        rank, rope = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        self._check_tensor("cache_k", cache_k)
+        require(cache_k.shape[-1:] == (rank + rope,), "cache_k", f"must have rows of {rank} + {rope}", cache_k.shape)
+        self.set_mla_kv_buffer(layer, loc, cache_k[..., :rank], cache_k[..., rank:])
+
+    def get_kv_size_bytes(self) -> int:
+        """Bytes of the rows, the sink page included."""
+        return self._tensors[0].nbytes
+
+
+def _flat(rows: Any) -> Any:
+    """Rows without the head of their own that SGLang gives them."""
+    return rows[:, 0] if isinstance(rows, torch.Tensor) and rows.ndim == 3 and rows.shape[1] == 1 else rows
+
+
+def torch_pool(pool: DevicePool) -> Any:
+    """The view of `pool` for torch that fits its kind."""
+    for kind, view in _VIEWS:
+        if isinstance(pool, kind):
+            return view(pool)
+    return TorchPool(pool)
+
+
+_VIEWS: tuple[tuple[type[DevicePool], Any], ...] = (
+    (MHATokenToKVPool, TorchMHAPool),
+    (MLATokenToKVPool, TorchMLAPool),
+    (KVCache, TorchKVPool),
+)
