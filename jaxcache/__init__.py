@@ -66,8 +66,14 @@ from jaxcache.pools.requests import RequestTable as RequestTable
 # ruff: isort: split
 from jaxcache.caches.base import BasePrefixCache as BasePrefixCache
 from jaxcache.caches.base import MatchResult as MatchResult
+from jaxcache.caches.chunk import ChunkCache as ChunkCache
+from jaxcache.caches.chunk import SWAChunkCache as SWAChunkCache
+from jaxcache.caches.lora_radix import LoRAKey as LoRAKey
+from jaxcache.caches.lora_radix import LoRARadixCache as LoRARadixCache
+from jaxcache.caches.mamba_radix import MambaRadixCache as MambaRadixCache
 from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache as RadixCache
+from jaxcache.caches.swa_radix import SWARadixCache as SWARadixCache
 from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared
 from jaxcache.observe.events import BlockRemoved as BlockRemoved
 from jaxcache.observe.events import BlockStored as BlockStored

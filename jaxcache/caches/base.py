@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.errors import ArgumentError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Match, Receipt
 from jaxcache.observe.events import KVCacheEvent
@@ -36,17 +37,18 @@ class MatchResult:
       last_host_node: The same where there is no host tier.
       host_hit_length: Further tokens that a host tier has.
 
-    Source: SGLang 0.5.2 base_prefix_cache.py, MatchResult.
+    Source: SGLang 0.5.2 base_prefix_cache.py, MatchResult; pymllm base_prefix_cache.
     """
 
-    __slots__ = ("host_hit_length", "last_device_node", "page_size", "pages", "prefix_len")
+    __slots__ = ("_has_states", "host_hit_length", "last_device_node", "page_size", "pages", "prefix_len")
 
-    def __init__(self, match: Match, page_size: int):
+    def __init__(self, match: Match, page_size: int, has_states: bool = False):
         self.last_device_node = match
         self.pages = match.pages
         self.prefix_len = match.length
         self.page_size = page_size
         self.host_hit_length = 0
+        self._has_states = has_states
 
     @property
     def last_host_node(self) -> Match:
@@ -58,6 +60,23 @@ class MatchResult:
         """One slot a token, expanded on demand. O(prefix_len)."""
         return expand_pages(self.pages, self.page_size)
 
+    @property
+    def state(self) -> int:
+        """The state saved after `prefix_len` tokens, to be copied before anything goes on from it; 0 if there is none.
+
+        The prefix must be locked until it was copied.
+        """
+        return self.last_device_node.state
+
+    @property
+    def mamba_branching_seqlen(self) -> int | None:
+        """Tokens whose pages are cached, where that is further than states allow to go on from; else None.
+
+        Others have come this far: a snapshot saved here, while it is computed again, will be of use.
+        """
+        match = self.last_device_node
+        return match.structural_length if self._has_states and match.structural_length > match.length else None
+
     def __repr__(self) -> str:
         return f"MatchResult(prefix_len={self.prefix_len})"
 
@@ -67,6 +86,29 @@ def expand_pages(pages: Int32[np.ndarray, " pages"], page_size: int) -> Int32[np
     if page_size == 1:
         return pages
     return (pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)).reshape(-1)
+
+
+def slots_to_pages(
+    slots: Int32[np.ndarray, " slots"], num_pages: int, page_size: int
+) -> Int32[np.ndarray, " num_pages"]:
+    """Page ids of the first `num_pages` pages of `slots`.
+
+    Raises:
+      ArgumentError: Not an integer vector, too short, or not made of whole pages.
+    """
+    slots = np.asarray(slots)
+    if slots.ndim != 1 or slots.dtype.kind not in "iu":
+        raise ArgumentError(f"value must be one-dimensional integer slots, got {slots.dtype} of shape {slots.shape}")
+    if len(slots) < num_pages * page_size:
+        raise ArgumentError(f"value: the key needs {num_pages * page_size} slots, got {len(slots)}")
+    slots = slots[: num_pages * page_size]
+    if page_size == 1:
+        return slots.astype(np.int32, copy=False)
+    rows = slots.reshape(num_pages, page_size)
+    pages = (rows[:, 0] // page_size).astype(np.int32)
+    if not np.array_equal(rows, pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)):
+        raise ArgumentError(f"value must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
+    return pages
 
 
 class BasePrefixCache(ABC):
@@ -96,11 +138,23 @@ class BasePrefixCache(ABC):
         """Makes the whole pages a running request has computed available to others."""
 
     @abstractmethod
-    def evict(self, num_tokens: int) -> int:
-        """Frees at least `num_tokens` tokens, unless fewer are evictable; returns how many."""
+    def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> int:
+        """Frees at least so many tokens, tokens of windows, and states, unless fewer are evictable.
+
+        Returns:
+          Tokens freed.
+        """
 
     @abstractmethod
-    def inc_lock_ref(self, node: Match) -> Receipt:
+    def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
+        """Whether so many pages and states can be taken now, after evicting what is short if that suffices for all."""
+
+    @abstractmethod
+    def drop_out_of_window(self, req: Request) -> None:
+        """Frees what a running request has for its window layers and no later token attends."""
+
+    @abstractmethod
+    def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
         """Protects what a match found; the receipt is the only way to undo it."""
 
     @abstractmethod
@@ -129,6 +183,14 @@ class BasePrefixCache(ABC):
 
     def swa_protected_size(self) -> int:
         """`protected_size` of the sliding-window component; 0 without one."""
+        return 0
+
+    def mamba_evictable_size(self) -> int:
+        """Cached states that no lock covers; 0 where none are kept."""
+        return 0
+
+    def mamba_protected_size(self) -> int:
+        """Cached states that a lock covers; 0 where none are kept."""
         return 0
 
     def total_size(self) -> int:

@@ -7,17 +7,17 @@ handed to the allocator. Nothing is freed in the middle of a walk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache, MatchResult, expand_pages
-from jaxcache.caches.keepers import FullKeeper, Keeper
+from jaxcache.caches.base import BasePrefixCache, MatchResult, expand_pages, slots_to_pages
+from jaxcache.caches.keepers import FullKeeper, Keeper, StateKeeper, WindowKeeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
-from jaxcache.index.key import RadixKey, as_key
+from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
@@ -30,8 +30,17 @@ if TYPE_CHECKING:
     from jaxtyping import Int32
 
 
+class CacheOptions(TypedDict, total=False):
+    """What every flavour can be told; see `RadixCache`."""
+
+    disable: bool
+    enable_kv_cache_events: bool
+    policy: Policy
+    is_eagle: bool
+
+
 class RadixCache(BasePrefixCache):
-    """Prefix cache for full attention.
+    """Prefix cache for full attention; with further keepers, for models whose layers keep other things too.
 
     Args:
       req_to_token_pool: The request table. None for a cache that sees no requests (insert, match, evict, lock only).
@@ -39,7 +48,11 @@ class RadixCache(BasePrefixCache):
       page_size: Tokens a page; must be the allocator's.
       disable: Share nothing: every lookup misses, finished requests free their pages.
       enable_kv_cache_events: Keep page hashes and queue events for `take_events`.
-      policy: Eviction order.
+      policy: Eviction order, the same for every component.
+      is_eagle: Keys are pairs of neighbouring tokens, as the KV of an EAGLE draft model depends on both. The pair of a
+        request's last token is not known, so its KV stays private.
+      window: Keeps window pages: see `SWARadixCache`.
+      states: Keeps states: see `MambaRadixCache`.
 
     Attributes:
       tree: The index, for looking at.
@@ -59,6 +72,10 @@ class RadixCache(BasePrefixCache):
         disable: bool = False,
         enable_kv_cache_events: bool = False,
         policy: Policy = Policy.LRU,
+        is_eagle: bool = False,
+        *,
+        window: WindowKeeper | None = None,
+        states: StateKeeper | None = None,
     ):
         for name, part in (("req_to_token_pool", req_to_token_pool), ("allocator", token_to_kv_pool_allocator)):
             if part is not None and part.page_size != page_size:
@@ -70,16 +87,24 @@ class RadixCache(BasePrefixCache):
         self.page_size = page_size
         self.disable = disable
         self.enable_kv_cache_events = enable_kv_cache_events
+        self.is_eagle = is_eagle
         self._full = FullKeeper(token_to_kv_pool_allocator)
-        self._keepers: tuple[Keeper, ...] = (self._full,)
-        components = [keeper.component for keeper in self._keepers]
-        self.tree = RadixTree(page_size, components, policy, with_hashes=enable_kv_cache_events)
+        self._window, self._states = window, states
+        self._others: tuple[Keeper, ...] = tuple([keeper for keeper in (window, states) if keeper is not None])
+        self._keepers: tuple[Keeper, ...] = (self._full, *self._others)
+        self.tree = RadixTree(
+            page_size,
+            [keeper.component for keeper in self._keepers],
+            policy,
+            with_hashes=enable_kv_cache_events,
+            element_bytes=(BigramKey if is_eagle else RadixKey).element_bytes,
+        )
         self.events = EventQueue(self.tree) if enable_kv_cache_events else None
 
     # ---- lookup, insert, evict: no request needed -----------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocator with it.
+        """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocators with it.
 
         Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
         """
@@ -88,82 +113,157 @@ class RadixCache(BasePrefixCache):
             self.events.put(AllBlocksCleared())
 
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
-        """The longest cached prefix of `key`, in whole pages. Changes nothing but recency.
+        """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
+
+        Changes nothing but recency.
 
         Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
         `RadixKey` that is kept.
         """
-        key = as_key(key)
-        return MatchResult(self.tree.match(key[:0] if self.disable else key), self.page_size)
+        key = self._as_key(key)
+        found = self.tree.match(key[:0] if self.disable else key)
+        return MatchResult(found, self.page_size, self._states is not None)
 
     def insert(
-        self, key: RadixKey | np.ndarray | Sequence[int], value: Int32[np.ndarray, " slots"] | None = None
+        self,
+        key: RadixKey | np.ndarray | Sequence[int],
+        value: Int32[np.ndarray, " slots"] | None = None,
+        state: int = 0,
     ) -> int:
         """Caches `key` under the slots in `value`; returns the tokens that were cached already.
 
         The tree keeps its own pages for those: the caller frees its duplicates, `value[:returned]`. The rest belongs to
-        the tree from now on.
+        the tree from now on. Window pages of duplicates may be the tree's now; they are no longer the caller's.
 
         Args:
           key: Tokens, cut to whole pages.
           value: int32 slot of each token, whole pages. None uses the token ids as page ids, for tests without an
             allocator.
+          state: What was saved after these tokens, where the cache keeps states. If there was one already, it is still
+            the caller's: its owner is `PRIVATE` then.
 
         Raises:
-          ArgumentError: `value` is too short, of a wrong dtype, or not made of whole pages.
-          OwnershipError: A page is not privately owned. Nothing changes.
+          ArgumentError: `value` is too short, of a wrong dtype, or not made of whole pages; or a state is missing, has
+            no place here, or does not stand for whole pages.
+          OwnershipError: A page or the state is not privately owned. Nothing changes.
         """
-        key = as_key(key)
+        key = self._as_key(key)
         if value is None:
             pages = key.token_ids[:: self.page_size]
         else:
             pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
-        return self.insert_pages(key, pages)
+        return self.insert_pages(key, pages, state)
 
-    def insert_pages(self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"]) -> int:
+    def insert_pages(
+        self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"], state: int = 0
+    ) -> int:
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
         if self.disable:
             return 0
-        inserted = self.tree.insert(as_key(key), (pages,), claim=self._full.claim)
-        self._tell(inserted)
-        return inserted.present
+        key = self._as_key(key)
+        if state or self._states is not None:
+            self._require_stop(key, state)
+        if self._window is not None:
+            self._window.require_private(pages[: key.length // self.page_size])
+        return self._insert(key, pages, state).present
 
-    def evict(self, num_tokens: int) -> int:
+    def _require_stop(self, key: RadixKey, state: int) -> None:
+        """Raises ArgumentError unless `state` can be kept at the end of `key`."""
+        if self._states is None:
+            raise ArgumentError(f"state: this cache keeps none, got {state}: use a MambaRadixCache")
+        if not state:
+            raise ArgumentError("state: this cache keeps one with every prefix, got none: give what was saved there")
+        if key.length % self.page_size:
+            raise ArgumentError(
+                f"state: it stands for the {key.length} tokens of the key, which are not whole pages of "
+                f"{self.page_size}: save one where a page ends"
+            )
+
+    def _insert(
+        self, key: RadixKey, pages: np.ndarray, state: int, held: Receipt | None = None, priority: int = 0
+    ) -> Insertion:
+        values = [pages]
+        for keeper in self._others:
+            values.append(keeper.offer(pages, state))
+        inserted = self.tree.insert(key, values, held, priority, self._full.claim)
+        for keeper in self._others:
+            keeper.took(pages, state, inserted)
+        if self.events is not None:
+            for node in inserted.added:
+                self.events.put(stored(node, self.page_size))
+        return inserted
+
+    def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> int:
         """Frees at least `num_tokens` tokens of the least valuable unlocked leaves; returns how many it freed.
+
+        Then, if that did not free as much of them: window pages of `swa_num_tokens` tokens, and `mamba_num` states, in
+        whatever nodes they are; what else is there stays, and is of use again once the hole is filled.
 
         Overshoots by less than one node. Cost: O(evicted).
         """
-        if num_tokens <= 0:
-            return 0
-        return len(self._evict(0, -(-num_tokens // self.page_size))[0]) * self.page_size
+        size, before = self.page_size, self.tree.evictable[0]
+        self._evict(self._amounts(-(-num_tokens // size), -(-swa_num_tokens // size), mamba_num))
+        return (before - self.tree.evictable[0]) * size
 
-    def make_room(self, pages: int) -> bool:
-        """Whether so many pages can be taken now, after evicting only what was short; what cannot suffice stays.
+    def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
+        """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
+
+        If that cannot suffice for all of them, nothing is evicted.
+
+        Args:
+          pages: To be taken.
+          states: To be taken.
+          without_window: Of the pages, those that need no window page.
+
+        Raises:
+          ArgumentError: States are asked of a cache that keeps none.
 
         Cost: O(evicted).
         """
-        needs = (pages,)
-        for keeper, need, evictable in zip(self._keepers, needs, self.tree.evictable, strict=True):
-            if need > keeper.available() + evictable:
-                return False
-        for i, need in enumerate(needs):
-            short = need - self._keepers[i].available()
-            if short > 0:
-                self._evict(i, short)
+        if states and self._states is None:
+            raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
+        short = [
+            amount - keeper.available()
+            for keeper, amount in zip(self._keepers, self._amounts(pages, pages - without_window, states), strict=True)
+        ]
+        if any(amount > most for amount, most in zip(short, self.tree.evictable, strict=True)):
+            return False
+        self._evict(short)
         return True
 
-    def _evict(self, component: int, amount: int) -> Sequence[np.ndarray]:
-        """Frees at least `amount` values of a component, or all there are; returns what went of each component."""
-        gone = self.tree.evict(amount, component)
-        self._free(gone)
-        return gone.values
+    def _amounts(self, pages: int, windows: int, states: int) -> list[int]:
+        """One number a keeper."""
+        amounts = [pages]
+        if self._window is not None:
+            amounts.append(windows)
+        if self._states is not None:
+            amounts.append(states)
+        return amounts
+
+    def _evict(self, amounts: Sequence[int]) -> None:
+        """Frees at least so many values of each component, or all there are. What goes with a leaf counts for each."""
+        goals = [most - amount for most, amount in zip(self.tree.evictable, amounts, strict=True)]
+        for i, goal in enumerate(goals):
+            if self.tree.evictable[i] > goal:
+                self._free(self.tree.evict(self.tree.evictable[i] - goal, i))
 
     def _free(self, gone: Eviction) -> None:
-        for keeper, values in zip(self._keepers, gone.values, strict=False):
+        """Frees what the tree let go. Pages last, which would take window pages along that are still in the tree's."""
+        for keeper, values in zip(reversed(self._keepers), reversed(gone.values), strict=True):
             if len(values):
                 keeper.let_go(values)
         if self.events is not None and gone.nodes:
             self.events.put(removed(gone.nodes))
+
+    def drop(self, extra_key: str | bytes | Namespace | None) -> int:
+        """Forgets all that is cached in one namespace; returns the tokens freed. O(its nodes).
+
+        Raises:
+          LockedError: A lock covers some of it: end its requests first. Nothing changes.
+        """
+        gone = self.tree.drop(RadixKey(b"", extra_key).namespace)
+        self._free(gone)
+        return len(gone.values[0]) * self.page_size
 
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
         """Protects what a match found from eviction.
@@ -184,18 +284,21 @@ class RadixCache(BasePrefixCache):
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def cache_unfinished_req(self, req: Request, chunked: bool = False) -> None:
-        """Shares the whole pages a running request has computed, and locks them for it.
+        """Shares what a running request has computed, up to its last whole page or its snapshot, and locks it for it.
 
-        Pages another request cached first are freed and the row points at the tree's instead. The tail page stays the
-        request's own. Afterwards `req.lock` covers every whole page.
+        Pages another request cached first are freed and the row points at the tree's instead. What comes after stays
+        the request's own. Afterwards `req.lock` covers all that is shared; where the cache keeps states and the request
+        has saved none since, nothing changes.
 
         Args:
           req: Running; `req.kv_len` tokens are computed.
           chunked: Accepted for SGLang's callers; a chunk is treated like any other stop.
         """
-        if self.disable:
+        inserted = self._share(req)
+        if inserted is None:
             return
-        inserted = self._insert_computed(req)
+        if self._states is not None:
+            self._states.forget_snapshot(_row_of(req))
         old, req.lock = req.lock, self.tree.lock(inserted)
         if old is not None:
             self.tree.unlock(old)
@@ -203,15 +306,17 @@ class RadixCache(BasePrefixCache):
     def cache_finished_req(self, req: Request) -> None:
         """Shares what a request computed, frees the rest of its pages and its row, and releases its lock.
 
-        Afterwards the request owns nothing; what it computed is evictable unless others lock it.
+        Where the cache keeps states, what is shared ends at its snapshot and, if the request ends where a page does, at
+        its end. Afterwards the request owns nothing; what it computed is evictable unless others lock it.
         """
         table, _ = self._parts()
         row = _row_of(req)
-        shared = 0
-        if not self.disable:
-            self._insert_computed(req)
-            shared = req.kv_len // self.page_size
-        own_pages = table.row_pages(row, shared, req.num_pages)
+        if self._states is not None:
+            self.cache_unfinished_req(req)
+            self._states.save_working(row, req.kv_len)
+        inserted = self._share(req)
+        shared = req.protected_len if inserted is None else inserted.length
+        own_pages = table.row_pages(row, shared // self.page_size, req.num_pages)
         for keeper in self._keepers:
             keeper.leave(row, own_pages)
         table.free(row)
@@ -220,30 +325,66 @@ class RadixCache(BasePrefixCache):
             self.tree.unlock(req.lock)
             req.lock = None
 
-    def _insert_computed(self, req: Request) -> Insertion:
-        """Offers the whole computed pages of `req` to the tree and settles who owns which page."""
+    def drop_out_of_window(self, req: Request) -> None:
+        """Frees the window pages of a running request that no later token attends, and no later stop needs.
+
+        Only its own: those in the tree are evicted when there is need. Cost: O(1) while there is nothing to free.
+        """
+        if self._window is None:
+            return
+        stop = max(req.kv_len - self.is_eagle, 0) // self.page_size * self.page_size
+        if self._states is not None:
+            state, length = self._states.snapshot(_row_of(req))
+            stop = min(stop, length) if state else stop
+        if stop > self._window.component.reach:
+            self._free_windows_before(req, int(stop - self._window.component.reach))
+
+    def _free_windows_before(self, req: Request, length: int) -> None:
+        """Frees the window pages of the request's own that lie within its first `length` tokens."""
+        first = max(req.protected_len, req.evicted_seqlen_local) // self.page_size
+        last = length // self.page_size
+        if self._window is not None and first < last:
+            table, _ = self._parts()
+            self._window.free_private(table.row_pages(_row_of(req), first, last))
+            req.evicted_seqlen_local = last * self.page_size
+
+    def _share(self, req: Request) -> Insertion | None:
+        """Offers to the tree what `req` computed, as far as it can be stopped at, and settles who owns which page.
+
+        Returns:
+          What the tree did; None if there is nothing to offer.
+        """
         table, allocator = self._parts()
         row = _row_of(req)
         size = self.page_size
-        pages = table.row_pages(row, 0, req.kv_len // size)
-        inserted = self.tree.insert(req.computed_key, (pages,), req.lock, req.priority, self._full.claim)
-        self._tell(inserted)
+        if self.disable:
+            return None
+        key, state = self._as_key(req.computed_key), 0
+        length = key.length
+        if self._states is not None:
+            state, length = self._states.snapshot(row)
+            if not state:
+                return None
+        if not req.protected_len <= length <= key.length:
+            return None
+        pages = table.row_pages(row, 0, length // size)
+        inserted = self._insert(key[:length], pages, state, req.lock, req.priority)
         duplicates = inserted.spare[0]
         if len(duplicates):
             allocator.release(duplicates.copy(), PageState.PRIVATE)
             table.write_pages(row, inserted.present // size - len(duplicates), inserted.kept)
         return inserted
 
-    def _tell(self, inserted: Insertion) -> None:
-        if self.events is not None and inserted.leaf is not None:
-            self.events.put(stored(inserted.leaf, self.page_size))
+    def _as_key(self, key: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
+        key = as_key(key)
+        return key.bigrams() if self.is_eagle else key
 
     def _parts(self) -> tuple[ReqToTokenPool, BaseTokenToKVPoolAllocator]:
         if self.req_to_token_pool is None or self.token_to_kv_pool_allocator is None:
             raise ArgumentError("req: this cache was built without a request table or allocator; it takes no requests")
         return self.req_to_token_pool, self.token_to_kv_pool_allocator
 
-    # ---- sizes, events, looking at -------------------------------------------------------------------------------
+    # ---- books ---------------------------------------------------------------------------------------------------
 
     def evictable_size(self) -> int:
         """Cached tokens that no lock covers. O(1)."""
@@ -252,6 +393,22 @@ class RadixCache(BasePrefixCache):
     def protected_size(self) -> int:
         """Cached tokens that a lock covers. O(1)."""
         return self.tree.protected[0] * self.page_size
+
+    def swa_evictable_size(self) -> int:
+        """See `BasePrefixCache.swa_evictable_size`. O(1)."""
+        return self.tree.evictable[1] * self.page_size if self._window is not None else 0
+
+    def swa_protected_size(self) -> int:
+        """See `BasePrefixCache.swa_protected_size`. O(1)."""
+        return self.tree.protected[1] * self.page_size if self._window is not None else 0
+
+    def mamba_evictable_size(self) -> int:
+        """See `BasePrefixCache.mamba_evictable_size`. O(1)."""
+        return self.tree.evictable[-1] if self._states is not None else 0
+
+    def mamba_protected_size(self) -> int:
+        """See `BasePrefixCache.mamba_protected_size`. O(1)."""
+        return self.tree.protected[-1] if self._states is not None else 0
 
     def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
         """Every cached slot, node by node. O(cached)."""
@@ -266,14 +423,14 @@ class RadixCache(BasePrefixCache):
 
         Cost: a lookup in every namespace and a look at the nodes let go lately; milliseconds.
         """
-        return explain(self.tree, as_key(key))
+        return explain(self.tree, self._as_key(key))
 
     def draw(self) -> str:
         """The tree as text."""
         return draw_tree(self.tree)
 
     def check(self) -> None:
-        """Verifies the tree, and that the allocator agrees on which pages it owns. O(cached).
+        """Verifies the tree, and that the owners agree on what is the tree's, component by component. O(cached).
 
         Raises:
           BrokenInvariant: with a drawing of the tree.
@@ -282,32 +439,15 @@ class RadixCache(BasePrefixCache):
         nodes = list(self.tree.nodes())
         pages = joined([node.value for node in nodes])
         for i, keeper in enumerate(self._keepers):
-            values = pages if i == 0 else joined([node.slot(i).value for node in nodes])
-            for problem in keeper.problems(pages, values):
+            values = []
+            for node in nodes:
+                value = node.slot(i).value
+                if value is not None:
+                    values.append(value)
+                elif keeper.component.spans:
+                    values.append(np.zeros_like(node.value))
+            for problem in keeper.problems(pages, joined(values)):
                 raise BrokenInvariant(f"{problem}\n{self.draw()}")
-
-
-def slots_to_pages(
-    slots: Int32[np.ndarray, " slots"], num_pages: int, page_size: int
-) -> Int32[np.ndarray, " num_pages"]:
-    """Page ids of the first `num_pages` pages of `slots`.
-
-    Raises:
-      ArgumentError: Not an integer vector, too short, or not made of whole pages.
-    """
-    slots = np.asarray(slots)
-    if slots.ndim != 1 or slots.dtype.kind not in "iu":
-        raise ArgumentError(f"value must be one-dimensional integer slots, got {slots.dtype} of shape {slots.shape}")
-    if len(slots) < num_pages * page_size:
-        raise ArgumentError(f"value: the key needs {num_pages * page_size} slots, got {len(slots)}")
-    slots = slots[: num_pages * page_size]
-    if page_size == 1:
-        return slots.astype(np.int32, copy=False)
-    rows = slots.reshape(num_pages, page_size)
-    pages = (rows[:, 0] // page_size).astype(np.int32)
-    if not np.array_equal(rows, pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)):
-        raise ArgumentError(f"value must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
-    return pages
 
 
 def _row_of(req: Request) -> int:

@@ -1,0 +1,51 @@
+"""SWARadixCache: for models in which some layers attend to everything and the others to a window of the last tokens.
+
+tokens   0 ........ 100 ........ 200 ........ 250      three nodes, a window of 64
+full     7 8 9 ...   | 1 2 ...    | 3 4 ...            always there
+window   -           | 5 6 ...    | 7 8 ...            let go of in the first node: a hole (tombstone)
+stops                 164 ...................          everywhere from here on, the last 64 tokens are there
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxcache.caches.keepers import WindowKeeper
+from jaxcache.caches.radix import CacheOptions, RadixCache
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pools.requests import ReqToTokenPool
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+class SWARadixCache(RadixCache):
+    """Prefix cache for full attention and sliding windows.
+
+    A prefix can be gone on from where the window is there before its end. Window pages are evicted before full ones, in
+    the middle of a path too. What leaves a hole is filled by the next request that computes it again: its window pages
+    go over to the tree's full pages, which stay where they are, as somebody may be reading them.
+
+    Args:
+      req_to_token_pool: As for `RadixCache`.
+      token_to_kv_pool_allocator: Owner of full and window pages.
+      sliding_window_size: Tokens before a stopping point that the window layers need; `math.inf` for all of them.
+      page_size: Any; the window need not be a multiple of it.
+      **options: As for `RadixCache`.
+
+    Raises:
+      ArgumentError: The parts do not fit together.
+
+    Source: SGLang 0.5.2 swa_radix_cache.py, for pages of one slot; pymllm radix_cache.
+    """
+
+    def __init__(
+        self,
+        req_to_token_pool: ReqToTokenPool | None,
+        token_to_kv_pool_allocator: SWATokenToKVPoolAllocator,
+        sliding_window_size: float,
+        page_size: int,
+        **options: Unpack[CacheOptions],
+    ):
+        window = WindowKeeper(token_to_kv_pool_allocator, sliding_window_size)
+        super().__init__(req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, window=window)
