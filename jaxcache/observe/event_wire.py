@@ -1,0 +1,141 @@
+"""Event batches as bytes: the msgpack format that SGLang 0.5.23 publishes and vLLM and its routers read.
+
+    [ts, [event, ...], data_parallel_rank]        a batch is an array
+    {"type": "BlockStored", "block_hashes": [...], "parent_block_hash": int | nil, "token_ids": [...],
+     "block_size": int, "lora_id": nil, "medium": "GPU", "lora_name": str | nil}
+    {"type": "BlockRemoved", "block_hashes": [...], "medium": "GPU"}
+    {"type": "AllBlocksCleared"}
+
+`medium` and `lora_name` are always there, since vLLM's consumers demand them. Names of blocks are chained from their
+namespace, so a salt or an extra key need not be told, and is not. What older releases publish is read too: events and
+batches as arrays or as maps, names of blocks as bytes.
+
+Needs msgspec, extra `events`.
+
+Source: SGLang 0.5.23 disaggregation/kv_events.py; vLLM 0.33 distributed/kv_events.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.index.key import Namespace
+from jaxcache.observe.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    KVCacheEvent,
+    StorageMedium,
+)
+
+try:
+    import msgspec
+except ImportError as error:
+    raise UnsupportedError("events on the wire need msgspec: pip install 'jaxcache[events]'") from error
+
+_MEDIA = {medium.value: medium for medium in StorageMedium} | {
+    None: StorageMedium.GPU,
+    "CPU": StorageMedium.CPU,
+    "FS": StorageMedium.DISK,
+    "STORAGE": StorageMedium.DISK,
+}
+_STORED = (
+    "block_hashes",
+    "parent_block_hash",
+    "token_ids",
+    "block_size",
+    "lora_id",
+    "medium",
+    "lora_name",
+    "cache_salt",
+)
+_REMOVED = ("block_hashes", "medium")
+
+
+def encode_batch(batch: EventBatch, with_token_ids: bool = True) -> bytes:
+    """The bytes of a batch. This is where names are hashed and tokens unpacked.
+
+    Args:
+      batch: Its `namespace`s are not told, but for a `lora_id` that is text.
+      with_token_ids: False leaves the tokens out, which are what users wrote: consumers that go by names need none.
+    """
+    events = [_encoded(event, with_token_ids) for event in batch.events]
+    return msgspec.msgpack.encode([batch.ts, events, batch.data_parallel_rank])
+
+
+def _encoded(event: KVCacheEvent, with_token_ids: bool) -> dict[str, Any]:
+    if isinstance(event, BlockStored):
+        lora_id = Namespace.decode(event.namespace).lora_id
+        return {
+            "type": "BlockStored",
+            "block_hashes": event.block_hashes,
+            "parent_block_hash": event.parent_block_hash,
+            "token_ids": event.token_ids if with_token_ids else [],
+            "block_size": event.block_size,
+            "lora_id": None,
+            "medium": event.medium.value,
+            "lora_name": lora_id if isinstance(lora_id, str) else None,
+        }
+    if isinstance(event, BlockRemoved):
+        return {"type": "BlockRemoved", "block_hashes": event.block_hashes, "medium": event.medium.value}
+    return {"type": "AllBlocksCleared"}
+
+
+def decode_batch(payload: bytes) -> EventBatch:
+    """The batch of these bytes. Kinds of events that are not known are left out.
+
+    Raises:
+      ArgumentError: They are not a batch of events.
+    """
+    try:
+        batch = msgspec.msgpack.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise ArgumentError(f"payload: it is no msgpack: {error}") from error
+    if isinstance(batch, dict):
+        rank = batch.get("data_parallel_rank", batch.get("attn_dp_rank"))
+        batch = [batch.get("ts"), batch.get("events"), rank]
+    ts, events, rank = (*batch, None, None, None)[:3] if isinstance(batch, list) else (None, None, None)
+    if not isinstance(ts, (int, float)) or not isinstance(events, list) or not isinstance(rank, (int, type(None))):
+        raise ArgumentError("payload: a batch is [ts, events, rank]; this is something else")
+    decoded = [_decoded(event) for event in events]
+    return EventBatch(float(ts), [event for event in decoded if event is not None], rank)
+
+
+def _decoded(event: Any) -> KVCacheEvent | None:
+    """An event; None for a kind that is not known."""
+    kind: Any = event
+    fields: dict[Any, Any] = {}
+    if isinstance(event, dict):
+        kind, fields = event.get("type"), event
+    elif isinstance(event, list) and event:
+        kind = event[0]
+        fields = dict(zip(_REMOVED if kind == "BlockRemoved" else _STORED, event[1:], strict=False))
+    if kind == "AllBlocksCleared":
+        return AllBlocksCleared()
+    if kind == "BlockRemoved":
+        return BlockRemoved(_names(fields.get("block_hashes")), _medium(fields))
+    if kind != "BlockStored":
+        return None
+    names, parent = _names(fields.get("block_hashes")), fields.get("parent_block_hash")
+    tokens, size = fields.get("token_ids"), fields.get("block_size")
+    if not isinstance(tokens, list) or not isinstance(size, int) or not isinstance(parent, (int, bytes, type(None))):
+        raise ArgumentError("payload: a field of a BlockStored is missing or of a wrong type")
+    space = Namespace(lora_id=_text(fields.get("lora_name")), cache_salt=_text(fields.get("cache_salt")))
+    return BlockStored(names, parent, tokens, size, space.encode(), _medium(fields))  # type: ignore[arg-type]
+
+
+def _names(names: Any) -> Sequence[int]:
+    if not isinstance(names, list) or not all(isinstance(name, (int, bytes)) for name in names):
+        raise ArgumentError("payload: block_hashes must be integers or bytes")
+    return names
+
+
+def _medium(fields: dict[Any, Any]) -> StorageMedium:
+    return _MEDIA.get(_text(fields.get("medium")), StorageMedium.EXTERNAL)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
