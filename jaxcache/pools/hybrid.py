@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxcache.pools.config import KVCacheConfig, require
 from jaxcache.pools.mamba import MambaConfig, MambaPool
 from jaxcache.pools.stack import CpuCopy, MemoryPool
+from jaxcache.pools.swa import SWAConfig, SWACpuCopy
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -28,15 +29,25 @@ _NONE = np.empty(0, np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """Sizes of a `HybridKVPool`. Both parts lie on one mesh, or on one device.
+    """Sizes of a `HybridKVPool`.
 
     Attributes:
       kv: Of the attention layers' KV; its kind chooses the pool.
-      states: Of the recurrent layers' states.
+      states: Of the recurrent layers' states, on the same devices.
+
+    Raises:
+      ArgumentError: on parts that are of other kinds, or not sharded alike.
     """
 
-    kv: KVCacheConfig
+    kv: KVCacheConfig | SWAConfig
     states: MambaConfig
+
+    def __post_init__(self) -> None:
+        is_kv = isinstance(self.kv, (KVCacheConfig, SWAConfig))
+        require(is_kv, "kv", "must be a KVCacheConfig or SWAConfig", type(self.kv).__name__)
+        require(isinstance(self.states, MambaConfig), "states", "must be a MambaConfig", type(self.states).__name__)
+        mine, theirs = (self.states.axis_name, self.states.shards), (self.kv.axis_name, self.kv.shards)
+        require(mine == theirs, "states", f"must have the axis_name and shards of kv, {theirs}", mine)
 
     @property
     def pool_type(self) -> type[HybridKVPool]:
@@ -53,13 +64,23 @@ class HybridCpuCopy:
       states: Its states.
     """
 
-    kv: CpuCopy
+    kv: CpuCopy | SWACpuCopy
     states: CpuCopy
 
     @property
     def num_tokens(self) -> int:
         """Tokens copied."""
         return self.kv.num_tokens
+
+    def tokens(self, start: int, stop: int) -> HybridCpuCopy:
+        """KV of tokens `[start, stop)` of the copy, in the same memory, and all of the states.
+
+        Raises:
+          ArgumentError: if tokens at the end are left out: the states have read them.
+        """
+        is_whole = stop == self.num_tokens or self.states.num_tokens == 0
+        require(is_whole, "stop", f"must be {self.num_tokens}, where the copied states stand", stop)
+        return HybridCpuCopy(self.kv.tokens(start, stop), self.states)
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +92,7 @@ class HybridKVPool(MemoryPool):
     with it the pool that it was taken from.
 
     Attributes:
-      kv: Any KV pool.
+      kv: Any KV pool, also one with windows.
       states: The pool of states.
     """
 
@@ -86,13 +107,15 @@ class HybridKVPool(MemoryPool):
         device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
         mesh: Mesh | None = None,
     ) -> Self:
-        kv = config.kv.pool_type.create(config.kv, device=device, mesh=mesh)
-        return cls(kv, MambaPool.create(config.states, device=device, mesh=mesh))
+        kind: type[MemoryPool] = config.kv.pool_type
+        states = MambaPool.create(config.states, device=device, mesh=mesh)
+        return cls(kind.create(config.kv, device=device, mesh=mesh), states)
 
     @classmethod
     def abstract(cls, config: HybridConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
-        kv = config.kv.pool_type.abstract(config.kv, platform=platform, mesh=mesh)
-        return cls(kv, MambaPool.abstract(config.states, platform=platform, mesh=mesh))
+        kind: type[MemoryPool] = config.kv.pool_type
+        states = MambaPool.abstract(config.states, platform=platform, mesh=mesh)
+        return cls(kind.abstract(config.kv, platform=platform, mesh=mesh), states)
 
     @property
     def config(self) -> HybridConfig:

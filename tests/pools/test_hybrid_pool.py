@@ -16,6 +16,7 @@ from jaxcache.pools.mamba import MambaPool
 from tests.pools import state_steps, steps
 from tests.pools.numpy_pool import filled_pool, mha_config, mla_config, random_rows
 from tests.pools.numpy_states import filled_states, mamba_config, random_parts
+from tests.pools.swa_steps import swa_config
 from tests.pools.test_sharding import make_mesh
 
 BY_KIND = pytest.mark.parametrize("make_config", [mha_config, mla_config])
@@ -180,10 +181,54 @@ def test_on_a_mesh_both_parts_are_cut_and_give_the_bits_of_one_device(shards):
             call(pool)
 
 
-def test_parts_that_do_not_lie_together_are_refused():
-    mesh = make_mesh(2)
-    for kv, states in (({"axis_name": "tp", "shards": 2}, {}), ({}, {"axis_name": "tp", "shards": 2})):
-        config = HybridConfig(kv=mha_config(**kv), states=mamba_config(**states))
-        for where in (mesh, None):
-            with pytest.raises(ArgumentError, match="mesh must be"):
-                HybridKVPool.create(config, mesh=where)
+TP = {"axis_name": "tp", "shards": 2}
+
+
+@pytest.mark.parametrize(
+    ("kv", "states", "message"),
+    [
+        (
+            mha_config(**TP),
+            mamba_config(),
+            r"axis_name and shards of kv, \('tp', 2\); got \(None, 1",
+        ),
+        (mha_config(), mamba_config(**TP), r"states must have the axis_name and shards of kv"),
+        (mamba_config(), mamba_config(), "kv must be a KVCacheConfig or SWAConfig; got MambaConfig"),
+        (mha_config(), mha_config(), "states must be a MambaConfig; got MHAConfig"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(kv, states, message):
+    with pytest.raises(ArgumentError, match=message):
+        HybridConfig(kv=kv, states=states)
+
+
+def test_a_part_of_a_host_copy_keeps_the_states_only_with_the_end():
+    pool, kv_oracle, state_oracle = filled()
+    copy = pool.get_cpu_copy([5, 6, 7], states=[2])
+    with pytest.raises(ArgumentError, match="stop must be 3, where the copied states stand; got 2"):
+        copy.tokens(0, 2)
+    pool = pool.load_cpu_copy(copy.tokens(1, 3), [9, 10], states=[4])
+    kv_oracle.move([9, 10], [6, 7])
+    state_oracle.copy([2], [4])
+    kv_oracle.expect(pool.kv)
+    state_oracle.expect(pool.states)
+    assert pool.get_cpu_copy([5, 6, 7]).tokens(0, 2).num_tokens == 2
+
+
+def test_full_window_and_state_layers_make_one_pool():
+    """The window's map goes with the pool; a refused load leaves all three parts as they were."""
+    kv = swa_config()
+    pool = HybridKVPool.create(HybridConfig(kv=kv, states=mamba_config()))
+    pool = pool.with_kv(pool.kv.with_window_map(jnp.array([2, 3], jnp.int32), jnp.array([1, 2], jnp.int32)))
+    k, v = (np.ones((2, *row), np.float32) for row in kv.window.row_shapes)
+    pool = pool.with_kv(pool.kv.set_kv_buffer(0, np.array([8, 9]), k, v))
+    pool = pool.with_states(pool.states.write([2], 0, *random_parts(np.random.default_rng(0), mamba_config(), 1)))
+    copy = pool.get_cpu_copy([8, 9], states=[2])
+    for wrong in ({"indices": [12, 13], "states": [2, 3]}, {"indices": [12], "states": [3]}):
+        with pytest.raises(ArgumentError):
+            pool.load_cpu_copy(copy, **wrong)
+    pool = pool.load_cpu_copy(copy, [12, 13], states=[3])
+    np.testing.assert_array_equal(pool.kv.gather(np.array([12, 13]), 0)[0], k)
+    np.testing.assert_array_equal(pool.states.read([3], 0)[1], pool.states.read([2], 0)[1])
+    assert pool.size_bytes == pool.kv.size_bytes + pool.states.size_bytes
+    assert donating(lambda pool: pool)(pool).config == HybridConfig(kv=kv, states=mamba_config())
