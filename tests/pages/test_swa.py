@@ -210,6 +210,28 @@ def test_backup_and_restore_of_both_sides():
         allocator.restore_state(snapshot)
 
 
+def test_a_backup_is_a_new_point_where_one_side_alone_has_moved():
+    allocator = SWATokenToKVPoolAllocator(32, 16, 4)
+    first = allocator.backup_state()
+    allocator.alloc_pages(1, without_window=1)
+    allocator.alloc_pages(1)
+    second = allocator.backup_state()
+    allocator.free_windows([2], PRIVATE)
+    third = allocator.backup_state()
+    allocator.alloc_pages(1, without_window=1)
+    allocator.restore_state(third)
+    assert allocator.count(PRIVATE) == 2
+    for ended in (first, second):
+        with pytest.raises(SnapshotError):
+            allocator.restore_state(ended)
+    allocator.restore_state(third)
+    allocator.alloc_pages(1, without_window=1)
+    fourth = allocator.backup_state()
+    allocator.alloc_pages(1)
+    allocator.restore_state(fourth)
+    assert allocator.count(PRIVATE) == 3
+
+
 WHAT_ENDS_A_SNAPSHOT = {
     "a free": lambda a: a.free([4]),
     "a window dropped": lambda a: a.free_windows([1], PRIVATE),
