@@ -9,7 +9,7 @@ Source: SGLang 0.5.2 memory_pool.py, HybridLinearKVPool.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
@@ -107,15 +107,15 @@ class HybridKVPool(MemoryPool):
         device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
         mesh: Mesh | None = None,
     ) -> Self:
-        kind: type[MemoryPool] = config.kv.pool_type
+        kv: Any = config.kv
         states = MambaPool.create(config.states, device=device, mesh=mesh)
-        return cls(kind.create(config.kv, device=device, mesh=mesh), states)
+        return cls(kv.pool_type.create(kv, device=device, mesh=mesh), states)
 
     @classmethod
     def abstract(cls, config: HybridConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
-        kind: type[MemoryPool] = config.kv.pool_type
+        kv: Any = config.kv
         states = MambaPool.abstract(config.states, platform=platform, mesh=mesh)
-        return cls(kind.abstract(config.kv, platform=platform, mesh=mesh), states)
+        return cls(kv.pool_type.abstract(kv, platform=platform, mesh=mesh), states)
 
     @property
     def config(self) -> HybridConfig:

@@ -137,7 +137,6 @@ class MambaPool(LayerStack):
 
         Cost: reads and writes `n` rows of the layer.
         """
-        self.require_live()
         self._require_one_shard()
         conv, temporal = _read(self, self.checked_loc("states", states), self._layer_index(layer))
         return conv, temporal
