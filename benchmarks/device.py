@@ -11,6 +11,7 @@ show that it runs. Writes DIR/device.jsonl, by default under benchmarks/results/
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import time
@@ -20,7 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory
 
 import jax
 
-from benchmarks import checks, device_pages, device_writes
+from benchmarks import checks, device_loops, device_pages, device_writes
 from benchmarks.peers import Peers, find_peers
 from benchmarks.timing import Report
 
@@ -39,11 +40,12 @@ def main() -> None:
     began = time.perf_counter()
     print(f"jax {jax.__version__} on {name}", flush=True)
     if not options.skip_checks:
-        for line in checks.check_everything(huge=is_gpu and not options.small):
+        checked = checks.check_everything(huge=is_gpu and not options.small)
+        for line in itertools.chain(checked, device_loops.check_decode_loops(small=options.small)):
             print(f"bit-exact: {line}  [{time.perf_counter() - began:.0f} s]", flush=True)
     report = Report(folder / "device.jsonl", name, options.commit or current_commit())
-    peers = find_peers(options.sglang) if is_gpu else Peers(None, None)
-    for bench in (*device_writes.BENCHES, *device_pages.BENCHES):
+    peers = find_peers(options.sglang) if is_gpu else Peers()
+    for bench in (*device_writes.BENCHES, *device_pages.BENCHES, *device_loops.BENCHES):
         bench(report, options.small, peers)
         print(f"[{time.perf_counter() - began:.0f} s]", flush=True)
     print(f"{len(report.rows)} rows in {report.path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from benchmarks.checks import implementations
 from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
-from benchmarks.timing import Report, time_jax, time_jax_donated, time_torch_graph
+from benchmarks.timing import Report, Time, time_jax, time_jax_donated, time_torch_graph, with_kernel_time
 from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
@@ -26,49 +27,45 @@ def bench_alloc_extend(report: Report, small: bool, peers: Peers) -> None:
     """Slots of a prefill batch of fresh requests. From JAX, each call takes its pages from the one before."""
     for bs, length in [(4, 64)] if small else [(64, 1024), (256, 128), (1, 65_536)]:
         case, num_tokens = f"requests={bs},tokens={length},page={PAGE_SIZE}", bs * length
-        batches = [extend_batch(seed, bs, length) for seed in range(CALLS)]
-        for implementation in implementations(Op.ALLOC_EXTEND):
-            op = partial(alloc_extend, page_size=PAGE_SIZE, num_tokens=num_tokens, implementation=implementation)
-
-            def step(pages, rows, op=op):
-                for prefix, seq, last in rows:
-                    pages = op(prefix, seq, last, pages)
-                return pages
-
-            pages = jnp.resize(batches[0][3], (num_tokens,))
-            us, _ = time_jax_donated(
-                jax.jit(step, donate_argnums=0), pages, [batch[:3] for batch in batches], repeats=CALLS
-            )
-            report.add("alloc_extend", case, f"jaxcache-{implementation.value}", us)
+        *rows, pages = extend_batch(bs, length)
+        for i in implementations(Op.ALLOC_EXTEND):
+            op = partial(alloc_extend, page_size=PAGE_SIZE, num_tokens=num_tokens, implementation=i)
+            took = time_chain(op, jnp.resize(pages, (num_tokens,)), *rows)
+            report.add("alloc_extend", case, f"jaxcache-{i.value}", took)
         if peers.torch:
-            torch_alloc_extend(report, case, num_tokens, batches[0], peers)
+            torch_alloc_extend(report, case, num_tokens, [*rows, pages], peers)
 
 
 def bench_alloc_decode(report: Report, small: bool, peers: Peers) -> None:
     """One more slot for each request. From JAX, each call takes its last slots from the one before."""
     for bs in [8] if small else [256, 4096]:
-        case, batches = f"requests={bs},page={PAGE_SIZE}", []
-        for seed in range(CALLS):
-            rng = np.random.default_rng(seed)
-            _, seq, last, pages = oracles.random_batch(rng, bs, PAGE_SIZE, max_len=1000, decode=True)
-            batches.append(jax.device_put((seq, last, np.resize(pages, bs))))
-        for implementation in implementations(Op.ALLOC_DECODE):
-            op = partial(alloc_decode, page_size=PAGE_SIZE, implementation=implementation)
-
-            def step(last, rows, op=op):
-                for seq, pages in rows:
-                    last = op(seq, last, pages)
-                return last
-
-            us, _ = time_jax_donated(
-                jax.jit(step, donate_argnums=0),
-                jnp.copy(batches[0][1]),
-                [(batch[0], batch[2]) for batch in batches],
-                repeats=CALLS,
-            )
-            report.add("alloc_decode", case, f"jaxcache-{implementation.value}", us)
+        case, rng = f"requests={bs},page={PAGE_SIZE}", np.random.default_rng(bs)
+        _, seq, last, pages = oracles.random_batch(rng, bs, PAGE_SIZE, max_len=1000, decode=True)
+        seq, last, pages = jax.device_put((seq, last, np.resize(pages, bs)))
+        for i in implementations(Op.ALLOC_DECODE):
+            op = partial(alloc_decode, page_size=PAGE_SIZE, implementation=i)
+            took = time_chain(lambda seq, pages, last, op=op: op(seq, last, pages), last, seq, pages)
+            report.add("alloc_decode", case, f"jaxcache-{i.value}", took)
         if peers.torch:
-            torch_alloc_decode(report, case, batches[0], peers)
+            torch_alloc_decode(report, case, (seq, last, pages), peers)
+
+
+def time_chain(op: Callable[..., jax.Array], state: jax.Array, *batch: jax.Array) -> Time:
+    """CALLS times `op(*batch, state) -> state` in one step, and what the kernels alone take.
+
+    The batch is the same each time, in few arrays, because a step with a hundred arguments takes longer to dispatch
+    than to run; the barrier keeps XLA from seeing that it is the same.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, *batch):
+        for _ in range(CALLS):
+            batch, state = jax.lax.optimization_barrier((batch, state))
+            state = op(*batch, state)
+        return state
+
+    took, state = time_jax_donated(step, jnp.copy(state), *batch, repeats=CALLS)
+    return with_kernel_time(took, step, state, *batch, repeats=CALLS)
 
 
 def bench_copy_pages(report: Report, small: bool, peers: Peers) -> None:
@@ -87,8 +84,8 @@ def bench_copy_pages(report: Report, small: bool, peers: Peers) -> None:
         report.add("gather_pages", case, f"jaxcache-{i.value}", time_jax(step, pool, pages), moved=moved)
     for i in implementations(Op.SCATTER_PAGES):
         step = jax.jit(partial(scatter_pages, page_size=PAGE_SIZE, implementation=i), donate_argnums=0)
-        us, pool = time_jax_donated(step, pool, pages, blocks)
-        report.add("scatter_pages", case, f"jaxcache-{i.value}", us, moved=moved)
+        took, pool = time_jax_donated(step, pool, pages, blocks)
+        report.add("scatter_pages", case, f"jaxcache-{i.value}", took, moved=moved)
     if peers.torch:
         del blocks, pool
         torch_copy_pages(report, case, moved, peers.torch, (layers, num_pages, PAGE_SIZE * row[0] * row[1]), pages)
@@ -112,8 +109,8 @@ def bench_move(report: Report, small: bool, peers: Peers) -> None:
                     pool = move(pool, tgt, src)
                 return pool
 
-            us, pool = time_jax_donated(jax.jit(step, donate_argnums=0), pool, tgt, src, repeats=CALLS)
-            report.add("move_rows", case, f"jaxcache-{i.value}", us, moved=moved)
+            took, pool = time_jax_donated(jax.jit(step, donate_argnums=0), pool, tgt, src, repeats=CALLS)
+            report.add("move_rows", case, f"jaxcache-{i.value}", took, moved=moved)
         if peers.sglang:
             torch_move(report, case, moved, peers, (layers, slots, row[0] * row[1]), tgt, src)
 
@@ -121,9 +118,9 @@ def bench_move(report: Report, small: bool, peers: Peers) -> None:
 BENCHES = (bench_alloc_extend, bench_alloc_decode, bench_copy_pages, bench_move)
 
 
-def extend_batch(seed: int, bs: int, length: int) -> tuple[jax.Array, ...]:
+def extend_batch(bs: int, length: int) -> tuple[jax.Array, ...]:
     prefix, seq, last = (np.full(bs, value, np.int32) for value in (0, length, -1))
-    pages = 1 + np.random.default_rng(seed).permutation(bs * -(-length // PAGE_SIZE))
+    pages = 1 + np.random.default_rng(bs).permutation(bs * -(-length // PAGE_SIZE))
     return jax.device_put((prefix, seq, last, pages.astype(np.int32)))
 
 
@@ -187,20 +184,20 @@ def torch_copy_pages(report: Report, case: str, moved: int, torch: Any, shape: t
     blocks = random_torch(torch, (len(ids), layers, width), torch.bfloat16)
     launch = kernels.pages_launch(len(ids), layers, width, 2)
     sizes = (layers, num_pages)
-    us = time_torch_graph(
+    took = time_torch_graph(
         lambda: torch_call(kernels.gather_pages_kernel, (pool, ids), sizes, outputs=[blocks], **launch)
     )
-    report.add("gather_pages", case, "jaxcache-triton-torch", us, moved=moved)
-    us = time_torch_graph(
+    report.add("gather_pages", case, "jaxcache-triton-torch", took, moved=moved)
+    took = time_torch_graph(
         lambda: torch_call(kernels.scatter_pages_kernel, (pool, ids, blocks), sizes, num_updates=1, **launch)
     )
-    report.add("scatter_pages", case, "jaxcache-triton-torch", us, moved=moved)
+    report.add("scatter_pages", case, "jaxcache-triton-torch", took, moved=moved)
     ids = ids.long()
-    us = time_torch_graph(lambda: torch.index_select(pool, 1, ids))
-    report.add("gather_pages", case, "torch-index-select", us, moved=moved, is_peer=True)
+    took = time_torch_graph(lambda: torch.index_select(pool, 1, ids))
+    report.add("gather_pages", case, "torch-index-select", took, moved=moved, is_peer=True)
     by_layer = blocks.transpose(0, 1)
-    us = time_torch_graph(lambda: pool.index_copy_(1, ids, by_layer))
-    report.add("scatter_pages", case, "torch-index-copy", us, moved=moved, is_peer=True)
+    took = time_torch_graph(lambda: pool.index_copy_(1, ids, by_layer))
+    report.add("scatter_pages", case, "torch-index-copy", took, moved=moved, is_peer=True)
 
 
 def torch_move(report: Report, case: str, moved: int, peers: Peers, shape: tuple[int, ...], tgt: Any, src: Any) -> None:
@@ -209,7 +206,7 @@ def torch_move(report: Report, case: str, moved: int, peers: Peers, shape: tuple
     pointers = torch.tensor([layer.data_ptr() for layer in pool], dtype=torch.uint64, device="cuda")
     strides = torch.full((shape[0],), shape[2] * 2, dtype=torch.int64, device="cuda")
     target, source = to_torch(torch, tgt).long(), to_torch(torch, src).long()
-    us = time_torch_graph(
+    took = time_torch_graph(
         lambda: kernel[(shape[0],)](pointers, strides, target, source, len(target), 1 << (len(target) - 1).bit_length())
     )
-    report.add("move_rows", case, "sglang-triton", us, moved=moved, is_peer=True)
+    report.add("move_rows", case, "sglang-triton", took, moved=moved, is_peer=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.checks import implementations
+from benchmarks.flashinfer_append import append_kv, append_mla_kv
 from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
 from benchmarks.timing import Report, time_jax_donated, time_torch_graph
 from jaxcache.kernels.dispatch import Op
@@ -37,10 +38,10 @@ def bench_write_kv(report: Report, small: bool, peers: Peers) -> None:
             measure_copy(report, "write_kv", case, moved, peers.torch)
             writes = {f"jaxcache-{i.value}": partial(write_kv, implementation=i) for i in implementations(Op.WRITE_KV)}
             for label, write in {**writes, "xla-scatter": xla_write_kv}.items():
-                us, pools = time_jax_donated(in_layers(write, 2), pools, loc, *rows, repeats=WRITES)
-                report.add("write_kv", case, label, us, moved=moved, is_peer=label == "xla-scatter")
+                took, pools = time_jax_donated(in_layers(write, 2), pools, loc, *rows, repeats=WRITES)
+                report.add("write_kv", case, label, took, moved=moved, is_peer=label == "xla-scatter")
             if peers.torch:
-                torch_write_kv(report, case, moved, peers.torch, (LAYERS, slots, heads, dim), np.asarray(loc), dtype)
+                torch_write_kv(report, case, moved, peers, (LAYERS, slots, heads, dim), np.asarray(loc), dtype)
 
 
 def bench_write_one(report: Report, small: bool, peers: Peers) -> None:
@@ -54,8 +55,8 @@ def bench_write_one(report: Report, small: bool, peers: Peers) -> None:
         measure_copy(report, "write_one_buffer", case, moved, peers.torch)
         for i in implementations(Op.WRITE_MLA_KV):
             write = partial(write_mla_kv, implementation=i)
-            us, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *halves, repeats=WRITES)
-            report.add("write_one_buffer", case, f"jaxcache-{i.value}", us, moved=moved)
+            took, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *halves, repeats=WRITES)
+            report.add("write_one_buffer", case, f"jaxcache-{i.value}", took, moved=moved)
 
 
 def bench_write_mla_kv(report: Report, small: bool, peers: Peers) -> None:
@@ -70,10 +71,31 @@ def bench_write_mla_kv(report: Report, small: bool, peers: Peers) -> None:
         ours = implementations(Op.WRITE_MLA_KV)
         writes = {f"jaxcache-{i.value}": partial(write_mla_kv, implementation=i) for i in ours}
         for label, write in {**writes, "xla-scatter": xla_write_mla_kv}.items():
-            us, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *parts, repeats=WRITES)
-            report.add("write_mla_kv", case, label, us, moved=moved, is_peer=label == "xla-scatter")
+            took, (pool,) = time_jax_donated(in_layers(write, 1), (pool,), loc, *parts, repeats=WRITES)
+            report.add("write_mla_kv", case, label, took, moved=moved, is_peer=label == "xla-scatter")
         if peers.torch:
             torch_write_mla_kv(report, case, moved, peers, (LAYERS, slots, rank + rope), rank, np.asarray(loc))
+
+
+def bench_write_to_pages(report: Report, small: bool, peers: Peers) -> None:
+    """Both writes once more, to the slots that a prefill of an engine has: whole pages of 16, in random order."""
+    slots, page_size, dtype = (4096, 16, jnp.uint16) if small else (262_144, 16, jnp.bfloat16)
+    n = slots // 4
+    order = np.random.default_rng(n).permutation(slots // page_size - 1)[: n // page_size]
+    loc = jnp.asarray((page_size * (1 + order)[:, None] + np.arange(page_size)).ravel(), jnp.int32)
+    for op, write, widths in ((Op.WRITE_KV, write_kv, (1024, 1024)), (Op.WRITE_MLA_KV, write_mla_kv, (512, 64))):
+        is_mla = op is Op.WRITE_MLA_KV
+        row_shapes = [(width,) for width in widths] if is_mla else [(width // 128, 128) for width in widths]
+        rows = [random_jax(seed, (n, *shape), dtype) for seed, shape in enumerate(row_shapes)]
+        pool_rows = [(sum(widths),)] if is_mla else row_shapes
+        pools = tuple(random_jax(seed, (LAYERS, slots, *shape), dtype) for seed, shape in enumerate(pool_rows))
+        case = describe(n, "+".join(map(str, widths)), dtype, "pages-of-16")
+        moved = 2 * sum(row.nbytes for row in rows)
+        measure_copy(report, op.value, case, moved, peers.torch)
+        for i in implementations(op):
+            step = in_layers(partial(write, implementation=i), len(pools))
+            took, pools = time_jax_donated(step, pools, loc, *rows, repeats=WRITES)
+            report.add(op.value, case, f"jaxcache-{i.value}", took, moved=moved)
 
 
 def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
@@ -89,9 +111,9 @@ def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
             dtype = jnp.float8_e4m3fn if name == "e4m3" else jnp.float8_e5m2
             write = partial(write_kv_fp8, k_scale=scale, v_scale=scale, dtype=dtype, implementation=i)
             pools = tuple(random_jax(seed, (LAYERS, slots, heads, dim), jnp.uint8) for seed in range(2))
-            time, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
+            took, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
             exact = f"{case},to={name},scale={kind}"
-            report.add("write_kv_fp8", exact, f"jaxcache-{i.value}", time, moved=moved)
+            report.add("write_kv_fp8", exact, f"jaxcache-{i.value}", took, moved=moved)
         moved += 2 * 4 * n * heads
         measure_copy(report, "write_kv_int8", case, moved, peers.torch)
         for i in implementations(Op.WRITE_KV_INT8):
@@ -100,11 +122,11 @@ def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
                 for s in range(2)
             )
             write = partial(write_kv_int8, implementation=i)
-            time, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
-            report.add("write_kv_int8", f"{case},to=int8,scale=token", f"jaxcache-{i.value}", time, moved=moved)
+            took, _ = time_jax_donated(in_layers(write, 2, FEW_WRITES), pools, loc, *rows, repeats=FEW_WRITES)
+            report.add("write_kv_int8", f"{case},to=int8,scale=token", f"jaxcache-{i.value}", took, moved=moved)
 
 
-BENCHES = (bench_write_kv, bench_write_one, bench_write_mla_kv, bench_write_quantized)
+BENCHES = (bench_write_kv, bench_write_one, bench_write_mla_kv, bench_write_to_pages, bench_write_quantized)
 
 
 def in_layers(write: Callable[..., Any], num_pools: int, writes: int = WRITES) -> Callable[..., Any]:
@@ -134,13 +156,14 @@ def random_slots(small: bool, slots: int) -> Iterator[tuple[int, jax.Array]]:
         yield n, jnp.asarray(1 + np.random.default_rng(n).permutation(slots - 1)[:n], jnp.int32)
 
 
-def describe(n: int, width: str, dtype: Any) -> str:
-    return f"rows={n},width={width},dtype={jnp.dtype(dtype).name},slots=random"
+def describe(n: int, width: str, dtype: Any, slots: str = "random") -> str:
+    return f"rows={n},width={width},dtype={jnp.dtype(dtype).name},slots={slots}"
 
 
-def torch_write_kv(report, case, moved, torch, shape, loc, dtype) -> None:
+def torch_write_kv(report, case, moved, peers, shape, loc, dtype) -> None:
     from jaxcache.kernels import write_kv_torch
 
+    torch = peers.torch
     dtype = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}[jnp.dtype(dtype).name]
     k_pool, v_pool = (random_torch(torch, shape, dtype) for _ in range(2))
     k, v = (random_torch(torch, (len(loc), *shape[2:]), dtype) for _ in range(2))
@@ -162,6 +185,9 @@ def torch_write_kv(report, case, moved, torch, shape, loc, dtype) -> None:
             v_pool[i][slots] = v
 
     report.add("write_kv", case, "torch-index-put", time_torch_graph(index_put, LAYERS), moved=moved, is_peer=True)
+    if peers.flashinfer and dtype is torch.bfloat16:
+        append = append_kv(peers.flashinfer, k_pool, v_pool, slots, k, v)
+        report.add("write_kv", case, "flashinfer", time_torch_graph(append, LAYERS), moved=moved, is_peer=True)
 
 
 def torch_write_mla_kv(report, case, moved, peers, shape, rank, loc) -> None:
@@ -193,3 +219,7 @@ def torch_write_mla_kv(report, case, moved, peers, shape, rank, loc) -> None:
                 peers.sglang.set_mla_kv_buffer(pool[i], slots, nope, rope)
 
         report.add("write_mla_kv", case, "sglang-triton", time_torch_graph(sglang, LAYERS), moved=moved, is_peer=True)
+    if peers.flashinfer:
+        parts = pool[..., :rank].contiguous(), pool[..., rank:].contiguous()
+        append = append_mla_kv(peers.flashinfer, *parts, slots, nope, rope)
+        report.add("write_mla_kv", case, "flashinfer", time_torch_graph(append, LAYERS), moved=moved, is_peer=True)

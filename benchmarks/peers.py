@@ -1,7 +1,9 @@
-"""What our kernels are measured beside: device copies, PyTorch and SGLang."""
+"""What our kernels are measured beside: device copies, PyTorch, SGLang and FlashInfer."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,38 +17,45 @@ from benchmarks.timing import Report, time_jax, time_torch_graph
 COPIES = 8
 
 
-class Peers(NamedTuple):
-    """The torch module and SGLang's kernels, each None where it is missing."""
+GAP = 3 * 2**20
+"""Bytes between the buffers of a copy: some distances that are powers of two cost an H200 a third of its speed."""
 
-    torch: Any
-    sglang: SGLangKernels | None
+
+class Peers(NamedTuple):
+    """The torch module, SGLang's kernels and the flashinfer module, each None where it is missing."""
+
+    torch: Any = None
+    sglang: SGLangKernels | None = None
+    flashinfer: Any = None
 
 
 def find_peers(folder: Path | None) -> Peers:
-    """PyTorch, if it sees a GPU, and SGLang's kernels out of `folder` or installed."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        print("no torch: the PyTorch and SGLang rows are left out", flush=True)
-        return Peers(None, None)
+    """PyTorch, if it sees a GPU, SGLang's kernels out of `folder` or installed, and FlashInfer if it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        print("no torch: the PyTorch, SGLang and FlashInfer rows are left out", flush=True)
+        return Peers()
+    torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        return Peers(None, None)
+        return Peers()
     sglang = load_kernels(folder)
     if sglang is None:
         print("no sglang: its rows are left out", flush=True)
-    return Peers(torch, sglang)
+    if importlib.util.find_spec("flashinfer") is None:
+        print("no flashinfer: its rows are left out", flush=True)
+        return Peers(torch, sglang)
+    return Peers(torch, sglang, importlib.import_module("flashinfer"))
 
 
 def measure_copy(report: Report, bench: str, case: str, moved: int, torch: Any) -> None:
     """A device copy that reads and writes as many bytes: the ceiling, and the divisor of `ratio_to_copy`."""
     if torch:
         source = torch.randint(256, (COPIES, moved // 2), dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        us = time_torch_graph(lambda: [target[i].copy_(source[i]) for i in range(COPIES)], COPIES)
+        target = torch.empty(GAP + source.numel(), dtype=torch.uint8, device="cuda")[GAP:].view(source.shape)
+        took = time_torch_graph(lambda: [target[i].copy_(source[i]) for i in range(COPIES)], COPIES)
     else:
-        us = time_jax(jax.jit(jnp.copy), jnp.zeros(moved // 2, jnp.uint8))
-    report.copy_us[moved] = us
-    report.add(bench, case, "device-copy", us, moved=moved, is_peer=True)
+        took = time_jax(jax.jit(jnp.copy), jnp.zeros(moved // 2, jnp.uint8))
+    report.copy_us[moved] = took.median_us
+    report.add(bench, case, "device-copy", took, moved=moved, is_peer=True)
 
 
 def to_torch(torch: Any, array: jax.Array | np.ndarray) -> Any:
