@@ -33,7 +33,8 @@ class HybridReqToTokenPool(ReqToTokenPool):
     """Rows of the request table, each with a working state and at most one snapshot.
 
     A row owns the states that it names: no other row may name them, and it cannot be freed before they were taken back.
-    `clear` forgets them: clear their allocator as well.
+    Another working state makes stamps of the row outdated, as another page does. `clear` forgets all states: clear
+    their allocator as well.
     """
 
     def clear(self) -> None:
@@ -89,6 +90,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         if not _is_int(source) or not NO_COPY <= source < 2**31 or source == state:
             raise ArgumentError(f"source must be another state than {state}, 0 or NO_COPY, got {source!r}")
         self._state[row], self._state_from[row] = state, source
+        self.touch(row)
 
     def state_copies(self, rows: Rows) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
         """The copies that must happen before a step over `rows`, for `MambaPool.copy_states`.
@@ -133,6 +135,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         """
         self._require_savable(row, length)
         self._saved[row], self._saved_len[row], self._state[row] = self._state[row], length, 0
+        self.touch(row)
 
     def take_saved(self, row: int) -> tuple[int, int]:
         """The snapshot of a row and its length, which the caller owns now; (0, 0) if there is none.
@@ -154,6 +157,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         saved, _ = self.take_saved(row)
         states = np.array([state for state in (self._state[row], saved) if state], np.int32)
         self._state[row], self._state_from[row] = 0, NO_COPY
+        self.touch(row)
         return states
 
     def free(self, free_index: int | Sequence[int]) -> None:

@@ -75,6 +75,20 @@ def test_the_arrays_are_read_only_and_live():
     assert [view[row] for view in views] == [3, NO_COPY, 4, 2]
 
 
+@pytest.mark.parametrize(
+    "change", [lambda t: t.set_state(1, 7, 0), lambda t: t.take_states(0), lambda t: t.save_working(0, 4)]
+)
+def test_a_plan_made_before_a_working_state_changed_is_outdated(change):
+    table = HybridReqToTokenPool(2, 64)
+    table.alloc(2)
+    table.set_state(0, 3, NO_COPY)
+    stamp = table.stamp(np.array([0, 1]))
+    table.copied([0, 1])
+    assert table.is_current(stamp)
+    change(table)
+    assert not table.is_current(stamp)
+
+
 def prepared():
     """Row 0 has a working state 3 and a snapshot 4, row 1 a state 5 to be filled, row 2 nothing; row 3 is free."""
     table = HybridReqToTokenPool(4, 64, page_size=4)
