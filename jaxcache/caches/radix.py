@@ -88,6 +88,7 @@ class RadixCache(BasePrefixCache):
         self.disable = disable
         self.enable_kv_cache_events = enable_kv_cache_events
         self.is_eagle = is_eagle
+        self._as_key = _as_bigrams if is_eagle else as_key
         self._full = FullKeeper(token_to_kv_pool_allocator)
         self._window, self._states = window, states
         self._others: tuple[Keeper, ...] = tuple([keeper for keeper in (window, states) if keeper is not None])
@@ -161,23 +162,23 @@ class RadixCache(BasePrefixCache):
         if self.disable:
             return 0
         key = self._as_key(key)
-        if state or self._states is not None:
-            self._require_stop(key, state)
-        if self._window is not None:
-            self._window.require_private(pages[: key.length // self.page_size])
+        if state or self._others:
+            self._require_stop(key, pages, state)
         return self._insert(key, pages, state).present
 
-    def _require_stop(self, key: RadixKey, state: int) -> None:
-        """Raises ArgumentError unless `state` can be kept at the end of `key`."""
-        if self._states is None:
+    def _require_stop(self, key: RadixKey, pages: np.ndarray, state: int) -> None:
+        """Raises unless what else there is can be kept with the pages: a state at the end of `key`, windows."""
+        if state and self._states is None:
             raise ArgumentError(f"state: this cache keeps none, got {state}: use a MambaRadixCache")
-        if not state:
+        if not state and self._states is not None:
             raise ArgumentError("state: this cache keeps one with every prefix, got none: give what was saved there")
-        if key.length % self.page_size:
+        if state and key.length % self.page_size:
             raise ArgumentError(
                 f"state: it stands for the {key.length} tokens of the key, which are not whole pages of "
                 f"{self.page_size}: save one where a page ends"
             )
+        if self._window is not None:
+            self._window.require_private(pages[: key.length // self.page_size])
 
     def _insert(
         self, key: RadixKey, pages: np.ndarray, state: int, held: Receipt | None = None, priority: int = 0
@@ -202,7 +203,10 @@ class RadixCache(BasePrefixCache):
         Overshoots by less than one node. Cost: O(evicted).
         """
         size, before = self.page_size, self.tree.evictable[0]
-        self._evict(self._amounts(-(-num_tokens // size), -(-swa_num_tokens // size), mamba_num))
+        if self._others:
+            self._evict(self._amounts(-(-num_tokens // size), -(-swa_num_tokens // size), mamba_num))
+        elif num_tokens > 0:
+            self._free(self.tree.evict(-(-num_tokens // size)))
         return (before - self.tree.evictable[0]) * size
 
     def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
@@ -249,9 +253,11 @@ class RadixCache(BasePrefixCache):
 
     def _free(self, gone: Eviction) -> None:
         """Frees what the tree let go. Pages last, which would take window pages along that are still in the tree's."""
-        for keeper, values in zip(reversed(self._keepers), reversed(gone.values), strict=True):
+        for keeper, values in zip(self._others, gone.values[1:], strict=True):
             if len(values):
                 keeper.let_go(values)
+        if len(gone.values[0]):
+            self._full.let_go(gone.values[0])
         if self.events is not None and gone.nodes:
             self.events.put(removed(gone.nodes))
 
@@ -375,10 +381,6 @@ class RadixCache(BasePrefixCache):
             table.write_pages(row, inserted.present // size - len(duplicates), inserted.kept)
         return inserted
 
-    def _as_key(self, key: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
-        key = as_key(key)
-        return key.bigrams() if self.is_eagle else key
-
     def _parts(self) -> tuple[ReqToTokenPool, BaseTokenToKVPoolAllocator]:
         if self.req_to_token_pool is None or self.token_to_kv_pool_allocator is None:
             raise ArgumentError("req: this cache was built without a request table or allocator; it takes no requests")
@@ -448,6 +450,10 @@ class RadixCache(BasePrefixCache):
                     values.append(np.zeros_like(node.value))
             for problem in keeper.problems(pages, joined(values)):
                 raise BrokenInvariant(f"{problem}\n{self.draw()}")
+
+
+def _as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
+    return as_key(token_ids).bigrams()
 
 
 def _row_of(req: Request) -> int:
