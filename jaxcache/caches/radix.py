@@ -21,7 +21,7 @@ from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import AllBlocksCleared, EventQueue, KVCacheEvent, removed, stored
+from jaxcache.observe.events import EventQueue, KVCacheEvent
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request
@@ -111,7 +111,7 @@ class RadixCache(BasePrefixCache):
         """
         self.tree.reset()
         if self.events is not None:
-            self.events.put(AllBlocksCleared())
+            self.events.cleared()
 
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
@@ -191,7 +191,7 @@ class RadixCache(BasePrefixCache):
             keeper.took(pages, state, inserted)
         if self.events is not None:
             for node in inserted.added:
-                self.events.put(stored(node, self.page_size))
+                self.events.stored(node)
         return inserted
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> int:
@@ -232,7 +232,11 @@ class RadixCache(BasePrefixCache):
         ]
         if any(amount > most for amount, most in zip(short, self.tree.evictable, strict=True)):
             return False
-        self._evict(short)
+        if max(short) > 0:
+            size, need = self.page_size, dict(zip(self._keepers, short, strict=True))
+            windows = need[self._window] if self._window is not None else 0
+            states_short = need[self._states] if self._states is not None else 0
+            self.evict(need[self._full] * size, windows * size, states_short)
         return True
 
     def _amounts(self, pages: int, windows: int, states: int) -> list[int]:
@@ -258,8 +262,8 @@ class RadixCache(BasePrefixCache):
                 keeper.let_go(values)
         if len(gone.values[0]):
             self._full.let_go(gone.values[0])
-        if self.events is not None and gone.nodes:
-            self.events.put(removed(gone.nodes))
+        if self.events is not None:
+            self.events.removed(gone)
 
     def drop(self, extra_key: str | bytes | Namespace | None) -> int:
         """Forgets all that is cached in one namespace; returns the tokens freed. O(its nodes).

@@ -24,8 +24,8 @@ DIGEST_BYTES = 32
 class PageHashes(Sequence[bytes]):
     """The chained digests of a run of pages, worked out when one is first looked at.
 
-    Making one hashes nothing, so an insert can afford it; any thread may look. A slice shares the run. Once they are
-    worked out, a run keeps 32 bytes a page, and neither its tokens nor the run before it.
+    Making one hashes nothing, so an insert can afford it; any thread may look. A part shares the run it is cut from.
+    Once they are worked out, a run keeps 32 bytes a page, and neither its tokens nor the run before it.
 
     Args:
       packed: Packed tokens of whole pages.
@@ -33,11 +33,13 @@ class PageHashes(Sequence[bytes]):
       prior: The pages right before the first one, or the seed of the namespace where there are none.
     """
 
-    __slots__ = ("_run", "_start", "_stop")
+    __slots__ = ("_run", "_start", "_stop", "_whole")
 
     def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes = b""):
-        self._run = _Run(packed, page_bytes, prior)
-        self._start, self._stop = 0, len(packed) // page_bytes
+        self._run: _Run | bytes = (packed, page_bytes, prior)  # what to hash, or what came out
+        self._whole: PageHashes | None = None  # the run that this is a part of
+        self._start = 0
+        self._stop = len(packed) // page_bytes
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -48,43 +50,51 @@ class PageHashes(Sequence[bytes]):
     def __getitem__(self, index: slice) -> PageHashes: ...
     def __getitem__(self, index: int | slice) -> bytes | PageHashes:
         """One digest, or a part of the run (step 1)."""
-        pages = range(self._start, self._stop)[index]
-        if isinstance(pages, int):
-            return self._run.digests()[DIGEST_BYTES * pages : DIGEST_BYTES * (pages + 1)]
-        if pages.step != 1:
-            raise ArgumentError(f"index: hashes are cut with step 1, got step {pages.step}")
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._stop - self._start)
+            if step != 1:
+                raise ArgumentError(f"index: hashes are cut with step 1, got step {step}")
+            return self._part(self._start + start, self._start + max(start, stop))
+        page = range(self._start, self._stop)[index]
+        return self._digests()[DIGEST_BYTES * page : DIGEST_BYTES * (page + 1)]
+
+    def split(self, pages: int) -> tuple[PageHashes, PageHashes]:
+        """The first so many pages, and the rest."""
+        cut = self._start + pages
+        return self._part(self._start, cut), self._part(cut, self._stop)
+
+    def _part(self, start: int, stop: int) -> PageHashes:
         part = PageHashes.__new__(PageHashes)
-        part._run, part._start, part._stop = self._run, pages.start, max(pages.start, pages.stop)
+        part._run = b""
+        part._whole = self if self._whole is None else self._whole
+        part._start = start
+        part._stop = stop
         return part
 
     def names(self) -> list[int]:
         """The first 64 bits of each digest as a signed integer, as `hash_to_int64`."""
-        return np.frombuffer(self._run.digests(), ">i8")[4 * self._start : 4 * self._stop : 4].tolist()
+        return np.frombuffer(self._digests(), ">i8")[4 * self._start : 4 * self._stop : 4].tolist()
+
+    def _digests(self) -> bytes:
+        """The digests of the whole run, one behind the other. Two threads may work them out at once: to the same."""
+        whole = run = self if self._whole is None else self._whole
+        todo: list[tuple[PageHashes, _Run]] = []
+        while not isinstance(work := run._run, bytes):  # no recursion: chats make chains of any depth
+            todo.append((run, work))
+            prior = work[2]
+            if isinstance(prior, bytes):
+                break
+            run = prior if prior._whole is None else prior._whole
+        for run, (packed, page_bytes, prior) in reversed(todo):
+            run._run = b"".join(page_hashes(packed, page_bytes, prior if isinstance(prior, bytes) else prior[-1]))
+        return whole._run  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"PageHashes({len(self)} pages)"
 
 
-class _Run:
-    """Pages hashed in one go. Either `source` or `done` is there; two threads may work the same out at once."""
-
-    __slots__ = ("done", "source")
-
-    def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes):
-        self.source: tuple[bytes, int, PageHashes | bytes] | None = (packed, page_bytes, prior)
-        self.done = b""
-
-    def digests(self) -> bytes:
-        """The digests of all pages, one behind the other."""
-        todo: list[tuple[_Run, tuple[bytes, int, PageHashes | bytes]]] = []
-        run: _Run | None = self
-        while run is not None and (source := run.source) is not None:  # no recursion: chats make chains of any depth
-            todo.append((run, source))
-            run = source[2]._run if isinstance(source[2], PageHashes) else None
-        for run, (packed, page_bytes, prior) in reversed(todo):
-            run.done = b"".join(page_hashes(packed, page_bytes, prior if isinstance(prior, bytes) else prior[-1]))
-            run.source = None
-        return self.done
+_Run = tuple[bytes, int, PageHashes | bytes]
+"""Packed tokens, bytes of a page, and what comes before: what a run is hashed from."""
 
 
 def hash_token_ids(

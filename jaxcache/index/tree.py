@@ -325,7 +325,7 @@ class RadixTree:
         upper = Node(lower.key[:cut], lower.start, position, parent, self._new_slots())
         upper.priority = lower.priority
         if lower.hashes is not None:
-            upper.hashes, lower.hashes = lower.hashes[:pages], lower.hashes[pages:]
+            upper.hashes, lower.hashes = lower.hashes.split(pages)
         parent.children[lower.key[: self._page_bytes]] = upper
         lower.key = lower.key[cut:]
         lower.start = position

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.node import Node, Root
+from jaxcache.index.node import Eviction, Node
 from jaxcache.index.tree import RadixTree
 
 Blocks = Sequence[int] | Sequence[PageHashes]
@@ -152,8 +152,8 @@ class AllBlocksCleared:
     """Nothing is available any more, wherever it was."""
 
     def __len__(self) -> int:
-        """Counts as one block, for who counts."""
-        return 1
+        """Blocks."""
+        return 0
 
 
 KVCacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
@@ -193,21 +193,6 @@ def _count(blocks: Blocks) -> int:
     return sum([len(block) if isinstance(block, PageHashes) else 1 for block in blocks])
 
 
-def stored(node: Node, block_size: int) -> BlockStored:
-    """The event of a node that joined a tree that keeps hashes. O(depth)."""
-    root = node.parent
-    while not isinstance(root, Root):
-        root = root.parent
-    hashes: Any = node.hashes  # they are there: the tree keeps them
-    return BlockStored((hashes,), node.parent.hashes, node.key, block_size, root.namespace)
-
-
-def removed(nodes: Sequence[Node]) -> BlockRemoved:
-    """The event of nodes that left a tree that keeps hashes. O(nodes)."""
-    hashes: list[Any] = [node.hashes for node in nodes]  # they are there: the tree keeps them
-    return BlockRemoved(hashes)
-
-
 class EventQueue:
     """Events that wait to be taken, oldest first.
 
@@ -235,17 +220,30 @@ class EventQueue:
         self._is_lost = False
         self.overflows = 0
 
-    def put(self, event: KVCacheEvent) -> None:
-        """Adds an event. O(nodes it is about)."""
-        if self._is_lost:
-            return
-        self._blocks += len(event)
-        if self._blocks > self._max_blocks:
+    def stored(self, node: Node) -> None:
+        """A node joined the tree. O(depth)."""
+        if self._has_room(len(node.value)):
+            self._waiting.append(self._stored(node))
+
+    def removed(self, gone: Eviction) -> None:
+        """Nodes left the tree. O(nodes)."""
+        if gone.nodes and self._has_room(len(gone.values[0])):
+            hashes: list[Any] = [node.hashes for node in gone.nodes]  # they are there: the tree keeps them
+            self._waiting.append(BlockRemoved(hashes))
+
+    def cleared(self) -> None:
+        """The tree forgot everything; what was said before does not matter any more."""
+        self._waiting.clear()
+        self._waiting.append(AllBlocksCleared())
+        self._blocks, self._is_lost = 0, False
+
+    def _has_room(self, blocks: int) -> bool:
+        self._blocks += blocks
+        if self._blocks > self._max_blocks and not self._is_lost:
             self._waiting.clear()
             self._is_lost = True
             self.overflows += 1
-        else:
-            self._waiting.append(event)
+        return not self._is_lost
 
     def take(self) -> list[KVCacheEvent]:
         """The events since the last call; if some were forgotten, `snapshot`."""
@@ -260,4 +258,11 @@ class EventQueue:
 
         Nothing is taken from the queue. O(nodes).
         """
-        return [AllBlocksCleared(), *(stored(node, self._tree.page_size) for node in self._tree.nodes())]
+        return [AllBlocksCleared(), *map(self._stored, self._tree.nodes())]
+
+    def _stored(self, node: Node) -> BlockStored:
+        root = parent = node.parent
+        while root.parent is not None:
+            root = root.parent
+        hashes: Any = node.hashes  # they are there: the tree keeps them
+        return BlockStored((hashes,), parent.hashes, node.key, self._tree.page_size, root.namespace)

@@ -223,7 +223,7 @@ class _Sender:
 
     def accept(self, seq: int, batch: EventBatch) -> bool:
         """Takes a batch if there is room for it, or if nothing else waits."""
-        blocks = sum([len(event) for event in batch.events])
+        blocks = sum(map(len, batch.events)) or 1
         with self._lock:
             if self._closed_at is not None:
                 return False

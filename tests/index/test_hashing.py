@@ -116,6 +116,9 @@ def test_a_run_is_its_page_hashes_however_it_is_cut_and_continued():
         rng.shuffle(order := list(range(len(parts))))
         hashes = {i: list(parts[i]) for i in order}  # asked in any order
         assert [digest for i in range(len(parts)) for digest in hashes[i]] == expected
+        assert [list(half) for part in parts for half in part.split(len(part) // 2)] == [
+            list(half) for part in parts for half in (part[: len(part) // 2], part[len(part) // 2 :])
+        ]
         names = [int.from_bytes(digest[:8], "big", signed=True) for digest in expected]
         assert [name for part in parts for name in part.names()] == names
         assert [hash_to_int64(digest.hex()) for digest in expected] == names
@@ -125,9 +128,9 @@ def test_a_run_hashes_nothing_until_asked_and_then_lets_its_tokens_go():
     tokens = packed(range(8))
     above = PageHashes(tokens, 16)
     below = PageHashes(tokens, 16, above[:1])
-    assert below._run.source is not None and below._run.source[0] is tokens
+    assert below._run[0] is tokens
     assert below[-1] == page_hashes(tokens, 16, page_hashes(tokens, 16)[0])[-1]
-    assert below._run.source is None and above._run.source is None
+    assert [len(run._run) for run in (above, below)] == [64, 64]
 
 
 def test_a_chain_of_any_depth_needs_no_recursion():

@@ -20,7 +20,7 @@ from jaxcache.index.component import FULL, Component
 from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import AllBlocksCleared, EventBatch, EventQueue, block_name, removed, stored
+from jaxcache.observe.events import EventBatch, EventQueue, block_name
 
 STATE = Component("state", 1, spans=False)
 MIXES = {
@@ -157,7 +157,7 @@ class Life:
             self.next_value = (self.next_value + count) % (1 << 30) + 1
         inserted = self.tree.insert(key, values)
         for node in inserted.added:
-            self.queue.put(stored(node, self.tree.page_size))
+            self.queue.stored(node)
         self.keys.append(key)
         if self.rng.random() < 0.2:
             self.locks.append(self.tree.lock(inserted))
@@ -173,14 +173,12 @@ class Life:
 
     def evict(self) -> None:
         component = self.rng.randrange(len(self.tree.components))
-        gone = self.tree.evict(self.rng.randint(1, 12), component)
-        if gone.nodes:
-            self.queue.put(removed(gone.nodes))
+        self.queue.removed(self.tree.evict(self.rng.randint(1, 12), component))
 
     def reset(self) -> None:
         self.tree.reset()
         self.locks.clear()
-        self.queue.put(AllBlocksCleared())
+        self.queue.cleared()
 
     def resident(self) -> set[int]:
         """Names of the blocks in the tree, from the tokens and nothing else."""

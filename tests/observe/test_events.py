@@ -17,8 +17,6 @@ from jaxcache.observe.events import (
     EventQueue,
     StorageMedium,
     block_name,
-    removed,
-    stored,
 )
 from tests.observe.event_driver import NO_FAULTS, Life
 from tests.regressions.test_tree_edges import count_calls
@@ -99,12 +97,11 @@ def test_tombstones_and_what_heals_them_are_no_events():
     def insert(tokens):
         inserted = tree.insert(RadixKey(tokens), [np.array(tokens, np.int32)] * 2)
         for node in inserted.added:
-            queue.put(stored(node, 1))
+            queue.stored(node)
 
     def evict(amount, component):
         gone = tree.evict(amount, component)
-        if gone.nodes:
-            queue.put(removed(gone.nodes))
+        queue.removed(gone)
         return gone
 
     insert([1, 2, 3, 4])
