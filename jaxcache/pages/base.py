@@ -213,6 +213,14 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
         rows = self._owners.require("pages", pages, source, repeated=OwnershipError)
         self._owners.assign(rows, target)
 
+    def require_owned(self, pages: Int32[np.ndarray, " n"], owner: PageState) -> None:
+        """Raises unless `owner` has all of these pages and none is named twice. O(n).
+
+        Raises:
+          DoubleFreeError, OwnershipError: as `transfer`.
+        """
+        self._owners.require("pages", pages, owner, repeated=OwnershipError)
+
     # Slots: the names and results of SGLang.
 
     def alloc(self, need_size: int) -> Int32[np.ndarray, " need_size"] | None:
