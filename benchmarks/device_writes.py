@@ -77,6 +77,27 @@ def bench_write_mla_kv(report: Report, small: bool, peers: Peers) -> None:
             torch_write_mla_kv(report, case, moved, peers, (LAYERS, slots, rank + rope), rank, np.asarray(loc))
 
 
+def bench_row_widths(report: Report, small: bool, peers: Peers) -> None:
+    """Why the latent write is slower than that of K and V: the same bytes in rows of four widths, in order and not.
+
+    A row that begins or ends in the middle of 256 bytes of memory costs more than one that does not, if its neighbour
+    is not written at the same time; and 1,152 bytes are four and a half times 256.
+    """
+    slots, dtype, rope = (4096, jnp.uint16, 64) if small else (262_144, jnp.bfloat16, 64)
+    moved = 2 * 1152 * (slots // 4)
+    for width in (512, 576, 640, 1024):
+        n = moved // (2 * 2 * width)
+        pool = random_jax(0, (LAYERS, slots, width), dtype)
+        parts = random_jax(1, (n, width - rope), dtype), random_jax(2, (n, rope), dtype)
+        write = in_layers(write_mla_kv, 1)
+        orders = {"random": np.random.default_rng(n).permutation(slots - 1)[:n], "in-order": np.arange(n)}
+        for kind, order in orders.items():
+            case = describe(n, f"{width - rope}+{rope}", dtype, kind)
+            measure_copy(report, "write_rows", case, 4 * n * width, peers.torch)
+            took, (pool,) = time_jax_donated(write, (pool,), jnp.asarray(1 + order, jnp.int32), *parts, repeats=WRITES)
+            report.add("write_rows", case, "jaxcache", took, moved=4 * n * width)
+
+
 def bench_write_to_pages(report: Report, small: bool, peers: Peers) -> None:
     """Both writes once more, to the slots that a prefill of an engine has: whole pages of 16, in random order."""
     slots, page_size, dtype = (4096, 16, jnp.uint16) if small else (262_144, 16, jnp.bfloat16)
@@ -126,7 +147,14 @@ def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
             report.add("write_kv_int8", f"{case},to=int8,scale=token", f"jaxcache-{i.value}", took, moved=moved)
 
 
-BENCHES = (bench_write_kv, bench_write_one, bench_write_mla_kv, bench_write_to_pages, bench_write_quantized)
+BENCHES = (
+    bench_write_kv,
+    bench_write_one,
+    bench_write_mla_kv,
+    bench_row_widths,
+    bench_write_to_pages,
+    bench_write_quantized,
+)
 
 
 def in_layers(write: Callable[..., Any], num_pools: int, writes: int = WRITES) -> Callable[..., Any]:

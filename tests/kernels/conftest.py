@@ -66,7 +66,10 @@ class InterpretedRunner:
         array = np.array(array)
         if array.dtype.kind == "V" or array.dtype.name not in ("float32", "int32", "uint8"):
             array = array.view({1: np.uint8, 2: np.int16}[array.dtype.itemsize])  # the kernels copy bits
-        return self.torch.from_numpy(array)
+        if array.dtype != np.int32 or array.ndim != 1:
+            return self.torch.from_numpy(array)
+        poisoned = np.append(array, np.full(8, 123_456, np.int32))  # who reads past the end shall notice
+        return self.torch.from_numpy(poisoned)[: len(array)]
 
     def alloc_extend(self, prefix_lens, seq_lens, last_loc, new_pages, *, page_size: int, num_tokens: int):
         arrays, bs = (prefix_lens, seq_lens, last_loc, new_pages), len(seq_lens)
