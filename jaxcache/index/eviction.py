@@ -8,7 +8,7 @@ found by a lookup (`hit`), which were divided (`split`) and which became leaves 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from jaxcache.index.node import Node
 
@@ -17,11 +17,17 @@ class EvictionPolicy(ABC):
     """The order in which one component lets nodes go.
 
     Args:
-      leaves_only: Only childless nodes may be chosen (the first component); otherwise any node added may.
+      leaves_only: Only childless nodes may be chosen (the first component), and a path is used from the leaf up, so
+        that leaves go first. Otherwise any node added may, and a path is used from the root down: what is furthest from
+        its end, where the next request goes on, goes first.
     """
 
     def __init__(self, leaves_only: bool):
         self.leaves_only = leaves_only
+
+    def in_order_of_use(self, path: Sequence[Node]) -> Iterable[Node]:
+        """The nodes of `path`, which leads from the root down, the one that is to go first being first."""
+        return reversed(path) if self.leaves_only else path
 
     @abstractmethod
     def add(self, node: Node) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
+from jaxcache.index.key import RadixKey
+from jaxcache.index.node import Receipt, Root
 
 
 def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], owned: int, pages: int) -> list[int]:
@@ -41,7 +43,7 @@ def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], 
             raise ArgumentError(f"values of {component.name}: the key needs {pages}, got {len(array)}")
         elif starts and owned < pages:
             part = array[owned:pages]
-            if not part[part.argmin()]:  # ids are not negative, so the least one says whether there is a 0
+            if not part.item(part.argmin()):  # ids are not negative, so the least one says whether there is a 0
                 start += int(np.flatnonzero(part == 0)[-1]) + 1
         if start == pages > owned:
             raise ArgumentError(
@@ -50,6 +52,21 @@ def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], 
             )
         starts.append(start)
     return starts
+
+
+def require_prefix(held: Receipt, key: RadixKey) -> None:
+    """One memory compare a node.
+
+    Raises:
+      ArgumentError: The lock is not on a prefix of `key`.
+    """
+    node = held.node
+    while node is not None and node.parent is not None:
+        if not key.packed.startswith(node.key, key.element_bytes * node.start):
+            raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
+        node = node.parent
+    if isinstance(node, Root) and node.namespace != key.namespace:
+        raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
 
 
 def as_priority(priority: Any) -> int:

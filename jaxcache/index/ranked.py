@@ -121,14 +121,14 @@ class Recorded(EvictionPolicy):
 
     def touch(self, path: Sequence[Node]) -> None:
         """See `EvictionPolicy.touch`."""
-        for node in reversed(path):
+        for node in self.in_order_of_use(path):
             record = self._records.get(node)
             if record is not None:
                 self._renew(node, record)
 
     def hit(self, path: Sequence[Node]) -> None:
         """See `EvictionPolicy.hit`. Counted for locked nodes too."""
-        for node in reversed(path):
+        for node in self.in_order_of_use(path):
             record = self._records.get(node)
             if record is not None:
                 self._found(node, record)

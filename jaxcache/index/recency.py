@@ -16,8 +16,8 @@ from jaxcache.index.ranked import FIFO, FILO, LFU, MRU, Priority
 class LRU(EvictionPolicy):
     """Least recently used first, O(1) an operation.
 
-    A touch moves a path to the young end, its deepest node first. Every node is then younger than all below it, so the
-    oldest is always a leaf and nothing has to be searched.
+    A touch moves a path to the young end, in the first component its deepest node first. Every node is then younger
+    than all below it, so the oldest is always a leaf and nothing has to be searched.
     """
 
     def __init__(self, leaves_only: bool):
@@ -35,7 +35,7 @@ class LRU(EvictionPolicy):
     def touch(self, path: Sequence[Node]) -> None:
         """See `EvictionPolicy.touch`. O(len(path))."""
         order = self._order
-        for node in reversed(path):
+        for node in self.in_order_of_use(path):
             if node in order:
                 order.move_to_end(node)
 

@@ -24,7 +24,9 @@ class Stops:
       components: See `RadixTree`.
 
     Attributes:
+      further: Indices of the components but for the first.
       spanning: Indices of the components that have a value a page.
+      windows: The same without the first.
       state: Index of the one that keeps states; 0 if none does.
     """
 
@@ -34,9 +36,11 @@ class Stops:
         states = [i for i, component in enumerate(components) if not component.spans]
         if len(states) > 1:
             raise ArgumentError("components: only one may keep states (spans=False); let one state hold all")
+        self.further = range(1, len(components))
         self.spanning = [i for i, component in enumerate(components) if component.spans]
+        self.windows = self.spanning[1:]
         self.state = states[0] if states else 0
-        self._windows = [(i, components[i].reach) for i in self.spanning[1:]]
+        self._reaches = [(i, components[i].reach) for i in self.windows]
         self._count = len(components)
 
     def usable(self, path: list[Node], found: int) -> int:
@@ -57,7 +61,7 @@ class Stops:
 
     def _hole(self, path: list[Node], last: int, length: int) -> int:
         """Deepest node of `path` in which a window lacks what a stop at `length`, in node `last`, needs; or -1."""
-        for i, reach in self._windows:
+        for i, reach in self._reaches:
             at = last
             while at >= 0 and path[at].end > length - reach:
                 if path[at].others[i - 1].value is None:
@@ -72,7 +76,7 @@ class Stops:
     def since(self, node: Node) -> tuple[int, ...]:
         """For each component, the token position that a lock at the end of `node` reaches back to."""
         since = [0] * self._count
-        for i, reach in self._windows:
+        for i, reach in self._reaches:
             top = node
             while top.start > 0 and node.end - top.start < reach:
                 top = top.parent

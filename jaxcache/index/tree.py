@@ -30,7 +30,7 @@ from jaxcache.index.explain import Graves
 from jaxcache.index.hashing import PageHashes
 from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed
 from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined, owned
-from jaxcache.index.offer import as_priority, offered_from
+from jaxcache.index.offer import as_priority, offered_from, require_prefix
 from jaxcache.index.recency import Policy
 from jaxcache.index.stops import Stops
 
@@ -196,23 +196,25 @@ class RadixTree:
                 node = path[-1] = self._split(node, present)
         kept: list[Any] = [step.value for step in path]
         spare = [values[0][begin // page_size : present // page_size]]
-        added: list[Node] = []
-        healed: list[Node] = []
-        if present < length:
-            added = self._add_leaves(key, node, values, starts, present // page_size, priority)
-        if not self._is_single:
-            healed = self._heal(path, values, starts, begin // page_size, spare)
-        if self._stops.state:
-            spare.insert(self._stops.state, NOTHING if added else self._save(node, values[self._stops.state]))
         if priority or self._has_priorities:
             self._has_priorities = True
             for step in self._path_to(node):
                 step.priority = max(step.priority, priority)
-        self._policies[0].touch(path)
-        for policy in self._policies[1:]:
-            policy.touch(self._path_to(node) if begin else path)  # what the lock covers need not be locked here
-        if added:
+        added: list[Node] = []
+        healed: list[Node] = []
+        if not self._is_single:
+            if self._stops.windows:
+                healed = self._heal(path, values, starts, begin // page_size, spare)
+            if self._stops.state:
+                spare.insert(self._stops.state, NOTHING if present < length else self._save(node, values))
+            if present:
+                used = self._path_to(node) if begin else path  # what the lock covers need not be locked here
+                for policy in self._policies[1:]:
+                    policy.touch(used)
+        if present < length:
+            added = self._add_leaves(key, node, values, starts, present // page_size, priority)
             node = added[-1]
+        self._policies[0].touch(path)
         return Insertion(node if length else None, added, healed, length, present, kept, tuple(spare))
 
     def _begin_insert(self, key: RadixKey, length: int, held: Receipt | None) -> tuple[int, Node, list[Node]]:
@@ -223,24 +225,13 @@ class RadixTree:
             self._check_receipt(held)
             if held.length > length:
                 raise ArgumentError(f"held: the lock covers {held.length} tokens, the key has {length} in whole pages")
-            self._require_prefix(held, key)
+            require_prefix(held, key)
             if held.node is not None:
                 return held.length, held.node, []
         root = self._roots.get(key.namespace)
         if root is None:
             root = Root(key.namespace)  # joins the tree with its first leaf
         return 0, root, []
-
-    @staticmethod
-    def _require_prefix(held: Receipt, key: RadixKey) -> None:
-        """Raises ArgumentError unless the lock is on a prefix of `key`; one memory compare a node."""
-        node = held.node
-        while node is not None and node.parent is not None:
-            if not key.packed.startswith(node.key, key.element_bytes * node.start):
-                raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
-            node = node.parent
-        if isinstance(node, Root) and node.namespace != key.namespace:
-            raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
 
     def _refuse(self, key: RadixKey) -> None:
         raise ArgumentError(
@@ -268,13 +259,14 @@ class RadixTree:
             self._version += 1
             for i in self._stops.spanning:
                 if starts[i] <= page:
-                    self._fill(i, leaf, values[i][page:end])
+                    (leaf.others[i - 1] if i else leaf).value = owned(values[i][page:end])
+                    self.evictable[i] += end - page
+                    self._policies[i].add(leaf)
             parent, page = leaf, end
         if self._stops.state:
             self._fill(self._stops.state, parent, values[self._stops.state][:1])
         if len(added) > 1:
-            for policy in self._policies:
-                policy.touch(added)  # the deepest first
+            self._policies[0].touch(added)
         return added
 
     def _heal(
@@ -283,28 +275,32 @@ class RadixTree:
         """Fills the holes along `path` that are wholly offered; returns their nodes. What is not needed is spare."""
         healed: list[Node] = []
         page_size, present = self.page_size, first + len(spare[0])
-        for i in self._stops.spanning[1:]:
-            start, rest = starts[i], values[i][first : max(starts[i], present)]
-            if len(rest):
-                holes = [n for n in path if n.others[i - 1].value is None and n.start >= start * page_size]
-                if holes or start > first:
-                    rest = rest.copy()
-                    for node in holes:
-                        part = rest[node.start // page_size - first : node.end // page_size - first]
-                        self._fill(i, node, part)
-                        part[:] = 0
-                    rest = rest[rest != 0]
-                    healed += holes
+        for i in self._stops.windows:
+            start = starts[i]
+            if start == present == first:
+                spare.append(NOTHING)
+                continue
+            rest = values[i][first : max(start, present)]
+            holes = [n for n in path if n.others[i - 1].value is None and n.start >= start * page_size]
+            if holes or start > first:
+                rest = rest.copy()
+                for node in holes:
+                    part = rest[node.start // page_size - first : node.end // page_size - first]
+                    self._fill(i, node, part)
+                    part[:] = 0
+                rest = rest[rest != 0]
+                healed += holes
             spare.append(rest)
         return healed
 
-    def _save(self, node: Node, state: np.ndarray) -> np.ndarray:
+    def _save(self, node: Node, values: Sequence[np.ndarray]) -> np.ndarray:
         """Gives the end of a key its state, if it has none yet; returns what was not needed."""
-        if not len(state) or not state[0]:
+        state = values[self._stops.state][:1]
+        if not state.any():
             return NOTHING
         if node.parent is None or node.others[self._stops.state - 1].value is not None:
-            return state[:1]
-        self._fill(self._stops.state, node, state[:1])
+            return state
+        self._fill(self._stops.state, node, state)
         return NOTHING
 
     def _fill(self, i: int, node: Node, value: np.ndarray) -> None:
@@ -337,7 +333,7 @@ class RadixTree:
         return upper
 
     def _new_slots(self) -> tuple[Slot, ...]:
-        return () if self._is_single else tuple([Slot() for _ in self.components[1:]])
+        return () if self._is_single else tuple([Slot() for _ in self._stops.further])
 
     def _split_slot(self, i: int, upper: Node, lower: Node, pages: int) -> None:
         top, bottom = upper.slot(i), lower.slot(i)
@@ -508,6 +504,7 @@ class RadixTree:
         return isinstance(node, Root) and self._roots.get(node.namespace) is node
 
     def _hold(self, receipt: Receipt, step: int) -> None:
+        freed: list[Node] = []
         for i, since in enumerate(receipt.since):
             policy = self._policies[i]
             moved = 0
@@ -521,9 +518,14 @@ class RadixTree:
                         policy.discard(node)
                         moved += len(slot.value)
                     elif slot.locks == 0:
-                        policy.add(node)
                         moved -= len(slot.value)
+                        if i:
+                            freed.append(node)
+                        else:
+                            policy.add(node)
                 node = node.parent
+            while freed:  # further components go by use from the root down, see `EvictionPolicy`
+                policy.add(freed.pop())
             self.evictable[i] -= moved
             self.protected[i] += moved
 
