@@ -147,7 +147,7 @@ class WindowKeeper(Keeper):
 
     def offer(self, pages: Int32[np.ndarray, " pages"], state: int) -> Int32[np.ndarray, " pages"]:
         """The window page of each page, 0 where it has none."""
-        return self._allocator.window_pages(pages)
+        return self._allocator.full_to_window[pages]
 
     def took(self, pages: Int32[np.ndarray, " pages"], state: int, inserted: Insertion) -> None:
         """Window pages that fill a hole go over to the tree's full pages, which stay: somebody may be reading them."""
@@ -155,7 +155,8 @@ class WindowKeeper(Keeper):
         for node in inserted.healed:
             self._allocator.move_windows(pages[node.start // size : node.end // size], node.value)
         for node in inserted.added[:-1]:  # begins as a hole: window pages before the last gap are of no use to anybody
-            self._allocator.free_windows(node.value, PageState.TREE)
+            if self._allocator.full_to_window[node.value].any():
+                self._allocator.free_windows(node.value, PageState.TREE)
 
     def let_go(self, values: Int32[np.ndarray, " values"]) -> None:
         """See `Keeper.let_go`."""
@@ -166,7 +167,7 @@ class WindowKeeper(Keeper):
 
     def require_private(self, pages: Int32[np.ndarray, " pages"]) -> None:
         """Raises OwnershipError unless these are distinct private pages: any of them may be asked to fill a hole."""
-        self._allocator.transfer(pages, PageState.PRIVATE, PageState.PRIVATE)
+        self._allocator.require_owned(pages, PageState.PRIVATE)
 
     def free_private(self, pages: Int32[np.ndarray, " pages"]) -> None:
         """Frees the window pages of private pages that stay."""
@@ -212,7 +213,7 @@ class StateKeeper(Keeper):
         Raises:
           OwnershipError: It is not privately owned.
         """
-        if self._states.owner_of([state])[0] != PageState.PRIVATE:
+        if not 0 < state <= self._states.size or self._states.states[state] != PageState.PRIVATE:
             raise OwnershipError(f"state must be PRIVATE, but state {state} is not: leave it to its owner")
         return np.array([state], np.int32)
 

@@ -202,12 +202,21 @@ class RadixCache(BasePrefixCache):
 
         Overshoots by less than one node. Cost: O(evicted).
         """
-        size, before = self.page_size, self.tree.evictable[0]
+        size, tree = self.page_size, self.tree
+        before = tree.evictable[0]
         if self._others:
-            self._evict(self._amounts(-(-num_tokens // size), -(-swa_num_tokens // size), mamba_num))
+            amounts = [-(-num_tokens // size)]
+            if self._window is not None:
+                amounts.append(-(-swa_num_tokens // size))
+            if self._states is not None:
+                amounts.append(mamba_num)
+            goals = [most - amount for most, amount in zip(tree.evictable, amounts, strict=True)]
+            for i, goal in enumerate(goals):
+                if tree.evictable[i] > goal:  # what went with the leaves counts
+                    self._free(tree.evict(tree.evictable[i] - goal, i))
         elif num_tokens > 0:
-            self._free(self.tree.evict(-(-num_tokens // size)))
-        return (before - self.tree.evictable[0]) * size
+            self._free(tree.evict(-(-num_tokens // size)))
+        return (before - tree.evictable[0]) * size
 
     def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
         """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
@@ -226,34 +235,18 @@ class RadixCache(BasePrefixCache):
         """
         if states and self._states is None:
             raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
-        short = [
-            amount - keeper.available()
-            for keeper, amount in zip(self._keepers, self._amounts(pages, pages - without_window, states), strict=True)
-        ]
-        if any(amount > most for amount, most in zip(short, self.tree.evictable, strict=True)):
+        size = self.page_size
+        short = [pages - self._full.available(), 0, 0]
+        if self._window is not None:
+            short[1] = pages - without_window - self._window.available()
+        if self._states is not None:
+            short[2] = states - self._states.available()
+        most = self.evictable_size(), self.swa_evictable_size(), self.mamba_evictable_size()
+        if short[0] * size > most[0] or short[1] * size > most[1] or short[2] > most[2]:
             return False
         if max(short) > 0:
-            size, need = self.page_size, dict(zip(self._keepers, short, strict=True))
-            windows = need[self._window] if self._window is not None else 0
-            states_short = need[self._states] if self._states is not None else 0
-            self.evict(need[self._full] * size, windows * size, states_short)
+            self.evict(short[0] * size, short[1] * size, short[2])
         return True
-
-    def _amounts(self, pages: int, windows: int, states: int) -> list[int]:
-        """One number a keeper."""
-        amounts = [pages]
-        if self._window is not None:
-            amounts.append(windows)
-        if self._states is not None:
-            amounts.append(states)
-        return amounts
-
-    def _evict(self, amounts: Sequence[int]) -> None:
-        """Frees at least so many values of each component, or all there are. What goes with a leaf counts for each."""
-        goals = [most - amount for most, amount in zip(self.tree.evictable, amounts, strict=True)]
-        for i, goal in enumerate(goals):
-            if self.tree.evictable[i] > goal:
-                self._free(self.tree.evict(self.tree.evictable[i] - goal, i))
 
     def _free(self, gone: Eviction) -> None:
         """Frees what the tree let go. Pages last, which would take window pages along that are still in the tree's."""
