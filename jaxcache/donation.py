@@ -30,14 +30,14 @@ R = TypeVar("R")
 class PoolView(Protocol):
     """A view of a pool's memory that another framework keeps, be it across donated steps. None of these may raise."""
 
-    def before_step(self) -> None:
-        """JAX is about to be given work on the memory, which must come after what the other framework was given."""
+    def before_step(self) -> Any:
+        """An array that is ready when what the other framework was given is done: JAX's next step waits for it."""
 
     def after_step(self, step: str, returned: Sequence[DevicePool]) -> None:
         """JAX was given a step that consumed the pool; the memory is now that of one of `returned`, or lost."""
 
-    def after_read(self, result: Any) -> None:
-        """JAX was given work that reads the memory, for `result`: what the other framework is given comes after it."""
+    def after_read(self, done: jax.Array) -> None:
+        """JAX was given a step that reads the memory until `done` is ready: the other framework comes after it."""
 
 
 class DevicePool:
@@ -54,6 +54,7 @@ class DevicePool:
 
     borrow_count: ClassVar[int] = 0  # an instance gets its own through object.__setattr__: the dataclass is frozen
     views: ClassVar[tuple[weakref.ref[PoolView], ...]] = ()  # likewise
+    last_read: ClassVar[jax.Array | None] = None  # likewise; ready when the last step made by `reading` is done
 
     @property
     def buffers(self) -> tuple[Any, ...]:
@@ -104,12 +105,13 @@ class DevicePool:
 
     def unmark_borrowed(self) -> None:
         """Takes one borrow mark back. Raises BorrowedError if there is none."""
-        if any(pool.borrow_count == 0 for pool in self.with_parts()):
+        pools = self.with_parts()
+        if any(pool.borrow_count == 0 for pool in pools):
             raise BorrowedError(
                 f"this {type(self).__name__} is not borrowed: call unmark_borrowed once for each mark_borrowed, "
                 "on the same pool object"
             )
-        for pool in self.with_parts():
+        for pool in pools:
             object.__setattr__(pool, "borrow_count", pool.borrow_count - 1)
 
     def with_parts(self) -> list[DevicePool]:
@@ -146,7 +148,7 @@ def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ())
       In all these cases nothing is lost: every pool is as it was.
 
     Cost: some microseconds a call beyond `jax.jit`; compiles once per set of argument shapes and of positions that hold
-      pools.
+      pools, and once more for pools that another framework shares.
     """
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     return DonatingStep(step, names)
@@ -171,19 +173,30 @@ def reading(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) 
     Cost: some microseconds a call beyond `jax.jit`.
     """
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-    jitted = jax.jit(step, static_argnames=names)
+
+    @functools.wraps(step)
+    def with_done(*args: P.args, **kwargs: P.kwargs) -> tuple[R, jax.Array]:
+        return step(*args, **kwargs), jax.numpy.zeros((), bool)  # what a program returns is ready when all of it is
+
+    jitted = jax.jit(with_done, static_argnames=names)
+    waiting = jax.jit(_waiting(with_done), static_argnames=names, keep_unused=True)
 
     @functools.wraps(step)
     def read(*args: P.args, **kwargs: P.kwargs) -> R:
-        pools = [pool for arg in args for pool in _pools_of(arg)]
-        for pool in pools:
-            pool.require_live()
-        views = _views_of(pools)
+        parts = [part for arg in args for pool in _pools_of(arg) for part in pool.with_parts()]
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree_util.tree_leaves(parts)):
+            return step(*args, **kwargs)
+        for part in parts:
+            part.require_live()
+        views = _views_of(parts)
+        if views:
+            result, done = waiting(*args, **kwargs, _wait_for=[view.before_step() for view in views])
+        else:
+            result, done = jitted(*args, **kwargs)
+        for part in parts:
+            object.__setattr__(part, "last_read", done)
         for view in views:
-            view.before_step()
-        result = jitted(*args, **kwargs)
-        for view in views:
-            view.after_read(result)
+            view.after_read(done)
         return result
 
     return read
@@ -203,7 +216,7 @@ class DonatingStep(Generic[P, R]):
         functools.update_wrapper(self, step)
         self._step = step
         self._static_argnames = tuple(static_argnames)
-        self._jitted: dict[tuple[int, ...], Any] = {}
+        self._jitted: dict[tuple[tuple[int, ...], bool], Any] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         by_position = _pools_by_position(args, kwargs)
@@ -211,15 +224,15 @@ class DonatingStep(Generic[P, R]):
         leaves = jax.tree_util.tree_leaves(pools)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._step(*args, **kwargs)
-        _refuse_unsafe(pools, leaves, args)
-        views = _views_of(pools)
+        parts = [part for pool in pools for part in pool.with_parts()]
+        _refuse_unsafe(parts, leaves, args)
+        views, positions = _views_of(parts), tuple(by_position)
+        if not views:
+            return self._dispatch(positions, args, kwargs)
+        result = self._dispatch(positions, args, kwargs | {"_wait_for": [view.before_step() for view in views]})
+        returned = _pools_in(result)
         for view in views:
-            view.before_step()
-        result = self._dispatch(tuple(by_position), args, kwargs)
-        if views:
-            returned = _pools_in(result)
-            for view in views:
-                view.after_step(vars(self).get("__qualname__", repr(self._step)), returned)
+            view.after_step(vars(self).get("__qualname__", repr(self._step)), returned)
         return result
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
@@ -228,7 +241,7 @@ class DonatingStep(Generic[P, R]):
 
     def _dispatch(self, positions: tuple[int, ...], args: Any, kwargs: Any) -> R:
         try:
-            return self._jit(positions)(*args, **kwargs)
+            return self._jit(positions, "_wait_for" in kwargs)(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # A GPU refuses to donate memory that a DLPack view holds; the arrays stay valid.
             if "external reference" not in str(error):
@@ -237,8 +250,8 @@ class DonatingStep(Generic[P, R]):
                 "a pool was to be donated while another framework holds a view of its memory: drop the view first"
             ) from error
 
-    def _jit(self, positions: tuple[int, ...]) -> Any:
-        jitted = self._jitted.get(positions)
+    def _jit(self, positions: tuple[int, ...], waits: bool = False) -> Any:
+        jitted = self._jitted.get((positions, waits))
         if jitted is None:
 
             @functools.wraps(self._step)
@@ -247,9 +260,24 @@ class DonatingStep(Generic[P, R]):
                 _refuse_hidden({i: arg for i, arg in enumerate(args) if i not in positions} | kwargs)
                 return self._step(*args, **kwargs)
 
-            jitted = jax.jit(checked, donate_argnums=positions, static_argnames=self._static_argnames)
-            self._jitted[positions] = jitted
+            jitted = jax.jit(
+                _waiting(checked) if waits else checked,
+                donate_argnums=positions,
+                static_argnames=self._static_argnames,
+                keep_unused=waits,
+            )
+            self._jitted[positions, waits] = jitted
         return jitted
+
+
+def _waiting(step: Callable[..., R]) -> Callable[..., R]:
+    """`step` with one more argument, which it does not use: arrays that are to be ready before it runs."""
+
+    @functools.wraps(step)
+    def waiting(*args: Any, _wait_for: Any, **kwargs: Any) -> R:
+        return step(*args, **kwargs)
+
+    return waiting
 
 
 def _pools_by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, list[DevicePool]]:
@@ -284,15 +312,17 @@ def _pools_of(argument: Any) -> list[DevicePool]:
 
 
 def _pools_in(tree: Any) -> list[DevicePool]:
-    """The pools anywhere in `tree`, and those that they consist of."""
-    nodes = jax.tree_util.tree_leaves(tree, is_leaf=lambda node: isinstance(node, DevicePool))
-    return [part for node in nodes if isinstance(node, DevicePool) for part in node.with_parts()]
+    """The pools in the lists, tuples and dicts of `tree`, and those that they consist of."""
+    if isinstance(tree, DevicePool):
+        return tree.with_parts()
+    if not isinstance(tree, (list, tuple, dict)):
+        return []
+    return [pool for item in (tree.values() if isinstance(tree, dict) else tree) for pool in _pools_in(item)]
 
 
-def _views_of(pools: Iterable[DevicePool]) -> list[PoolView]:
-    """The views that somebody still holds."""
-    refs = itertools.chain.from_iterable(part.views for pool in pools for part in pool.with_parts())
-    return [view for ref in refs if (view := ref()) is not None]
+def _views_of(parts: Iterable[DevicePool]) -> list[PoolView]:
+    """The views of these pools, not looking into them, that somebody still holds."""
+    return [view for part in parts for ref in part.views if (view := ref()) is not None]
 
 
 def _refuse_hidden(arguments: dict[Any, Any]) -> None:
@@ -308,12 +338,10 @@ def _refuse_hidden(arguments: dict[Any, Any]) -> None:
                 )
 
 
-def _refuse_unsafe(pools: Iterable[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
-    is_stale = any(map(_is_deleted, leaves))
-    for pool in pools:
-        if is_stale:
-            pool.require_live()
-        pool.require_unborrowed()
+def _refuse_unsafe(parts: Sequence[DevicePool], leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
+    if any(map(_is_deleted, leaves)) or any(part.borrow_count for part in parts):
+        for part in parts:
+            part.require_donatable()
     if len(set(map(id, leaves))) < len(leaves):
         raise ArgumentError(
             "one buffer stands twice in the pools of this step and can be donated only once: "

@@ -66,9 +66,9 @@ class LoopPlan:
         ends = np.minimum(self.seq_len + self.shape.steps * self.shape.width, self.limit)
         return int((pages_of(ends, size) - pages_of(self.seq_len, size)).sum())
 
-    def pack(self) -> Int32[np.ndarray, " size"]:
-        """The one array that is uploaded. Padding is 0."""
-        return self.shape.packing.pack(vars(self) | {"num_pages": np.array([len(self.window)], np.int32)})
+    def pack(self, out: Int32[np.ndarray, " size"] | None = None) -> Int32[np.ndarray, " size"]:
+        """The one vector that is uploaded; in `out`, if that is given. Padding is 0."""
+        return self.shape.packing.pack(vars(self) | {"num_pages": np.array([len(self.window)], np.int32)}, out)
 
     def replay(self, accepted: ArrayLike | None = None, stopped: ArrayLike | None = None) -> LoopReplay:
         """What the loop did, computed from what its steps accepted and stopped. Changes nothing, reads no device state.
@@ -233,7 +233,6 @@ class _Flight:
     """A loop that is not over. `books` are its rows and allocator at the end, on the device, once it was launched."""
 
     loan: PageLoan
-    rows: frozenset[int]
     books: tuple[DecodeRows, Any] | None = None
 
 
@@ -248,15 +247,11 @@ class DecodeLoops:
     def __init__(self, allocator: BaseTokenToKVPoolAllocator, table: ReqToTokenPool):
         self._allocator, self._table = allocator, table
         self._flights: dict[LoopPlan, _Flight] = {}
+        self._held = np.zeros(table.size, bool)
 
-    @property
-    def are_over(self) -> bool:
-        """Whether there is no loop to absorb or cancel."""
-        return not self._flights
-
-    def holds(self, row: int) -> bool:
-        """Whether the request in that row is part of a loop that is not over."""
-        return any(row in flight.rows for flight in self._flights.values())
+    def holds(self, rows: int | Int32[np.ndarray, " rows"]) -> bool:
+        """Whether a request in these rows is part of a loop that is not over."""
+        return bool(self._flights) and bool(self._held[rows].any())
 
     def open(self, plan: LoopPlan, num_pages: int) -> LoopPlan | None:
         """Lends the pages of a new loop to its plan; None, and nothing has changed, if there are not as many."""
@@ -265,7 +260,8 @@ class DecodeLoops:
         if window is None:
             return None
         plan = dataclasses.replace(plan, window=window)
-        self._flights[plan] = _Flight(PageLoan(self._allocator, before, window), frozenset(plan.row.tolist()))
+        self._flights[plan] = _Flight(PageLoan(self._allocator, before, window))
+        self._held[plan.row] = True
         self._table.touch(plan.row)
         return plan
 
@@ -295,12 +291,16 @@ class DecodeLoops:
         if device_table is not None:
             check_loop(replay, flight.books, self._table, device_table)
         self._commit(replay, flight.loan)
-        del self._flights[plan]
+        self._end(plan)
 
     def cancel(self, plan: LoopPlan) -> None:
         """Ends a loop as if it had not been; launched or not, its pages go back."""
         self._flight(plan).loan.settle(0)
+        self._end(plan)
+
+    def _end(self, plan: LoopPlan) -> None:
         del self._flights[plan]
+        self._held[plan.row] = False
 
     def _commit(self, replay: LoopReplay, loan: PageLoan) -> None:
         plan, rows = replay.plan, replay.rows

@@ -68,6 +68,7 @@ class MemoryManager:
       runner: The device's side: pool, device table, compiled steps.
       buckets: Static shapes of steps.
       running: Running requests by row.
+      planner: What plans steps and checks their plans.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class MemoryManager:
         self.buckets = default_buckets(config.max_running, config.chunk, self.page_size)
         self.running: dict[int, Request] = {}
         self._loops = DecodeLoops(allocator, req_to_token_pool)
-        self._planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
+        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
 
     @property
     def pool(self) -> KVCache:
@@ -136,7 +137,7 @@ class MemoryManager:
             undo.callback(self.cache.dec_lock_ref, lock)
             copied = min(request.cpu_copy.num_tokens, request.num_tokens - 1) if request.cpu_copy is not None else 0
             kv_len = max(lock.length, copied)
-            fresh = self._planner.take_pages(self._pages_of(kv_len) - len(found.pages))
+            fresh = self.planner.take_pages(self._pages_of(kv_len) - len(found.pages))
             if fresh is None:
                 return None
             undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
@@ -153,7 +154,7 @@ class MemoryManager:
         request.cached_tokens = lock.length
         request.cpu_copy = None
         self.running[row] = request
-        self._planner.forget_batch()
+        self.planner.forget_batch()
         if len(fresh):
             self.cache.cache_unfinished_req(request)
         return kv_len
@@ -184,18 +185,18 @@ class MemoryManager:
           request: A running request.
           offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
         """
-        self._planner.require_running(request)
+        self.planner.require_running(request)
         if offload and request.kv_len:
             pages = self.req_to_token_pool.row_pages(self._row(request), 0, self._pages_of(request.kv_len))
             request.cpu_copy = self.pool.get_cpu_copy(expand_pages(pages, self.page_size)[: request.kv_len])
         self._release(request, RequestState.RETRACTED)
 
     def _release(self, request: Request, state: RequestState) -> None:
-        self._planner.require_running(request)
+        self.planner.require_running(request)
         row = self._row(request)
         self.cache.cache_finished_req(request)
         del self.running[row]
-        self._planner.forget_batch()
+        self.planner.forget_batch()
         request.state = state
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
-        return self._planner.extend(work, self.buckets)
+        return self.planner.extend(work, self.buckets)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
@@ -223,7 +224,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
         """
-        return self._planner.decode(requests, self.buckets)
+        return self.planner.decode(requests, self.buckets)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
@@ -239,7 +240,7 @@ class MemoryManager:
             request was retracted, or has other pages by now. Nothing has changed.
           ArgumentError: The step does not return `(pool, out)`.
         """
-        self._planner.require_current(plan)
+        self.planner.require_current(plan)
         out = self.runner.run(step, plan, *args)
         self.req_to_token_pool.commit(plan.row, plan.seq_len)
         if plan.bucket.kind is StepKind.EXTEND:
@@ -252,7 +253,7 @@ class MemoryManager:
         rows = plan.row.tolist()
         left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
         for request in left or plan.requests:
-            self._planner.require_running(request)
+            self.planner.require_running(request)
         left_rows = np.array([request.req_pool_idx for request in left], np.intp)
         self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
 
@@ -288,10 +289,9 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        plan = self._planner.decode_loop(requests, steps, width, limits, self.buckets)
+        plan = self.planner.decode_loop(requests, steps, width, limits, self.buckets)
         num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
-        self._planner.make_room(num_pages)
-        self._planner.forget_batch()
+        self.planner.make_room(num_pages)
         return self._loops.open(plan, num_pages)
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
@@ -346,6 +346,18 @@ class MemoryManager:
         if request.req_pool_idx is None:
             raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
         return request.req_pool_idx
+
+    def reset(self) -> None:
+        """Forgets every prefix and takes every page and row back, as if new; what is compiled stays.
+
+        Raises:
+          RequestStateError: Requests are running. Nothing has changed.
+        """
+        if self.running:
+            raise RequestStateError(f"{len(self.running)} requests are running: finish, retract or abort them first")
+        self.cache.reset()
+        self.allocator.clear()
+        self.req_to_token_pool.clear()
 
     def get_token_info(self) -> tuple[int, float, int, int]:
         """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.

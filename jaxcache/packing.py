@@ -58,15 +58,21 @@ class Packing:
     def _padding(self) -> np.ndarray:
         return np.concatenate([np.full(field.length, field.padding, np.int32) for field in self.fields])
 
-    def pack(self, parts: Mapping[str, np.ndarray]) -> Int32[np.ndarray, " size"]:
-        """A new vector with the parts of these names, padded.
+    def pack(
+        self, parts: Mapping[str, np.ndarray], out: Int32[np.ndarray, " size"] | None = None
+    ) -> Int32[np.ndarray, " size"]:
+        """A vector with the parts of these names, padded.
 
-        A fresh one each time: JAX may still be reading the last one, or use its memory in place.
+        Args:
+          parts: One array for each field, by its name.
+          out: Where to write it, or None for a new vector. JAX reads what it is given later than one thinks: pass
+            nothing that a step may still be reading.
 
         Raises:
           ArgumentError: A part is longer than its field.
         """
-        packed = self._padding.copy()
+        packed = np.empty(self.size, np.int32) if out is None else out
+        packed[:] = self._padding
         start = 0
         for field in self.fields:
             part = parts[field.name]

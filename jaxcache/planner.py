@@ -119,7 +119,7 @@ class StepPlanner:
         return self._allocator.alloc_pages(num_pages)
 
     def forget_batch(self) -> None:
-        """Requests came, went, or entered a loop: the next batch is looked at anew."""
+        """Requests came or went: the next batch is looked at anew."""
         self._last_batch = None
 
     # ---- plans ---------------------------------------------------------------------------------------------------
@@ -132,12 +132,15 @@ class StepPlanner:
             if not 1 <= n <= request.num_tokens - request.kv_len:
                 raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
         tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
-        return self._plan(StepKind.EXTEND, waiting, np.array(counts, np.int32), np.concatenate(tokens), buckets)
+        more = np.array(counts, np.int32)
+        new = pages_of(more - waiting.room, self._table.page_size)
+        return self._plan(StepKind.EXTEND, waiting, waiting.kv_len + more, new, np.concatenate(tokens), buckets)
 
     def decode(self, requests: Sequence[Request], buckets: Sequence[Bucket]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
         waiting = self._waiting(requests)
-        return self._plan(StepKind.DECODE, waiting, np.int32(1), self._last_tokens(waiting), buckets)
+        tokens = self._last_tokens(waiting)
+        return self._plan(StepKind.DECODE, waiting, waiting.kv_len + 1, waiting.room == 0, tokens, buckets)
 
     def decode_loop(
         self,
@@ -170,7 +173,7 @@ class StepPlanner:
           ArgumentError: One is named twice, or there is none.
         """
         batch = self._last_batch
-        if batch is None or batch.requests != tuple(requests):
+        if batch is None or batch.requests != tuple(requests) or self._loops.holds(batch.row):
             for request in requests:
                 self.require_running(request)
             if len(set(map(id, requests))) != len(requests) or not requests:
@@ -178,7 +181,7 @@ class StepPlanner:
             batch = self._last_batch = RunningBatch.of(requests)
         table = self._table
         kv_len = table.kv_len[batch.row]
-        room = table.num_pages[batch.row] * np.int32(table.page_size) - kv_len
+        room = table.num_pages[batch.row] * table.page_size - kv_len
         if room.max() >= table.page_size:
             rid = batch.requests[int(room.argmax())].rid
             raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
@@ -193,40 +196,42 @@ class StepPlanner:
         batch = waiting.batch
         outputs = [request.output_ids for request in batch.requests]
         sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
-        left = batch.prompt_len + sampled - waiting.kv_len
+        left = sampled - waiting.kv_len + batch.prompt_len
         if (left != 1).any():
             i = int((left != 1).argmax())
             raise ArgumentError(
                 f"requests: {batch.requests[i].rid} has {left[i]} tokens to compute, decode computes one"
             )
-        if not sampled.all():
-            outputs = [request.output_ids or request.key.token_ids for request in batch.requests]
-        return np.frombuffer(pack([tokens[-1] for tokens in outputs]), np.int32)
+        try:
+            last = [tokens[-1] for tokens in outputs]
+        except IndexError:  # nothing was sampled yet
+            last = [(request.output_ids or request.key.token_ids)[-1] for request in batch.requests]
+        return np.frombuffer(pack(last), np.int32)
 
     def _plan(
         self,
         kind: StepKind,
         waiting: Waiting,
-        counts: np.ndarray | np.int32,
+        target: np.ndarray,
+        new: np.ndarray,
         tokens: np.ndarray,
         buckets: Sequence[Bucket],
     ) -> StepPlan | None:
-        """Takes the pages that `counts` more tokens of each request need, and says what the step is to do."""
+        """Takes `new` pages for each request, which will be `target` tokens long, and says what the step is to do."""
         table, (batch, kv_len, room) = self._table, waiting
-        target = kv_len + counts
         if target.max() > table.max_context_len:
             i = int(target.argmax())
             raise ArgumentError(
                 f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
                 f"{table.max_context_len}: finish it"
             )
-        new = pages_of(counts - room, table.page_size)
         num_pages = int(new.sum())
         bucket = smallest(buckets, kind, len(target), len(tokens), num_pages)
         fresh = self.take_pages(num_pages)
         if fresh is None:
             return None
-        last_loc = table.last_slots(batch.row)
+        last_loc = table.last_pages(batch.row) * table.page_size + (table.page_size - 1 - room)
+        last_loc[kv_len == 0] = -1
         table.append_pages(batch.row, new, fresh)
         return StepPlan(
             bucket,

@@ -8,13 +8,14 @@ Source: jaxcache's own.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxcache.decode_loop import LoopShape, unpack_loop
 from jaxcache.donation import DonatingStep, donating, is_update
@@ -24,6 +25,7 @@ from jaxcache.packing import NOWHERE
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.step import Bucket, StepPlan, unpack
+from jaxcache.upload import Uploads, fetched
 
 TABLE_PATCH_ENTRIES = 8192
 """Table entries that travel by themselves when a step's bucket has no room for them."""
@@ -35,14 +37,16 @@ MOST_STEPS = 32
 def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
     """`step(pool, batch, *args) -> (pool, out)` as a donated step of pool, table and a packed plan.
 
-    The result is called with `(pool, table, packed, *args)` and returns the pool, the table and `out`.
+    The result is called with `(pool, table, upload, *args)` and returns the pool, the table, the packed plan as it
+    reached the device, and `out`.
     """
 
-    def jaxcache_step(pool: KVCache, table: RequestTable, packed: Any, *args: Any) -> Any:
-        batch = unpack(jnp.asarray(packed), bucket, table, page_size)
+    def jaxcache_step(pool: KVCache, table: RequestTable, upload: Any, *args: Any) -> Any:
+        packed = fetched(upload)
+        batch = unpack(packed, bucket, table, page_size)
         result = step(pool, batch, *args)
         if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
-            return result[0], batch.table, result[1]
+            return result[0], batch.table, packed, result[1]
         raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
 
     return donating(jaxcache_step)
@@ -51,13 +55,14 @@ def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
 def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
     """`step(pool, loop, *args) -> (pool, loop, out)` as a donated step of pool, table and a packed plan.
 
-    The result is called with `(pool, table, packed, *args)` and returns the pool, the table, and a pair: what a debug
-    check reads (the rows and the allocator), and `out`.
+    The result is called with `(pool, table, upload, *args)` and returns the pool, the table, the packed plan as it
+    reached the device, and a pair: what a debug check reads (the rows and the allocator), and `out`.
     """
 
-    def jaxcache_loop(pool: KVCache, table: RequestTable, packed: Any, *args: Any) -> Any:
-        pool, loop, out = step(pool, unpack_loop(jnp.asarray(packed), shape, table), *args)
-        return pool, loop.table, ((loop.rows, loop.allocator), out)
+    def jaxcache_loop(pool: KVCache, table: RequestTable, upload: Any, *args: Any) -> Any:
+        packed = fetched(upload)
+        pool, loop, out = step(pool, unpack_loop(packed, shape, table), *args)
+        return pool, loop.table, packed, ((loop.rows, loop.allocator), out)
 
     return donating(jaxcache_loop)
 
@@ -105,8 +110,17 @@ class StepRunner:
     def __init__(self, pool: KVCache, host_table: ReqToTokenPool):
         self.pool = pool
         self.table: RequestTable = host_table.device_table(pool.mesh)
+        self._everywhere: Sharding
+        if pool.mesh is None:
+            (device,) = pool.buffers[0].devices()
+            self._everywhere = SingleDeviceSharding(device)
+            # Arrays that are bound to no device compile apart from those that are, as uploads must be.
+            self.pool, self.table = jax.device_put((pool, self.table), device)
+        else:
+            self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
         self.compiled = CompiledSteps()
         self._host_table = host_table
+        self._uploads: dict[int, Uploads] = {}
         self._patch = donating(RequestTable.patched)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
@@ -116,7 +130,7 @@ class StepRunner:
         self.send_changes(bucket.changes)
         changes = self._host_table.take_changes(bucket.changes)
         try:
-            self.pool, self.table, out = jitted(self.pool, self.table, plan.pack(changes), *args)
+            out = self._dispatch(jitted, bucket.packing.size, functools.partial(plan.pack, changes), args)
         except BaseException:
             self._host_table.give_back(changes)
             raise
@@ -126,8 +140,17 @@ class StepRunner:
         """Dispatches a decode loop. Returns its books, which are for a debug check to read, and its `out`."""
         jitted = self.compiled.find(step, plan.shape, lambda: whole_loop(step, plan.shape))
         self.send_changes()
-        self.pool, self.table, result = jitted(self.pool, self.table, jax.device_put(plan.pack()), *args)
-        return result
+        return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)
+
+    def _dispatch(self, jitted: Callable, size: int, pack: Callable[[np.ndarray], Any], args: tuple[Any, ...]) -> Any:
+        if size not in self._uploads:
+            self._uploads[size] = Uploads(size, self._everywhere)
+        slot = self._uploads[size].take()
+        pack(slot.values)
+        slot.fill_copies()
+        self.pool, self.table, packed, out = jitted(self.pool, self.table, slot.array, *args)
+        self._uploads[size].give_back(slot, packed)
+        return out
 
     def send_changes(self, room: int = 0) -> None:
         """Sends table changes ahead of a step that has room for no more than `room` of them."""

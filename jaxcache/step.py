@@ -103,15 +103,15 @@ class StepPlan:
         none = np.empty(0, np.int32)
         return cls(bucket, (), none, none, none, none, none, none, none)
 
-    def pack(self, changes: TableChanges) -> Int32[np.ndarray, " size"]:
-        """The one array that is uploaded, table changes included.
+    def pack(self, changes: TableChanges, out: Int32[np.ndarray, " size"] | None = None) -> Int32[np.ndarray, " size"]:
+        """The one vector that is uploaded, table changes included; in `out`, if that is given.
 
         Padding is 0; padding of table changes is out of range, which drops them.
 
         Raises:
           ArgumentError: Something does not fit the bucket.
         """
-        return self.bucket.packing.pack(vars(self) | vars(changes))
+        return self.bucket.packing.pack(vars(self) | vars(changes), out)
 
 
 @jax.tree_util.register_dataclass

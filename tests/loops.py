@@ -29,11 +29,10 @@ def make_manager(page_size: int, num_pages: int | None = None, **options) -> Mem
 
 def clear(manager: MemoryManager) -> None:
     """As new, but for what is compiled and for the content of pool and table."""
-    manager.cache.reset()
-    manager.allocator.clear()
-    manager.req_to_token_pool.clear()
     manager.running.clear()
     manager._loops._flights.clear()
+    manager._loops._held[:] = False
+    manager.reset()
     manager.req_to_token_pool._pages[:] = np.asarray(manager.table.pages)
 
 

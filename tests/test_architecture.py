@@ -16,7 +16,7 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 
 _LEAVES = {"errors"}
 _STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
-_STACK |= {"packing", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "planner"}
+_STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "planner"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": _LEAVES | {"config", "kernels", "mirror", "packing", "pools", "request"},
     "decode_loop": _LEAVES | {"config", "kernels", "packing", "pages", "pools"},
     "loop_plan": _LEAVES | {"config", "decode_loop", "packing", "pages", "pools", "request"},
-    "runner": _LEAVES | {"decode_loop", "donation", "loop_plan", "packing", "pools", "step"},
+    "upload": set(),
+    "runner": _LEAVES | {"decode_loop", "donation", "loop_plan", "packing", "pools", "step", "upload"},
     "audit": _LEAVES | {"config", "pages", "pools", "request"},
     "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
     "memory_config": _LEAVES | {"caches", "index", "pages", "pools"},

@@ -198,7 +198,8 @@ def test_slots_are_those_of_alloc_decode_step_by_step(page_size):
     requests = prefilled(manager, [range(n) for n in (3, 8, 1)])
     twin = twin_of(manager.allocator)
     lengths = np.array([request.kv_len for request in requests])
-    last = manager.req_to_token_pool.last_slots(np.array([request.req_pool_idx for request in requests]))
+    table = manager.req_to_token_pool.req_to_token
+    last = np.array([table[request.req_pool_idx, request.kv_len - 1] for request in requests])
     plan = manager.decode_loop(requests, 20)
     (slots, *_), *_ = launch(manager, plan, everything(20, 3), never(20, 3))
     for step in range(20):

@@ -270,11 +270,9 @@ class ReqToTokenPool:
         """Whether its rows are this table's and have not changed since, not even to and fro. O(rows), three calls."""
         return stamp.table is self and bool((self._changed_at[stamp.rows] == stamp.changed_at).all())
 
-    def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
-        """Slot of the last token with KV of each row; -1 where there is none."""
-        last = self.kv_len[rows] - 1
-        slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
-        return np.where(last < 0, np.int32(-1), slots)
+    def last_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+        """The last page in use of each row; for a row without pages, whatever stands in the table."""
+        return self._pages.take(rows * self.max_pages + self.num_pages[rows] - 1, mode="wrap")
 
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
