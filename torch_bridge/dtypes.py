@@ -28,18 +28,23 @@ TORCH_DTYPES: Mapping[np.dtype, torch.dtype] = MappingProxyType(
 
 JAX_DTYPES: Mapping[torch.dtype, np.dtype] = MappingProxyType({theirs: mine for mine, theirs in TORCH_DTYPES.items()})
 
+_RULE = f"must have a dtype that JAX and torch share, one of {', '.join(map(str, TORCH_DTYPES))}"
+
 
 def torch_dtype(name: str, dtype: np.dtype) -> torch.dtype:
     """The torch dtype of the same bits. Raises ArgumentError if there is none."""
     if dtype not in TORCH_DTYPES:
-        known = ", ".join(map(str, TORCH_DTYPES))
-        raise ArgumentError(f"{name} must have a dtype that JAX and torch share, one of {known}; got {dtype}")
+        raise ArgumentError(f"{name} {_RULE}; got {dtype}")
     return TORCH_DTYPES[dtype]
 
 
 def jax_dtype(name: str, dtype: torch.dtype) -> np.dtype:
     """The JAX dtype of the same bits. Raises ArgumentError if there is none."""
     if dtype not in JAX_DTYPES:
-        known = ", ".join(map(str, JAX_DTYPES))
-        raise ArgumentError(f"{name} must have a dtype that JAX and torch share, one of {known}; got {dtype}")
+        raise ArgumentError(f"{name} {_RULE}; got {dtype}")
     return JAX_DTYPES[dtype]
+
+
+def array_interface_type(dtype: np.dtype) -> str:
+    """How the array interfaces of NumPy and CUDA name `dtype`, or the integer of its width if they have no name."""
+    return dtype.str if dtype.kind in "fiu" else f"<u{dtype.itemsize}"

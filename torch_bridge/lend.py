@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 from jaxcache.donation import DevicePool
 from torch_bridge.pool import torch_pool
 
 
-@contextlib.contextmanager
-def borrow(pool: DevicePool) -> Iterator[Any]:
+def borrow(pool: DevicePool) -> Borrow:
     """Torch tensors over a pool's memory for the length of a `with` block, to read and to write.
 
         with borrow(pool) as kv:
             kv.get_key_buffer(3)[slots] = keys
 
-    At the start torch comes after everything that JAX was given, at the end JAX comes after what torch was given; the
-    pool is the same object, with what torch wrote in it. In between it can be read, but not donated. However the block
-    ends, the borrow does, and every tensor that it gave is dead: using one, or a slice of one, raises.
+    At the start torch comes after the steps that made the pool and after what its own methods read, at the end all of
+    JAX comes after what torch was given; the pool is the same object, with what torch wrote in it. In between it can be
+    read, but not donated. However the block ends, the borrow does, and every tensor that it gave is dead: using one, or
+    a slice of one, raises. (A jit of your own that only reads, and may still be at it when torch writes, is not known
+    here: call `kv.fence()` first.)
 
     Args:
       pool: Any pool on one device.
 
-    Yields:
-      A `TorchMHAPool` or `TorchMLAPool` for such pools, with SGLang's methods; for other pools a `TorchPool`.
+    Returns:
+      A context manager. It gives a `TorchMHAPool` or `TorchMLAPool` for such pools, with SGLang's methods; for other
+      pools a `TorchPool`.
 
     Raises:
-      StalePoolError: if the pool was consumed.
+      StalePoolError: (entering) if the pool was consumed.
       ShardingError: if it lies on several devices.
       ArgumentError: if it is being traced, or holds what torch has no dtype for.
       UnsupportedError: if torch cannot reach its device.
@@ -37,16 +38,27 @@ def borrow(pool: DevicePool) -> Iterator[Any]:
 
     Cost: some 50 us, whatever the size of the pool.
     """
-    kv = torch_pool(pool)
-    kv.fence()
-    holds = [buffer.__dlpack__() for buffer in pool.buffers]  # a GPU refuses to donate what somebody holds
-    pool.mark_borrowed()
-    try:
-        yield kv
-    finally:
-        pool.unmark_borrowed()
-        holds.clear()
-        kv.close()
+    return Borrow(pool)
+
+
+class Borrow:
+    """The block of a `borrow`."""
+
+    def __init__(self, pool: DevicePool):
+        self._pool = pool
+
+    def __enter__(self) -> Any:
+        self._kv = torch_pool(self._pool)
+        self._holds = self._kv.torch_after_jax()  # a GPU refuses to donate what somebody holds
+        self._pool.mark_borrowed()
+        return self._kv
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.unmark_borrowed()
+        self._holds.clear()
+        self._kv.close()
 
 
 def share(pool: DevicePool) -> Any:
@@ -72,8 +84,11 @@ def share(pool: DevicePool) -> Any:
     Raises:
       StalePoolError, ShardingError, ArgumentError, UnsupportedError: as `borrow`.
 
-    Cost: some 50 us, and at each step some 20 us for torch to wait, 100 more if torch is still busy.
+    Steps of a shared pool take one more argument, which they wait for, so they are compiled anew: share the pool before
+    `warm_up`.
+
+    Cost: some 50 us, and at each step some 20 us for torch to wait, 60 more if torch is still busy.
     """
     kv = torch_pool(pool)
-    kv.fence()
+    kv.torch_after_jax()
     return kv

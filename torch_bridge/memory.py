@@ -13,6 +13,7 @@ marks their storage and refuses. What was made of their address is beyond that: 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from jax.core import Tracer
 from jaxcache.donation import DevicePool
 from jaxcache.errors import ArgumentError, DeadViewError, ShardingError, UnsupportedError
 from jaxcache.pools.stack import LayerStack
-from torch_bridge.dtypes import torch_dtype
+from torch_bridge.dtypes import array_interface_type, torch_dtype
 from torch_bridge.streams import order_on
 
 
@@ -46,9 +47,10 @@ class PoolMemory:
 
     def __init__(self, pool: DevicePool):
         self._arrays = _lendable_arrays(pool)
-        self._addresses = _addresses(self._arrays)
+        self._addresses = [array.unsafe_buffer_pointer() for array in self._arrays]
         self.pool = pool
-        self.device = torch_device(pool.buffers[0])
+        some_array = self._arrays[0] if self._arrays else pool.buffers[0]
+        self.device = _torch_device(*some_array.devices(), some_array.sharding.memory_kind)
         self.order = order_on(self.device)
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._why_dead: str | None = None
@@ -56,12 +58,22 @@ class PoolMemory:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """A tensor over each array, in the dtype that its rows have for the caller. To be called once."""
-        tensors = []
-        for array, dtype in zip(self._arrays, _row_dtypes(self.pool, self._arrays), strict=True):
-            tensor = _bytes_at(_Address(array, self), self.device)
+        return tuple(map(self._tensor, self._arrays, _row_dtypes(self.pool, self._arrays)))
+
+    def _tensor(self, array: jax.Array, dtype: np.dtype) -> torch.Tensor:
+        address = _Address(array, self)
+        if self.device.type == "cpu":
+            tensor = torch.from_numpy(np.asarray(address))
+        else:
+            tensor = torch.as_tensor(address, device=self.device)
             self._storages.append(weakref.ref(tensor.untyped_storage()))
-            tensors.append(tensor.view(torch_dtype("pool", dtype)).view(array.shape))
-        return tuple(tensors)
+        wanted = torch_dtype("pool", dtype)
+        return tensor if tensor.dtype == wanted else tensor.view(wanted)
+
+    def torch_after_jax(self) -> list[Any]:
+        """Torch comes after the steps that made the pool and those that read it; see `Order.torch_after`."""
+        last_read = self.pool.last_read
+        return self.order.torch_after(self._arrays if last_read is None else (*self._arrays, last_read))
 
     def lent(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, which is one of `tensors` or a part of one, as the caller may have it."""
@@ -84,17 +96,15 @@ class PoolMemory:
     def end(self, why: str) -> None:
         """From now on using a tensor of this memory raises, and says `why`."""
         self._why_dead = why
-        if self.device.type == "cuda":
-            for storage in filter(None, (ref() for ref in self._storages)):
-                # What torch itself does to the outputs of a CUDA graph that has been replayed.
-                torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
+        for storage in filter(None, (ref() for ref in self._storages)):
+            # What torch itself does to the outputs of a CUDA graph that has been replayed.
+            torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
 
     # What `donating` and `reading` tell: see `jaxcache.donation.PoolView`.
 
-    def before_step(self) -> None:
-        """JAX comes after what torch was given."""
-        if self._why_dead is None:
-            self.order.jax_after_torch()
+    def before_step(self) -> Any:
+        """JAX comes after what torch was given, which is nothing that matters once the view has ended."""
+        return self.order.token()
 
     def after_step(self, step: str, returned: Sequence[DevicePool]) -> None:
         """Follows the pool into the one that the step returned, if that is where it was; torch comes after the step."""
@@ -104,8 +114,8 @@ class PoolMemory:
             if type(pool) is not type(self.pool):
                 continue
             arrays = _own_arrays(pool)
-            self.order.torch_after(arrays)
-            if _addresses(arrays) == self._addresses:
+            self.order.torch_after(arrays[:1])  # one program returned them all
+            if [array.unsafe_buffer_pointer() for array in arrays] == self._addresses:
                 self.pool, self._arrays = pool, arrays
                 pool.add_view(self)
                 return
@@ -114,10 +124,10 @@ class PoolMemory:
             "copied the pool, or did not return it; prove_in_place says why, then share the pool anew"
         )
 
-    def after_read(self, result: Any) -> None:
+    def after_read(self, done: jax.Array) -> None:
         """Torch comes after the read."""
         if self._why_dead is None:
-            self.order.torch_after([leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)])
+            self.order.torch_after([done])
 
 
 class LentTensor(torch.Tensor):
@@ -150,15 +160,16 @@ def _lent_like(part: Any, lent: Sequence[LentTensor]) -> Any:
     return part.as_subclass(torch.Tensor) if isinstance(part, LentTensor) else part
 
 
-def _lendable_arrays(pool: DevicePool) -> tuple[jax.Array, ...]:
+def _lendable_arrays(pool: DevicePool) -> Sequence[jax.Array]:
     """The arrays of `pool` itself. Raises unless torch can look into every one; see `PoolMemory`."""
     if not isinstance(pool, DevicePool):
         raise ArgumentError(f"pool must be a pool of jaxcache (DevicePool), got {type(pool).__name__}")
-    if any(not isinstance(buffer, jax.Array) or isinstance(buffer, Tracer) for buffer in pool.buffers):
-        raise ArgumentError("pool must hold arrays with memory; this one is traced or abstract: call this outside jit")
-    pool.require_live()
     arrays = _own_arrays(pool)
     for array in arrays:
+        if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+            raise ArgumentError("pool must hold arrays with memory; this one is traced or abstract: lend it outside jit")
+        if array.is_deleted():
+            pool.require_live()
         if array.sharding.num_devices > 1:
             raise ShardingError(
                 f"pool lies on {array.sharding.num_devices} devices, and a torch tensor on one: lend a pool of one "
@@ -169,14 +180,15 @@ def _lendable_arrays(pool: DevicePool) -> tuple[jax.Array, ...]:
             raise ArgumentError(
                 f"pool must lie in row-major order, got dimensions in the order {layout.major_to_minor}: copy it first"
             )
-
     return arrays
 
 
-def _own_arrays(pool: DevicePool) -> tuple[jax.Array, ...]:
+def _own_arrays(pool: DevicePool) -> Sequence[jax.Array]:
     """The arrays of `pool` itself, not of its parts."""
+    if isinstance(pool, LayerStack):
+        return pool.buffers
     nodes = jax.tree_util.tree_leaves(pool, is_leaf=lambda node: node is not pool and isinstance(node, DevicePool))
-    return tuple(node for node in nodes if not isinstance(node, DevicePool))
+    return [node for node in nodes if not isinstance(node, DevicePool)]
 
 
 def _row_dtypes(pool: DevicePool, arrays: Sequence[jax.Array]) -> Sequence[np.dtype]:
@@ -184,15 +196,15 @@ def _row_dtypes(pool: DevicePool, arrays: Sequence[jax.Array]) -> Sequence[np.dt
     return pool.config.row_dtypes if isinstance(pool, LayerStack) else [np.dtype(array.dtype) for array in arrays]
 
 
-def torch_device(array: jax.Array) -> torch.device:
-    """Torch's name of the device of `array`.
+@functools.cache
+def _torch_device(device: Any, memory_kind: str | None) -> torch.device:
+    """Torch's name of a device of JAX's.
 
     Raises:
-      UnsupportedError: if torch cannot reach it, or the array is in host memory that belongs to a GPU.
+      UnsupportedError: if torch cannot reach it, or the memory is another than the device's own.
     """
-    (device,) = array.devices()
-    if array.sharding.memory_kind not in (None, device.default_memory().kind):
-        raise UnsupportedError(f"pool must lie in the memory of its device, got {array.sharding.memory_kind}")
+    if memory_kind not in (None, device.default_memory().kind):
+        raise UnsupportedError(f"pool must lie in the memory of its device, got {memory_kind}")
     if device.platform == "cpu":
         return torch.device("cpu")
     if device.platform == "gpu" and torch.cuda.is_available():
@@ -201,23 +213,13 @@ def torch_device(array: jax.Array) -> torch.device:
 
 
 class _Address:
-    """The bytes of one array, as the array interface of NumPy and CUDA states them. Keeps `memory` alive."""
+    """Where an array lies, as the array interfaces of NumPy and CUDA state it. Keeps `memory` alive."""
 
     def __init__(self, array: jax.Array, memory: PoolMemory):
         self.memory = memory
         self.__array_interface__ = self.__cuda_array_interface__ = {
-            "shape": (array.nbytes,),
-            "typestr": "|u1",
+            "shape": array.shape,
+            "typestr": array_interface_type(np.dtype(array.dtype)),
             "data": (array.unsafe_buffer_pointer(), False),
             "version": 3,
         }
-
-
-def _bytes_at(address: _Address, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return torch.from_numpy(np.asarray(address))
-    return torch.as_tensor(address, device=device)
-
-
-def _addresses(arrays: Sequence[jax.Array]) -> tuple[int, ...]:
-    return tuple(array.unsafe_buffer_pointer() for array in arrays)

@@ -99,9 +99,20 @@ class TorchPool:
         self._memory.order.jax_after_torch()
         self._memory.order.torch_after_all(self._memory.pool.buffers[0])
 
+    def torch_after_jax(self) -> list[Any]:
+        """Torch comes after the steps that made the pool and those that read it. For `borrow` and `share`.
+
+        Returns:
+          What keeps JAX from updating the pool in place while it is kept.
+        """
+        holds = self._memory.torch_after_jax()
+        for part in self.parts:
+            holds += part.torch_after_jax()
+        return holds
+
     def close(self) -> None:
         """Ends the view: JAX comes after what torch was given, and every tensor is dead, slices included."""
-        self._memory.before_step()
+        self._memory.order.jax_after_torch()
         self._memory.end("this torch view of a pool was closed: use its tensors only before, in the block of a borrow")
         for part in self.parts:
             part.close()
@@ -127,7 +138,7 @@ class TorchKVPool(TorchPool):
     def __init__(self, pool: KVCache):
         super().__init__(pool)
         self.config = pool.config
-        self._layers = [tensor.unbind(0) for tensor in self._tensors]
+        self._dtype = torch_dtype("pool", np.dtype(self.config.dtype))
         self._layer_ids: tuple[torch.Tensor, ...] | None = None
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
@@ -164,7 +175,7 @@ class TorchKVPool(TorchPool):
     def get_contiguous_buf_infos(self) -> BufferInfos:
         """Address, bytes and bytes of a page: of each layer of the first array, then of the second."""
         self._memory.require_alive()
-        layers = [layer for tensors in self._layers for layer in tensors]
+        layers = [layer for tensor in self._tensors for layer in tensor.unbind(0)]
         return BufferInfos(
             [layer.data_ptr() for layer in layers],
             [layer.nbytes for layer in layers],
@@ -192,13 +203,14 @@ class TorchKVPool(TorchPool):
         """None. Kept for callers of SGLang's name."""
 
     def _layer(self, array: int, layer: Layer) -> torch.Tensor:
-        return self._lent(self._layers[array][self._index(layer)])
+        return self._lent(self._tensors[array][self._index(layer)])
 
     def _index(self, layer: Layer) -> int:
         """The index into the stack of a global layer id."""
         layer_id = layer if isinstance(layer, (int, np.integer)) else layer.layer_id
         first, count = self.config.start_layer, self.config.layer_num
-        require(first <= layer_id < first + count, "layer", f"must be in [{first}, {first + count})", layer_id)
+        if not first <= layer_id < first + count:
+            raise ArgumentError(f"layer must be in [{first}, {first + count}); got {layer_id}")
         return int(layer_id) - first
 
     def _on_device(self, index: int) -> torch.Tensor:
@@ -210,27 +222,28 @@ class TorchKVPool(TorchPool):
 
     def _check_loc(self, name: str, loc: Any) -> None:
         self._check_tensor(name, loc)
-        is_list = loc.ndim == 1 and loc.dtype in (torch.int64, torch.int32)
-        require(is_list, name, "must be one-dimensional int64 or int32", f"{loc.dtype}{list(loc.shape)}")
+        if loc.ndim != 1 or (loc.dtype is not torch.int64 and loc.dtype is not torch.int32):
+            raise ArgumentError(f"{name} must be one-dimensional int64 or int32; got {loc.dtype}{list(loc.shape)}")
 
     def _stored(self, name: str, rows: Any, shape: tuple[int, ...], scale: Any = None) -> torch.Tensor:
         """Rows as the pool keeps them, divided by `scale` in float32 before the cast; the caller's are untouched."""
         self._check_tensor(name, rows)
-        require(rows.shape == shape, name, f"must have shape {shape}", tuple(rows.shape))
-        dtype = torch_dtype("pool", np.dtype(self.config.dtype))
-        if dtype.is_floating_point:
-            require(rows.is_floating_point(), name, f"must be floats, for a {dtype} pool", rows.dtype)
-        else:
-            require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
-            require(scale is None, f"{name}_scale", "must be None: the caller quantises for a pool of integers", scale)
-        if scale is not None:
-            rows = rows.float() / scale
-        return rows.to(dtype).contiguous()
+        if rows.shape != shape:
+            raise ArgumentError(f"{name} must have shape {shape}; got {tuple(rows.shape)}")
+        if scale is None and rows.dtype is self._dtype:
+            return rows.contiguous()
+        if not self._dtype.is_floating_point:
+            rule = f"must be quantised to the pool's {self._dtype} by the caller, and not be scaled"
+            raise ArgumentError(f"{name} {rule}; got {rows.dtype}, scale {scale}")
+        require(rows.is_floating_point(), name, f"must be floats, for a {self._dtype} pool", rows.dtype)
+        rows = rows if scale is None else rows.float() / scale
+        return rows.to(self._dtype).contiguous()
 
     def _check_tensor(self, name: str, tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(f"{name} must be a torch tensor, got {type(tensor).__name__}: use torch.as_tensor")
-        require(tensor.device == self.device, name, f"must lie on {self.device}, where the pool is", tensor.device)
+        if tensor.device != self._memory.device:
+            raise ArgumentError(f"{name} must lie on {self.device}, where the pool is; got {tensor.device}")
 
 
 class TorchMHAPool(TorchKVPool):
