@@ -31,6 +31,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxcache.donation import donating, reading
 from jaxcache.kernels.arguments import require_array
+from jaxcache.kernels.copy_kv import copy_large_rows
 from jaxcache.kernels.write_kv import put_rows
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
 from jaxcache.pools.stack import LayerStack, bucketed, check_rows
@@ -179,9 +180,9 @@ class MambaPool(LayerStack):
     ) -> Self:
         """Copies state `src[i]` over state `dst[i]`, in all layers.
 
-        Lists on the host (with their count) are copied as if all at the same instant: a state may be read by one copy
-        and overwritten by another, whatever their order. Lists on the device, or traced, are not read back and are
-        copied one after the other: bring them into `reading_order` first, where they are made.
+        They are copied as if all at the same instant: a state may be read by one copy and overwritten by another. Lists
+        on the host (with their count) may do so in any order. Lists on the device, or traced, are not read back: bring
+        them into `reading_order` where they are made.
 
         Args:
           src: States to read; 0 empties the target.
@@ -197,7 +198,7 @@ class MambaPool(LayerStack):
             the lists, or copies in a ring.
           ShardingError: if this pool is sharded and this is not one shard of it.
 
-        Cost: reads and writes `count` states, one after the other, with temporary memory for one of them.
+        Cost: as `copy_large_rows`: reads and writes `count` states, with temporary memory for one of them or none.
         Source: pymllm GDNPool.copy_states.
         """
         self._require_one_shard()
@@ -291,13 +292,7 @@ def _write(pool: PoolT, layer: Any, states: Any, *parts: Any) -> PoolT:
 
 @donating
 def _copy(pool: PoolT, src: Any, dst: Any, count: Any) -> PoolT:
-    src, dst = jnp.asarray(src), jnp.asarray(dst)
-
-    def copy_one(i: Any, pool: PoolT) -> PoolT:
-        one = jax.lax.dynamic_slice_in_dim
-        return pool._scatter_stored(one(dst, i, 1), *pool._gather_stored(one(src, i, 1)))
-
-    return jax.lax.fori_loop(0, count, copy_one, pool)
+    return pool.with_buffers(*copy_large_rows(pool.buffers, dst, src, count))
 
 
 @donating

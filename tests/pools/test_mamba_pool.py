@@ -105,12 +105,13 @@ def test_reading_order_makes_one_after_the_other_the_same_as_all_at_once(pairs):
     assert old == new
 
 
-def test_device_lists_are_copied_one_after_the_other_up_to_the_count():
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7, 99])
+def test_device_lists_in_reading_order_are_copied_up_to_the_count(count):
     pool, oracle = filled_states(mamba_config())
-    src, dst = jnp.array([1, 2, 5, 7], jnp.int32), jnp.array([2, 3, 0, 8], jnp.int32)
-    pool = donating(lambda pool, *lists: pool.copy_states(*lists))(pool, src, dst, jnp.int32(3))
-    oracle.copy([1], [2])
-    oracle.copy([2], [3])
+    src, dst = [2, 1, 5, 9, 9, 4, 6], [3, 2, 0, 8, 7, 9, 4]
+    lists = (jnp.array(states, jnp.int32) for states in (src, dst))
+    pool = donating(lambda pool, *args: pool.copy_states(*args))(pool, *lists, jnp.int32(count))
+    oracle.copy(src[:count], dst[:count])
     oracle.expect(pool)
 
 
