@@ -28,7 +28,7 @@ from jaxcache.errors import ArgumentError, LockedError, ReceiptError
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.explain import Graves
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch, namespace_seed
+from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch
 from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined, owned
 from jaxcache.index.offer import as_priority, offered_from, require_prefix
 from jaxcache.index.recency import Policy
@@ -173,7 +173,7 @@ class RadixTree:
           What was added and what was not taken; see `Insertion`. The values taken belong to the tree.
 
         A new leaf is cut in two where something is offered from its middle on. Of what is there already, a hole is
-        filled if something is offered for all of its node.
+        filled from where something is offered on.
 
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
@@ -251,7 +251,8 @@ class RadixTree:
             leaf = Node(packed, page * self.page_size, end * self.page_size, parent, self._new_slots())
             leaf.priority = priority
             if self.with_hashes:
-                leaf.hashes = PageHashes(packed, self._page_bytes, parent.hashes or namespace_seed(key.namespace))
+                prior = parent.hashes
+                leaf.hashes = PageHashes(packed, self._page_bytes, key.namespace if prior is None else prior)
             if isinstance(parent, Root):
                 self._roots[parent.namespace] = parent
             parent.children[packed[: self._page_bytes]] = leaf
@@ -272,7 +273,7 @@ class RadixTree:
     def _heal(
         self, path: list[Node], values: Sequence[np.ndarray], starts: list[int], first: int, spare: list[np.ndarray]
     ) -> list[Node]:
-        """Fills the holes along `path` that are wholly offered; returns their nodes. What is not needed is spare."""
+        """Fills the holes along `path`, cut where the offer begins; returns them. What is not needed is spare."""
         healed: list[Node] = []
         page_size, present = self.page_size, first + len(spare[0])
         for i in self._stops.windows:
@@ -280,8 +281,10 @@ class RadixTree:
             if start == present == first:
                 spare.append(NOTHING)
                 continue
-            rest = values[i][first : max(start, present)]
-            holes = [n for n in path if n.others[i - 1].value is None and n.start >= start * page_size]
+            rest, begin = values[i][first : max(start, present)], start * page_size
+            holes = [n for n in path if n.others[i - 1].value is None and n.end > begin]
+            if holes and holes[0].start < begin:
+                path.insert(path.index(holes[0]), self._split(holes[0], begin))
             if holes or start > first:
                 rest = rest.copy()
                 for node in holes:
