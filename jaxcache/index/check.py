@@ -34,12 +34,14 @@ def problems(tree: RadixTree) -> Iterator[str]:
             yield f"root of {namespace!r}: it must be empty, parentless, under its own name and have children"
     for node in tree.nodes():
         yield from _node_problems(tree, node)
-        for i in range(count):
-            slot = node.slot(i)
+        for i, slot in enumerate((node, *node.others)):
             if slot.value is not None:
-                (protected if slot.locks else evictable)[i] += len(slot.value)
+                yield from _value_problems(tree, node, i, slot.value)
                 cached[i].add(node)
-                if not slot.locks:
+                if slot.locks:
+                    protected[i] += len(slot.value)
+                else:
+                    evictable[i] += len(slot.value)
                     unlocked[i].add(node)
     if evictable != tree.evictable or protected != tree.protected:
         yield f"counters: evictable {tree.evictable} protected {tree.protected}, recounted {evictable} {protected}"
@@ -63,31 +65,31 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         yield f"{node}: its parent does not list it under its first page"
     if node.start != parent.end or tree.element_bytes * node.tokens != len(node.key):
         yield f"{node}: it must start where its parent ends, at {parent.end}, and be as long as its key"
-    pages = len(node.key) // page_bytes
-    locks = [node.slot(i).locks for i in range(len(tree.components))]
+    locks = [node.locks, *[slot.locks for slot in node.others]]
     if node.value is None:
         yield f"{node}: the first component's value is missing"
     if min(locks) < 0 or locks[0] != max(locks):
         yield f"{node}: locks {locks} must not be negative, and the first component's is the highest"
-    below = sum(child.locks for child in node.children.values())
-    if node.locks < below:
-        yield f"{node}: {node.locks} locks, but its children have {below}"
-    for i, component in enumerate(tree.components):
-        value = node.slot(i).value
-        if value is None:
-            continue
-        if len(value) != (pages if component.spans else 1):
-            yield f"{node}: {component.name} has {len(value)} values for {pages} pages"
-        if i and not value.all():
-            yield f"{node}: {component.name} has id 0, which is nothing"
-        if value.base is not None or value.dtype != np.int32 or value.flags.writeable:
-            yield f"{node}: {component.name} must own a read-only int32 array"
-    if not node.children and any(slot.value is None for slot in node.others):
-        yield f"{node}: a leaf must have a value of every component"
+    if not node.children:
+        if any(slot.value is None for slot in node.others):
+            yield f"{node}: a leaf must have a value of every component"
+    elif node.locks < sum([child.locks for child in node.children.values()]):
+        yield f"{node}: {node.locks} locks, but its children have more"
     if node.hashes is not None:
         prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
         if list(node.hashes) != page_hashes(node.key, page_bytes, prior):
             yield f"{node}: its page hashes do not continue its parent's"
+
+
+def _value_problems(tree: RadixTree, node: Node, i: int, value: np.ndarray) -> Iterator[str]:
+    component = tree.components[i]
+    count = node.tokens // tree.page_size if component.spans else 1
+    if len(value) != count:
+        yield f"{node}: {component.name} has {len(value)} values, it must have {count}"
+    if i and np.count_nonzero(value) != len(value):
+        yield f"{node}: {component.name} has id 0, which is nothing"
+    if value.base is not None or value.dtype != np.int32 or value.flags.writeable:
+        yield f"{node}: {component.name} must own a read-only int32 array"
 
 
 def _order_problems(policy: LRU) -> Iterator[str]:

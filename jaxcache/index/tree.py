@@ -323,10 +323,10 @@ class RadixTree:
         parent = lower.parent
         upper = Node(lower.key[:cut], lower.start, position, parent, self._new_slots())
         upper.priority = lower.priority
-        if lower.hashes is not None:
-            upper.hashes, lower.hashes = lower.hashes.split(pages)
         parent.children[lower.key[: self._page_bytes]] = upper
         lower.key = lower.key[cut:]
+        if lower.hashes is not None:
+            upper.hashes, lower.hashes = lower.hashes.split(upper.key, lower.key)
         lower.start = position
         lower.parent = upper
         upper.children[lower.key[: self._page_bytes]] = lower

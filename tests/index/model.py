@@ -1,82 +1,371 @@
-"""Oracle for the tree: a dict of prefixes. No nodes, no splits, no recency.
+"""Oracle for the tree with any components: what has to be true, one page at a time.
 
-Written from the rules: what is cached is, for each component, a map from a whole-page prefix to one value. A stopping
-point is usable when the last `reach` tokens before it are there.
+Written from the rules, not from the code. There are no nodes here and nothing is split: every cached page is a `Page`
+under the whole prefix it ends, and the boundaries that the rules speak of are marks (`is_end`) on pages. A run is what
+lies between two marks.
+
+  * What is cached is, for each component, a page id for each page of a run or for none of it (a hole), or a state at
+    the end of a run. Every run has the first component; a run that no page follows has them all.
+  * A stop is a prefix that every component can be continued from: the last `reach` tokens before it are there, the
+    state is the one saved exactly there. A lookup gives the longest one.
+  * A lock covers, of each component, the runs with a token that its stop needs. It leaves a mark where it ends.
+  * An insert keeps what is there and leaves a mark where the new begins. Of a further component only what comes after
+    the last 0 is offered. It fills holes; a hole in which it begins, and new pages, are cut there.
+  * A use of a path makes its runs the youngest: in the first component the run next to the root last, in others first.
+    A run that loses its last lock, is filled or is cut off by a mark has just been used. A lookup uses and finds the
+    runs that it covers whole; a run cut off by a mark was found where the cut left it, and keeps hits and age.
+  * Evicting a component takes unlocked runs by the order of the policy (`ORDERS`): of the first one, runs that no page
+    follows. A run that no page follows goes with all it has, and then what led to it if that is no stop for all. Of a
+    run that pages follow only this component goes. Where the order is no simple rule, the victims are told.
+
+Elements are bytes here, `width` a token or pair of tokens, so that a prefix is a slice.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
-Prefix = tuple[bytes, tuple[int, ...]]
+from jaxcache.index.component import Component
+
+ORDERS: dict[str, Callable[[Page, int], tuple[int, ...]]] = {
+    "lru": lambda end, c: (end.used[c],),
+    "mru": lambda end, c: (-end.used[c],),
+    "lfu": lambda end, c: (end.hits[c], end.used[c]),
+    "fifo": lambda end, c: (end.born[c], end.used[c]),
+    "filo": lambda end, c: (-end.born[c], end.used[c]),
+    "priority": lambda end, c: (end.priority, end.used[c]),
+}
 
 
-@dataclass
-class PrefixModel:
-    """`live[c][namespace, tokens]` is the value component `c` caches for the last page of `tokens`."""
+class Page:
+    """One cached page; what belongs to a run (a state, locks of it, its use) is kept at the run's last page.
 
-    page_size: int
-    components: tuple
-    live: list[dict[Prefix, int]] = field(default_factory=list)
+    Attributes:
+      ids: For each component its page id, or its state; 0 for none.
+      known: Whether the policy of a component has met this run.
+    """
 
-    def __post_init__(self):
-        self.live = [{} for _ in self.components]
+    __slots__ = (
+        "below",
+        "born",
+        "depth",
+        "hits",
+        "ids",
+        "is_end",
+        "known",
+        "locks",
+        "parent",
+        "prefix",
+        "priority",
+        "space",
+        "used",
+    )
 
-    def _usable(self, space: bytes, tokens: tuple[int, ...], length: int) -> bool:
+    def __init__(self, space: bytes, prefix: bytes, parent: Page | None, count: int):
+        self.space, self.prefix, self.parent = space, prefix, parent
+        self.depth: int = parent.depth + 1 if parent else 1
+        self.below: list[Page] = []
+        self.is_end = False
+        self.priority = 0
+        self.ids, self.locks, self.used, self.born, self.hits = ([0] * count for _ in range(5))
+        self.known = [False] * count
+
+    def __repr__(self) -> str:
+        return f"Page({self.space!r}, {self.prefix.hex()}, ids={self.ids}, locks={self.locks}, end={self.is_end})"
+
+
+class TreeModel:
+    """The state and every operation on it. Lengths are pages."""
+
+    def __init__(self, page_size: int, components: Sequence[Component], policy: str = "lru", width: int = 1):
+        self.page_size, self.components, self.count = page_size, components, len(components)
+        self.page_bytes = page_size * width
+        self.order = ORDERS.get(policy)
+        self.spanning = [c for c, component in enumerate(components) if component.spans]
+        self.state = next((c for c, component in enumerate(components) if not component.spans), 0)
+        self.reset()
+
+    def reset(self) -> None:
+        self.cached: dict[tuple[bytes, bytes], Page] = {}
+        self.clock = 0
+
+    # Looking up.
+
+    def path(self, space: bytes, elements: bytes) -> list[Page]:
+        """The cached pages that `elements` leads through."""
+        path: list[Page] = []
+        for end in range(self.page_bytes, len(elements) + 1, self.page_bytes):
+            page = self.cached.get((space, elements[:end]))
+            if page is None:
+                break
+            path.append(page)
+        return path
+
+    def is_stop(self, path: Sequence[Page], length: int) -> bool:
+        """Whether every component can be continued from the first `length` pages of `path`."""
         if length == 0:
             return True
-        for component, live in zip(self.components, self.live, strict=True):
+        for c, component in enumerate(self.components):
             if not component.spans:
-                if (space, tokens[:length]) not in live:
+                if not path[length - 1].is_end or not path[length - 1].ids[c]:
                     return False
-                continue
-            first = 0 if component.reach == math.inf else max(0, length - int(component.reach))
-            for end in range(self.page_size, length + 1, self.page_size):
-                if end > first and (space, tokens[:end]) not in live:
-                    return False
+            elif any(not page.ids[c] for page in self._needed(path, length, component.reach)):
+                return False
         return True
 
-    def match(self, space: bytes, tokens: tuple[int, ...]) -> int:
-        ends = range(0, len(tokens) + 1, self.page_size)
-        return max(end for end in ends if self._usable(space, tokens, end))
+    def _needed(self, path: Sequence[Page], length: int, reach: float) -> Sequence[Page]:
+        """The pages with one of the last `reach` tokens before a stop."""
+        first = 0 if reach == math.inf else max(0, int(length * self.page_size - reach) // self.page_size)
+        return path[first:length]
 
-    def pages(self, space: bytes, tokens: tuple[int, ...], length: int) -> list[int]:
-        return [self.live[0][space, tokens[:end]] for end in range(self.page_size, length + 1, self.page_size)]
+    def stop(self, path: Sequence[Page]) -> int:
+        """The longest stop on `path`."""
+        return next(length for length in range(len(path), -1, -1) if self.is_stop(path, length))
 
-    def insert(self, space: bytes, tokens: tuple[int, ...], values: list[list[int]], owned: int) -> list[list[int]]:
-        """Offers values; returns, for each component, those that were not needed."""
-        spare: list[list[int]] = [[] for _ in self.components]
-        length = len(tokens) // self.page_size * self.page_size
-        for i, component in enumerate(self.components):
-            if component.spans:
-                ends = range(self.page_size, length + 1, self.page_size)
-                offers = [(end, value) for end, value in zip(ends, values[i], strict=False) if end > owned]
+    def state_at(self, path: Sequence[Page], length: int) -> int:
+        return path[length - 1].ids[self.state] if self.state and length else 0
+
+    def find(self, path: Sequence[Page]) -> None:
+        """A lookup ended at the end of `path`."""
+        ends = [page for page in path if page.is_end]
+        for c in range(self.count):
+            for end in ends:
+                end.hits[c] += end.known[c]
+            self._touch(c, ends)
+
+    # Use.
+
+    def _touch(self, c: int, ends: Sequence[Page]) -> None:
+        for end in ends[::-1] if c == 0 else ends:
+            self._use(c, end)
+
+    def _use(self, c: int, end: Page) -> None:
+        self.clock += 1
+        end.used[c] = self.clock
+
+    def _enter(self, c: int, end: Page) -> None:
+        """A run may be evicted from now on."""
+        if not end.known[c]:
+            end.known[c], end.born[c], end.hits[c] = True, self.clock, 0
+        self._use(c, end)
+
+    def mark(self, page: Page) -> None:
+        """A run ends at `page` from now on."""
+        if page.is_end:
+            return
+        rest = self.end_of(page)
+        page.is_end, page.priority = True, rest.priority
+        for c in self.spanning:
+            if page.ids[c] and rest.known[c]:
+                page.known[c], page.born[c], page.hits[c] = True, rest.born[c], rest.hits[c] + 1
+                self._use(c, page)
+
+    # Changing.
+
+    def starts(self, values: Sequence[Sequence[int]], owned: int, total: int) -> list[int] | None:
+        """For each component, the page from which on it is offered; None if nothing is, at the end."""
+        starts = []
+        for c, component in enumerate(self.components):
+            start = owned
+            if c and component.spans:
+                start = max([owned, *(at + 1 for at in range(owned, total) if not values[c][at])])
+            elif c:
+                start = owned if values[c] and values[c][0] else total
+            if start == total > owned:
+                return None
+            starts.append(start)
+        return starts
+
+    def insert(
+        self, space: bytes, elements: bytes, values: Sequence[Sequence[int]], owned: int, priority: int = 0
+    ) -> tuple[list[list[int]], list[Page], list[Page]]:
+        """Offers values that `starts` accepts; returns what is not needed, and the ends of runs healed and added."""
+        total = len(elements) // self.page_bytes
+        starts = self.starts(values, owned, total)
+        assert starts is not None
+        path = self.path(space, elements[: total * self.page_bytes])
+        present = len(path)
+        assert present >= owned, "a locked prefix has left the tree"
+        if present:
+            self.mark(path[-1])
+        ends = [page for page in path if page.is_end]
+        for end in ends:
+            end.priority = max(end.priority, priority)
+        spare: list[list[int]] = [list(values[0][owned:present])]
+        healed: list[Page] = []
+        for c in range(1, self.count):
+            if c == self.state:
+                spare.append(self._save(path, total, values[c]))
             else:
-                offers = [(length, values[i][0])] if values[i] else []
-            for end, value in offers:
-                if end and (space, tokens[:end]) not in self.live[i]:
-                    self.live[i][space, tokens[:end]] = value
-                else:
-                    spare[i].append(value)
-        return spare
+                spare.append(self._heal(c, path, values[c], owned, starts[c], healed))
+        ends = [page for page in path if page.is_end]
+        for c in range(1, self.count):
+            self._touch(c, ends)
+        added = self._add(space, elements, path, values, starts, priority)
+        self._touch(0, added)
+        self._touch(0, ends)
+        return spare, healed, added
 
-    def forget(self, freed: list[list[int]], held: list[set[int]]) -> None:
-        for i, values in enumerate(freed):
-            where = {value: prefix for prefix, value in self.live[i].items()}
-            for value in values:
-                assert value in where, f"component {i} let go of {value}, which it does not hold"
-                assert value not in held[i], f"component {i} let go of {value} while it was locked"
-                del self.live[i][where.pop(value)]
+    def _save(self, path: list[Page], total: int, state: Sequence[int]) -> list[int]:
+        if not state or not state[0] or len(path) < total:
+            return []
+        if not total or path[-1].ids[self.state]:
+            return [state[0]]
+        path[-1].ids[self.state] = state[0]
+        if not path[-1].locks[self.state]:
+            self._enter(self.state, path[-1])
+        return []
 
-    def protected_by(self, space: bytes, tokens: tuple[int, ...], length: int) -> list[set[int]]:
-        """Values a lock at `length` must keep: what makes that point usable."""
-        keep: list[set[int]] = []
-        for component, live in zip(self.components, self.live, strict=True):
-            if not component.spans:
-                keep.append({live[space, tokens[:length]]} if length else set())
-                continue
-            first = 0 if component.reach == math.inf else max(0, length - int(component.reach))
-            ends = [end for end in range(self.page_size, length + 1, self.page_size) if end > first]
-            keep.append({live[space, tokens[:end]] for end in ends})
-        return keep
+    def _heal(
+        self, c: int, path: list[Page], offered: Sequence[int], owned: int, start: int, healed: list[Page]
+    ) -> list[int]:
+        taken = set(range(max(start, len(path)), len(offered)))
+        if owned < start < len(path) and not path[start - 1].ids[c] and not path[start].ids[c]:
+            self.mark(path[start - 1])
+        for end in [page for page in path[start:] if page.is_end and not page.ids[c]]:
+            for page in self.run_of(end):
+                page.ids[c] = offered[page.depth - 1]
+                taken.add(page.depth - 1)
+            if not end.locks[c]:
+                self._enter(c, end)
+            healed.append(end)
+        total = max(start, len(path))
+        return [offered[at] for at in range(owned, total) if offered[at] and at not in taken]
+
+    def _add(
+        self,
+        space: bytes,
+        elements: bytes,
+        path: list[Page],
+        values: Sequence[Sequence[int]],
+        starts: list[int],
+        priority: int,
+    ) -> list[Page]:
+        added: list[Page] = []
+        total = len(elements) // self.page_bytes
+        for at in range(len(path), total):
+            prefix = elements[: (at + 1) * self.page_bytes]
+            parent = path[-1] if path else None
+            page = self.cached[space, prefix] = Page(space, prefix, parent, self.count)
+            if parent is not None:
+                parent.below.append(page)
+            for c in self.spanning:
+                if at >= starts[c]:
+                    page.ids[c] = values[c][at]
+            if at + 1 in starts or at + 1 == total:
+                page.is_end, page.priority = True, priority
+                added.append(page)
+            path.append(page)
+        if added and self.state:
+            path[-1].ids[self.state] = values[self.state][0]
+        for end in added:
+            for c in range(self.count):
+                if end.ids[c]:
+                    self._enter(c, end)
+        return added
+
+    def lock(self, path: Sequence[Page]) -> list[list[Page]]:
+        """Locks the stop at the end of `path`; returns the pages covered, for each component."""
+        if not path:
+            return [[] for _ in self.components]
+        self.mark(path[-1])
+        covered = []
+        for component in self.components:
+            if component.spans:
+                first = self._needed(path, len(path), component.reach)[0]
+                begin = self.run_of(self.end_of(first))[0].depth - 1
+                covered.append(list(path[begin:]))
+            else:
+                covered.append([path[-1]])
+        for c, pages in enumerate(covered):
+            for page in pages:
+                page.locks[c] += 1
+        return covered
+
+    def unlock(self, covered: list[list[Page]]) -> int:
+        """Returns how many pages of the first component became evictable."""
+        for c, pages in enumerate(covered):
+            freed = []
+            for page in pages:
+                page.locks[c] -= 1
+                assert page.locks[c] >= 0
+                if page.is_end and not page.locks[c] and page.ids[c]:
+                    freed.append(page)
+            for end in freed[::-1] if c == 0 else freed:
+                self._enter(c, end)
+        return sum(not page.locks[0] for page in covered[0])
+
+    def evict(self, c: int, amount: int, told: Sequence[int] = ()) -> list[list[int]]:
+        """Lets go of at least `amount` values; `told` are those of this component that went, in order."""
+        gone: list[list[int]] = [[] for _ in self.components]
+        while len(gone[c]) < amount:
+            candidates = [end for end in self.unlocked(c) if c or not end.below]
+            if not candidates:
+                break
+            if self.order:
+                order = self.order
+                end = min(candidates, key=lambda end: order(end, c))
+            else:
+                (end,) = [end for end in candidates if told[len(gone[c])] in self.values(c, end)]
+            if end.below:
+                for page in self.run_of(end) if c in self.spanning else [end]:
+                    gone[c].append(page.ids[c])
+                    page.ids[c] = 0
+                end.known[c] = False
+            else:
+                self._remove(end, gone)
+        return gone
+
+    def _remove(self, end: Page, gone: list[list[int]]) -> None:
+        """A run that no page follows goes, and what led to it if that is no stop for all."""
+        above: Page | None = end
+        while above is not None and not above.below and (above is end or not self._is_kept(above)):
+            run = self.run_of(above)
+            for c in range(self.count):
+                gone[c] += self.values(c, above)
+            for page in run:
+                del self.cached[page.space, page.prefix]
+            above = run[0].parent
+            if above is not None:
+                above.below.remove(run[0])
+
+    def _is_kept(self, end: Page) -> bool:
+        return bool(end.locks[0]) or all(end.ids)
+
+    def drop(self, space: bytes) -> list[list[int]] | None:
+        """Lets go of a namespace; None if some of it is locked."""
+        pages = [page for page in self.cached.values() if page.space == space]
+        if any(page.locks[0] for page in pages):
+            return None
+        for page in pages:
+            del self.cached[page.space, page.prefix]
+        return [[page.ids[c] for page in pages if page.ids[c]] for c in range(self.count)]
+
+    # Looking at.
+
+    def ends(self) -> Iterator[Page]:
+        return (page for page in self.cached.values() if page.is_end)
+
+    def unlocked(self, c: int) -> list[Page]:
+        """Ends of the runs that have component `c` and are not locked there."""
+        return [end for end in self.ends() if end.ids[c] and not end.locks[c]]
+
+    def values(self, c: int, end: Page) -> list[int]:
+        """What the run that ends there has of component `c`."""
+        if not end.ids[c]:
+            return []
+        return [page.ids[c] for page in self.run_of(end)] if c in self.spanning else [end.ids[c]]
+
+    def run_of(self, end: Page) -> list[Page]:
+        """The run that ends there, from its start."""
+        run = [end]
+        while (above := run[-1].parent) is not None and not above.is_end:
+            run.append(above)
+        return run[::-1]
+
+    def end_of(self, page: Page) -> Page:
+        """The end of the run that `page` is in."""
+        while not page.is_end:
+            (page,) = page.below
+        return page

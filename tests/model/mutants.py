@@ -1,8 +1,8 @@
 """Do the drivers see bugs? `python -m tests.model.mutants [--ops 20000] [--jobs 2] [NAME ...]`
 
 Each mutant of `mutants.txt` is one textual change to a copy of the package; a driver then runs over the copy and has to
-fail. Mutants of manager, plans and device table go to `manager_driver`, with a quarter of the operations; all others go
-to `driver`.
+fail. Mutants of manager, plans and device table go to `manager_driver`, with a quarter of the operations, those of the
+tree's further components ("components: ...") to `tree_driver`, all others to `driver`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.model.tree_driver import OPS_PER_LIFE
+
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutants.txt")
-WITH_A_STEP = ("manager.py", "planner.py", "runner.py", "packing.py", "step.py")
+WITH_A_STEP = ("manager.py", "cursor.py", "planner.py", "runner.py", "packing.py", "step.py")
 TIMEOUT_S = 600
 
 
@@ -35,8 +37,16 @@ class Mutant:
     new: str
 
     @property
-    def needs_a_step(self) -> bool:
-        return self.file in WITH_A_STEP or self.name.startswith("table changes")
+    def driver(self) -> str:
+        if self.name.startswith("components:"):
+            return "tree_driver"
+        needs_a_step = self.file in WITH_A_STEP or self.name.startswith("table changes")
+        return "manager_driver" if needs_a_step else "driver"
+
+    def command(self, ops: int) -> list[str]:
+        if self.driver == "tree_driver":
+            return ["tests.model.tree_driver", "--seeds", f"0:{ops // OPS_PER_LIFE}"]
+        return [f"tests.model.{self.driver}", "--ops", str(ops // 4 if self.driver == "manager_driver" else ops)]
 
     def apply(self, package: Path) -> None:
         path = package / self.file
@@ -68,8 +78,7 @@ def is_caught(mutant: Mutant, ops: int) -> tuple[bool, str]:
             mutant.apply(place / "jaxcache")
         except (LookupError, SyntaxError) as error:
             return False, f"does not apply: {error}"
-        driver, ops = ("manager_driver", ops // 4) if mutant.needs_a_step else ("driver", ops)
-        command = [sys.executable, "-m", f"tests.model.{driver}", "--ops", str(ops), "--seed", "0"]
+        command = [sys.executable, "-m", *mutant.command(ops)]
         environment = {**os.environ, "PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
