@@ -24,77 +24,72 @@ DIGEST_BYTES = 32
 class PageHashes(Sequence[bytes]):
     """The chained digests of a run of pages, worked out when one is first looked at.
 
-    Making one hashes nothing, so an insert can afford it; any thread may look. A part shares the run it is cut from.
-    Once they are worked out, a run keeps 32 bytes a page, and neither its tokens nor the run before it.
+    Making one hashes nothing, so an insert can afford it; any thread may look. Once they are worked out, it keeps 32
+    bytes a page, and neither the tokens nor what comes before them.
 
     Args:
       packed: Packed tokens of whole pages.
       page_bytes: Bytes of a page of tokens.
-      prior: The pages right before the first one, or the seed of the namespace where there are none.
+      prior: The pages right before the first one, or the encoded namespace where there are none.
     """
 
-    __slots__ = ("_run", "_start", "_stop", "_whole")
+    __slots__ = ("_done", "_packed", "_page_bytes", "_pages", "_prior")
 
     def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes = b""):
-        self._run: _Run | bytes = (packed, page_bytes, prior)  # what to hash, or what came out
-        self._whole: PageHashes | None = None  # the run that this is a part of
-        self._start = 0
-        self._stop = len(packed) // page_bytes
+        self._packed = packed
+        self._page_bytes = page_bytes
+        self._prior = prior
+        self._pages = len(packed) // page_bytes
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return self._pages
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...
     @overload
-    def __getitem__(self, index: slice) -> PageHashes: ...
-    def __getitem__(self, index: int | slice) -> bytes | PageHashes:
-        """One digest, or a part of the run (step 1)."""
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self._stop - self._start)
-            if step != 1:
-                raise ArgumentError(f"index: hashes are cut with step 1, got step {step}")
-            return self._part(self._start + start, self._start + max(start, stop))
-        page = range(self._start, self._stop)[index]
-        return self._digests()[DIGEST_BYTES * page : DIGEST_BYTES * (page + 1)]
-
-    def split(self, pages: int) -> tuple[PageHashes, PageHashes]:
-        """The first so many pages, and the rest."""
-        cut = self._start + pages
-        return self._part(self._start, cut), self._part(cut, self._stop)
-
-    def _part(self, start: int, stop: int) -> PageHashes:
-        part = PageHashes.__new__(PageHashes)
-        part._run = b""
-        part._whole = self if self._whole is None else self._whole
-        part._start = start
-        part._stop = stop
-        return part
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        """One digest, or several."""
+        digests = self._digests()
+        pages = range(self._pages)[index]
+        if isinstance(pages, int):
+            return digests[DIGEST_BYTES * pages : DIGEST_BYTES * (pages + 1)]
+        return [digests[DIGEST_BYTES * page : DIGEST_BYTES * (page + 1)] for page in pages]
 
     def names(self) -> list[int]:
         """The first 64 bits of each digest as a signed integer, as `hash_to_int64`."""
-        return np.frombuffer(self._digests(), ">i8")[4 * self._start : 4 * self._stop : 4].tolist()
+        return np.frombuffer(self._digests(), ">i8")[::4].tolist()
+
+    def split(self, upper: bytes, lower: bytes) -> tuple[PageHashes, PageHashes]:
+        """Two runs, given the tokens of each; what was worked out for the whole is worked out for them."""
+        first = PageHashes(upper, self._page_bytes, self._prior)  # before asking whether it is done: see `_digests`
+        second = PageHashes(lower, self._page_bytes, first)
+        if not self._packed:
+            cut = DIGEST_BYTES * first._pages
+            for part, done in ((first, self._done[:cut]), (second, self._done[cut:])):
+                part._done, part._packed, part._prior = done, b"", b""
+        return first, second
 
     def _digests(self) -> bytes:
-        """The digests of the whole run, one behind the other. Two threads may work them out at once: to the same."""
-        whole = run = self if self._whole is None else self._whole
-        todo: list[tuple[PageHashes, _Run]] = []
-        while not isinstance(work := run._run, bytes):  # no recursion: chats make chains of any depth
-            todo.append((run, work))
-            prior = work[2]
+        """All digests, one behind the other. Two threads may work them out at once: to the same."""
+        todo = []
+        run = self
+        while True:  # no recursion: chats make chains of any depth
+            prior, packed = run._prior, run._packed  # in this order: it is done once there are no tokens
+            if not packed:
+                break
+            todo.append((run, packed, prior))
             if isinstance(prior, bytes):
                 break
-            run = prior if prior._whole is None else prior._whole
-        for run, (packed, page_bytes, prior) in reversed(todo):
-            run._run = b"".join(page_hashes(packed, page_bytes, prior if isinstance(prior, bytes) else prior[-1]))
-        return whole._run  # type: ignore[return-value]
+            run = prior
+        for run, packed, prior in reversed(todo):
+            seed = namespace_seed(prior) if isinstance(prior, bytes) else prior[-1]
+            run._done = b"".join(page_hashes(packed, run._page_bytes, seed))
+            run._packed = run._prior = b""
+        return self._done
 
     def __repr__(self) -> str:
-        return f"PageHashes({len(self)} pages)"
-
-
-_Run = tuple[bytes, int, PageHashes | bytes]
-"""Packed tokens, bytes of a page, and what comes before: what a run is hashed from."""
+        return f"PageHashes({self._pages} pages)"
 
 
 def hash_token_ids(
@@ -191,7 +186,7 @@ def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:
         above = above.parent
     if not path or not isinstance(above, Root):
         raise ArgumentError("node: it is a root or has left its tree: match again")
-    prior: PageHashes | bytes = namespace_seed(above.namespace)
+    prior: PageHashes | bytes = above.namespace
     for step in reversed(path[1:]):
         prior = _hashed(step, page_bytes, prior)
     return _hashed(node, page_bytes, prior)

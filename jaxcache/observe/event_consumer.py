@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Set
 
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.key import RadixKey, namespace_seed
+from jaxcache.index.key import RadixKey
 from jaxcache.observe.events import AllBlocksCleared, BlockStored, EventBatch, StorageMedium
 
 Replay = Callable[[int], Iterable[tuple[int, EventBatch]]]
@@ -130,9 +130,7 @@ class EventConsumer:
         A cache with windows or states may find less. O(tokens of the key), to hash them.
         """
         blocks = self._blocks[medium]
-        hashes = PageHashes(
-            key.packed[: key.element_bytes * key.length], key.element_bytes * page_size, namespace_seed(key.namespace)
-        )
+        hashes = PageHashes(key.packed[: key.element_bytes * key.length], key.element_bytes * page_size, key.namespace)
         found = 0
         for name in hashes.names():
             if name not in blocks:

@@ -16,6 +16,7 @@ Source: SGLang 0.5.23 disaggregation/kv_events.py, mem_cache/events.py; vLLM dis
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from jaxcache.index.hashing import PageHashes
 from jaxcache.index.node import Eviction, Node
 from jaxcache.index.tree import RadixTree
 
-Blocks = Sequence[int] | Sequence[PageHashes]
+Blocks = PageHashes | Sequence[int] | Sequence[PageHashes]
 """Names of blocks, or what they are hashed from."""
 
 
@@ -180,16 +181,14 @@ def block_name(digest: bytes) -> int:
 
 
 def _names(blocks: Blocks) -> list[int]:
-    names: list[int] = []
-    for block in blocks:
-        if isinstance(block, PageHashes):
-            names += block.names()
-        else:
-            names.append(block)
-    return names
+    if isinstance(blocks, PageHashes):
+        return blocks.names()
+    return [name for block in blocks for name in (block.names() if isinstance(block, PageHashes) else (block,))]
 
 
 def _count(blocks: Blocks) -> int:
+    if isinstance(blocks, PageHashes):
+        return len(blocks)
     return sum([len(block) if isinstance(block, PageHashes) else 1 for block in blocks])
 
 
@@ -216,41 +215,46 @@ class EventQueue:
         self._tree = tree
         self._max_blocks = max_blocks
         self._waiting: list[KVCacheEvent] = []
-        self._blocks = 0
-        self._is_lost = False
+        self._blocks = 0  # more than fit, once some were forgotten
         self.overflows = 0
 
     def stored(self, node: Node) -> None:
         """A node joined the tree. O(depth)."""
-        if self._has_room(len(node.value)):
-            self._waiting.append(self._stored(node))
+        self._blocks += len(node.value)
+        if self._blocks > self._max_blocks:
+            self._forget(len(node.value))
+            return
+        root = parent = node.parent
+        while root.parent is not None:
+            root = root.parent
+        hashes: Any = node.hashes  # they are there: the tree keeps them
+        self._waiting.append(BlockStored(hashes, parent.hashes, node.key, self._tree.page_size, root.namespace))
 
     def removed(self, gone: Eviction) -> None:
         """Nodes left the tree. O(nodes)."""
-        if gone.nodes and self._has_room(len(gone.values[0])):
+        if not gone.nodes:
+            return
+        self._blocks += len(gone.values[0])
+        if self._blocks <= self._max_blocks:
             hashes: list[Any] = [node.hashes for node in gone.nodes]  # they are there: the tree keeps them
             self._waiting.append(BlockRemoved(hashes))
+        else:
+            self._forget(len(gone.values[0]))
 
     def cleared(self) -> None:
         """The tree forgot everything; what was said before does not matter any more."""
         self._waiting.clear()
         self._waiting.append(AllBlocksCleared())
-        self._blocks, self._is_lost = 0, False
+        self._blocks = 0
 
-    def _has_room(self, blocks: int) -> bool:
-        self._blocks += blocks
-        if self._blocks > self._max_blocks and not self._is_lost:
-            self._waiting.clear()
-            self._is_lost = True
-            self.overflows += 1
-        return not self._is_lost
+    def _forget(self, blocks: int) -> None:
+        self.overflows += self._blocks - blocks <= self._max_blocks  # the first ones too many
+        self._waiting.clear()
 
     def take(self) -> list[KVCacheEvent]:
         """The events since the last call; if some were forgotten, `snapshot`."""
-        events, self._waiting, self._blocks = self._waiting, [], 0
-        if self._is_lost:
-            self._is_lost = False
-            return self.snapshot()
+        events = self._waiting if self._blocks <= self._max_blocks else self.snapshot()
+        self._waiting, self._blocks = [], 0
         return events
 
     def snapshot(self) -> list[KVCacheEvent]:
@@ -258,11 +262,8 @@ class EventQueue:
 
         Nothing is taken from the queue. O(nodes).
         """
-        return [AllBlocksCleared(), *map(self._stored, self._tree.nodes())]
-
-    def _stored(self, node: Node) -> BlockStored:
-        root = parent = node.parent
-        while root.parent is not None:
-            root = root.parent
-        hashes: Any = node.hashes  # they are there: the tree keeps them
-        return BlockStored((hashes,), parent.hashes, node.key, self._tree.page_size, root.namespace)
+        anew = EventQueue(self._tree, sys.maxsize)
+        anew.cleared()
+        for node in self._tree.nodes():
+            anew.stored(node)
+        return anew.take()

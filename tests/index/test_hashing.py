@@ -97,40 +97,49 @@ def test_contents_that_are_none(part):
         content_digest()
 
 
-def test_a_run_is_its_page_hashes_however_it_is_cut_and_continued():
+def cut(packed_tokens, page_bytes, rng):
+    """The tokens in runs of whole pages, as they would be inserted one below the other."""
+    pages = len(packed_tokens) // page_bytes
+    ends = sorted({pages, *(rng.randint(1, pages) for _ in range(rng.randint(0, 3)))})
+    return [packed_tokens[a * page_bytes : b * page_bytes] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def test_runs_have_their_page_hashes_however_they_are_cut_split_and_asked():
     rng = random.Random(0)
-    for _ in range(200):
-        page_size = rng.choice([1, 2, 5])
-        tokens = packed([rng.randrange(3) for _ in range(page_size * rng.randint(1, 12))])
-        seed = rng.choice([b"", b"seed"])
-        expected = page_hashes(tokens, 4 * page_size, seed)
-        parts, start = [], 0
-        prior = seed
-        while start < len(expected):
-            stop = rng.randint(start + 1, len(expected))
-            part = PageHashes(tokens[start * 4 * page_size : stop * 4 * page_size], 4 * page_size, prior)
-            cut = rng.randint(0, len(part))
-            parts += [part[:cut], part[cut:]]
-            prior, start = part, stop
-        assert [len(part) for part in parts] == [len(list(part)) for part in parts]
-        rng.shuffle(order := list(range(len(parts))))
-        hashes = {i: list(parts[i]) for i in order}  # asked in any order
-        assert [digest for i in range(len(parts)) for digest in hashes[i]] == expected
-        assert [list(half) for part in parts for half in part.split(len(part) // 2)] == [
-            list(half) for part in parts for half in (part[: len(part) // 2], part[len(part) // 2 :])
-        ]
+    for _ in range(300):
+        page_bytes = 4 * rng.choice([1, 2, 5])
+        tokens = packed([rng.randrange(3) for _ in range(page_bytes // 4 * rng.randint(1, 12))])
+        prior = rng.choice([b"", b"space"])
+        expected = page_hashes(tokens, page_bytes, namespace_seed(prior))
+        runs = []
+        for part in cut(tokens, page_bytes, rng):
+            prior = PageHashes(part, page_bytes, prior)
+            runs.append((part, prior))
+        for _ in range(rng.randint(0, 4)):
+            i = rng.randrange(len(runs))
+            part, run = runs[i]
+            if rng.random() < 0.5:
+                assert run[-1] in expected
+            if len(run) > 1:
+                at = page_bytes * rng.randint(1, len(run) - 1)
+                halves = run.split(part[:at], part[at:])
+                runs[i : i + 1] = [(part[:at], halves[0]), (part[at:], halves[1])]
+        found = {i: list(runs[i][1]) for i in rng.sample(range(len(runs)), len(runs))}
+        assert [len(run) for _, run in runs] == [len(found[i]) for i in range(len(runs))]
+        assert [digest for i in range(len(runs)) for digest in found[i]] == expected
         names = [int.from_bytes(digest[:8], "big", signed=True) for digest in expected]
-        assert [name for part in parts for name in part.names()] == names
+        assert [name for _, run in runs for name in run.names()] == names
         assert [hash_to_int64(digest.hex()) for digest in expected] == names
 
 
 def test_a_run_hashes_nothing_until_asked_and_then_lets_its_tokens_go():
     tokens = packed(range(8))
     above = PageHashes(tokens, 16)
-    below = PageHashes(tokens, 16, above[:1])
-    assert below._run[0] is tokens
-    assert below[-1] == page_hashes(tokens, 16, page_hashes(tokens, 16)[0])[-1]
-    assert [len(run._run) for run in (above, below)] == [64, 64]
+    below = PageHashes(tokens, 16, above)
+    assert below._packed is tokens
+    assert below[-1] == page_hashes(tokens, 16, page_hashes(tokens, 16)[1])[-1]
+    assert [(run._packed, run._prior, len(run._done)) for run in (above, below)] == [(b"", b"", 64)] * 2
+    assert [half._packed for half in above.split(tokens[:16], tokens[16:])] == [b"", b""]
 
 
 def test_a_chain_of_any_depth_needs_no_recursion():
@@ -145,8 +154,7 @@ def test_threads_may_ask_for_the_same_run_at_once():
     expected = page_hashes(tokens, 4)
     for _ in range(3):
         run = PageHashes(tokens[:40_000], 4)
-        rest = PageHashes(tokens[40_000:], 4, run)
-        halves = [run, rest] * 3
+        halves = [run, PageHashes(tokens[40_000:], 4, run)] * 3
         found: list[list[bytes]] = [[] for _ in halves]
 
         def look(i, halves=halves, found=found):
@@ -166,9 +174,10 @@ def test_an_index_past_the_end_is_refused(index):
         PageHashes(packed(range(4)), 4)[index]
 
 
-def test_hashes_are_cut_with_step_1():
-    with pytest.raises(ArgumentError, match="step 2"):
-        PageHashes(packed(range(4)), 4)[::2]
+def test_several_digests_are_a_list():
+    run = PageHashes(packed(range(6)), 4)
+    for where in (slice(1, 4), slice(None, None, -2), slice(4, 2)):
+        assert run[where] == page_hashes(packed(range(6)), 4)[where]
 
 
 def pages(count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.key import RadixKey, namespace_seed
+from jaxcache.index.key import RadixKey
 from jaxcache.observe.event_consumer import EventConsumer
 from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, StorageMedium
 from tests.observe.event_driver import DEAF, HARSH, HEALABLE, MIXES, NO_FAULTS, Life
@@ -174,9 +174,9 @@ def test_media_are_kept_apart():
 @pytest.mark.parametrize("space", [None, "tenant"])
 def test_prefix_len_is_what_a_lookup_finds(space):
     key = RadixKey(list(range(10)), space)
-    hashes = PageHashes(key.packed, 8, namespace_seed(key.namespace))
+    hashes = PageHashes(key.packed[:24], 8, key.namespace)
     consumer = EventConsumer()
-    consumer.receive(0, batch(0, BlockStored([hashes[:3]], None, key.packed[:24], 2, key.namespace)))
+    consumer.receive(0, batch(0, BlockStored(hashes, None, key.packed[:24], 2, key.namespace)))
     assert consumer.prefix_len(key, 2) == 6
     assert consumer.prefix_len(key[:5], 2) == 4
     assert consumer.prefix_len(key[:1], 2) == 0
