@@ -22,9 +22,9 @@ CHANGES = 8
 
 
 def swa_config(make_config=mha_config, dtype=np.float32, window=None, **sizes) -> SWAConfig:
-    """A small pool: layers 0 and 2 are the window's, 1, 3 and 4 of full attention. `window` are sizes of that side."""
+    """A small pool: layers 2 and 0 are the window's, 4, 1 and 3 of full attention. `window` are sizes of that side."""
     full, small = make_config(dtype, **sizes), make_config(dtype, **sizes | {"layer_num": 2} | (window or {}))
-    return SWAConfig(full=full, window=small, full_layers=(1, 3, 4), window_layers=(0, 2))
+    return SWAConfig(full=full, window=small, full_layers=(4, 1, 3), window_layers=(2, 0))
 
 
 def large_config(make_config=mha_config, dtype=jnp.bfloat16, **sizes) -> SWAConfig:
