@@ -1,7 +1,7 @@
 """Triton kernels of `copy_pages` and of `copy_kv.move_rows`. Parameter order: see `triton_call`.
 
 A page of one layer is contiguous on both sides: a program moves a stretch of it, and all its loads are in flight before
-the first store. Element offsets are int64.
+the first store. Pages are moved once, so their lines are the first to leave the L2 cache. Element offsets are int64.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def gather_pages_kernel(
     in_pool, in_blocks, column, real = _stretch_of_program(pages, layers, pool_pages, WIDTH, BLOCK)
     inside = column < WIDTH
     # a float nought: Triton casts it to every dtype, an integer one not to float8
-    stretch = tl.load(pool + in_pool + column, mask=inside & real, other=0.0)
-    tl.store(blocks + in_blocks + column, stretch, mask=inside)
+    stretch = tl.load(pool + in_pool + column, mask=inside & real, other=0.0, eviction_policy="evict_first")
+    tl.store(blocks + in_blocks + column, stretch, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -115,7 +115,8 @@ def scatter_pages_kernel(
 ):
     in_pool, in_blocks, column, real = _stretch_of_program(pages, layers, pool_pages, WIDTH, BLOCK)
     inside = (column < WIDTH) & real
-    tl.store(pool + in_pool + column, tl.load(blocks + in_blocks + column, mask=inside), mask=inside)
+    stretch = tl.load(blocks + in_blocks + column, mask=inside, eviction_policy="evict_first")
+    tl.store(pool + in_pool + column, stretch, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Triton kernels of `write_kv`. Parameter order: see `triton_call`.
 
 A program moves a tile of rows: it loads all parts of the tile, then stores them, so that all loads are in flight at
-once. In a small write, where only latency counts, the slots are among those loads, and rows of padding are read in
-vain; a large one waits for its slots, and moves no byte of padding. Rows are copied bit for bit in the dtype they have.
-Element offsets are int64: a stacked pool has more than 2^31 elements.
+once. In a small write only latency counts: the slots are among those loads, and rows of padding are read in vain. A
+large one waits for its slots, so that it moves no byte of padding, and marks its lines as the first to leave the L2
+cache, which cannot hold them. Rows are copied bit for bit in the dtype they have. Element offsets are int64: a stacked
+pool has more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MAX_BLOCK = 2048
 """Widest piece of a row that one tile covers, elements."""
 TILE_BYTES = 5 * 1024
 """Bytes that one program has in flight. More, smaller programs are the faster: 2% from 16 KB to this on an H200."""
-EAGER_BYTES = 16 * 2**20
-"""A write is small up to so many bytes of rows. Of 4,096 latent rows it takes a tenth off the time on an H200."""
+LARGE_BYTES = 16 * 2**20
+"""From so many bytes of rows on, a write is large. On an H200 that saves a small one up to a tenth of its time."""
 FULL_GRID = 1024
 """Programs that keep every GPU busy; below it a program takes fewer rows."""
 
@@ -73,7 +74,7 @@ def write_kv_launch(n: int, k_width: int, v_width: int, itemsize: int) -> dict:
         K_BLOCK=k_block,
         V_BLOCK=v_block,
         ROWS=rows,
-        EAGER=n * (k_width + v_width) * itemsize <= EAGER_BYTES,
+        LARGE=n * (k_width + v_width) * itemsize >= LARGE_BYTES,
     )
 
 
@@ -88,7 +89,7 @@ def write_mla_kv_launch(n: int, rank: int, rope: int, itemsize: int) -> dict:
         RANK_BLOCK=rank_block,
         ROPE_BLOCK=rope_block,
         ROWS=rows,
-        EAGER=n * (rank + rope) * itemsize <= EAGER_BYTES,
+        LARGE=n * (rank + rope) * itemsize >= LARGE_BYTES,
     )
 
 
@@ -137,16 +138,18 @@ def write_kv_kernel(
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    EAGER: tl.constexpr,  # the rows are read before their slots are known, those of padding too
+    LARGE: tl.constexpr,
 ):
     token, row, keep = _rows_of_program(layer, loc, n, layers, slots, ROWS)
     k_column, k_inside = _columns_of_program(K_WIDTH, K_BLOCK)
     v_column, v_inside = _columns_of_program(V_WIDTH, V_BLOCK)
-    read = token < n if EAGER else keep
-    k_tile = tl.load(k + token[:, None] * K_WIDTH + k_column, mask=read[:, None] & k_inside)
-    v_tile = tl.load(v + token[:, None] * V_WIDTH + v_column, mask=read[:, None] & v_inside)
-    tl.store(k_pool + row[:, None] * K_WIDTH + k_column, k_tile, mask=keep[:, None] & k_inside)
-    tl.store(v_pool + row[:, None] * V_WIDTH + v_column, v_tile, mask=keep[:, None] & v_inside)
+    read = (keep if LARGE else token < n)[:, None]
+    keep = keep[:, None]
+    POLICY: tl.constexpr = "evict_first" if LARGE else ""  # pyright: ignore[reportAssignmentType]
+    k_tile = tl.load(k + token[:, None] * K_WIDTH + k_column, mask=read & k_inside, eviction_policy=POLICY)
+    v_tile = tl.load(v + token[:, None] * V_WIDTH + v_column, mask=read & v_inside, eviction_policy=POLICY)
+    tl.store(k_pool + row[:, None] * K_WIDTH + k_column, k_tile, mask=keep & k_inside, eviction_policy=POLICY)
+    tl.store(v_pool + row[:, None] * V_WIDTH + v_column, v_tile, mask=keep & v_inside, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -165,14 +168,16 @@ def write_mla_kv_kernel(
     RANK_BLOCK: tl.constexpr,
     ROPE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    EAGER: tl.constexpr,  # the rows are read before their slots are known, those of padding too
+    LARGE: tl.constexpr,
 ):
     token, row, keep = _rows_of_program(layer, loc, n, layers, slots, ROWS)
     nope_column, nope_inside = _columns_of_program(RANK, RANK_BLOCK)
     rope_column, rope_inside = _columns_of_program(ROPE, ROPE_BLOCK)
-    read = token < n if EAGER else keep
-    nope_tile = tl.load(nope + token[:, None] * RANK + nope_column, mask=read[:, None] & nope_inside)
-    rope_tile = tl.load(rope + token[:, None] * ROPE + rope_column, mask=read[:, None] & rope_inside)
+    read = (keep if LARGE else token < n)[:, None]
+    keep = keep[:, None]
+    POLICY: tl.constexpr = "evict_first" if LARGE else ""  # pyright: ignore[reportAssignmentType]
+    nope_tile = tl.load(nope + token[:, None] * RANK + nope_column, mask=read & nope_inside, eviction_policy=POLICY)
+    rope_tile = tl.load(rope + token[:, None] * ROPE + rope_column, mask=read & rope_inside, eviction_policy=POLICY)
     target = pool + row[:, None] * (RANK + ROPE)
-    tl.store(target + nope_column, nope_tile, mask=keep[:, None] & nope_inside)
-    tl.store(target + RANK + rope_column, rope_tile, mask=keep[:, None] & rope_inside)
+    tl.store(target + nope_column, nope_tile, mask=keep & nope_inside, eviction_policy=POLICY)
+    tl.store(target + RANK + rope_column, rope_tile, mask=keep & rope_inside, eviction_policy=POLICY)

@@ -60,7 +60,7 @@ class InterpretedRunner:
         monkeypatch.setattr(alloc_pages_triton, "ROWS_PER_STEP", 8)
         monkeypatch.setattr(write_kv_triton, "MAX_BLOCK", 64)
         monkeypatch.setattr(write_kv_triton, "FULL_GRID", 4)
-        monkeypatch.setattr(write_kv_triton, "EAGER_BYTES", 1000)  # both sides of it
+        monkeypatch.setattr(write_kv_triton, "LARGE_BYTES", 1000)  # both sides of it
 
     def tensor(self, array):
         array = np.array(array)
