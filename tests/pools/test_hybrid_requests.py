@@ -227,6 +227,7 @@ class StateLife(RuleBasedStateMachine):
         idle = np.setdiff1d(np.arange(3), self.rows)
         assert not self.table.state[idle].any()
         assert not self.table.saved[idle].any()
+        assert (self.table.state_from[idle] == NO_COPY).all()
 
 
 TestStateLife = StateLife.TestCase
