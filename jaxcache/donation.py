@@ -11,12 +11,13 @@ Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, Self, TypeVar
 
 import jax
 from jax.core import Tracer
@@ -92,6 +93,12 @@ class DevicePool:
                     f"this {type(part).__name__} is borrowed {part.borrow_count} time(s) and its memory must not "
                     "change: end the borrow first"
                 )
+
+    def replaced(self, **parts: Any) -> Self:
+        """This pool with other parts. Who sees the memory of the arrays that stay is told of their steps as before."""
+        pool = dataclasses.replace(self, **parts)  # pyright: ignore[reportArgumentType]
+        object.__setattr__(pool, "views", self.views)
+        return pool
 
     def add_view(self, view: PoolView) -> None:
         """Has `donating` and `reading` tell `view` of each step on this pool, for as long as somebody holds it."""

@@ -21,9 +21,10 @@ from torch_bridge.adopt import adopt as adopt
 from torch_bridge.adopt import adopt_pool as adopt_pool
 from torch_bridge.lend import borrow as borrow
 from torch_bridge.lend import share as share
+from torch_bridge.mha import TorchMHAPool as TorchMHAPool
+from torch_bridge.mla import TorchMLAPool as TorchMLAPool
 from torch_bridge.pool import TorchKVPool as TorchKVPool
-from torch_bridge.pool import TorchMHAPool as TorchMHAPool
-from torch_bridge.pool import TorchMLAPool as TorchMLAPool
 from torch_bridge.pool import TorchPool as TorchPool
 from torch_bridge.slots import TorchAllocator as TorchAllocator
 from torch_bridge.slots import TorchPrefixCache as TorchPrefixCache
+from torch_bridge.swa import TorchSWAPool as TorchSWAPool

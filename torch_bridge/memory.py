@@ -167,7 +167,9 @@ def _lendable_arrays(pool: DevicePool) -> Sequence[jax.Array]:
     arrays = _own_arrays(pool)
     for array in arrays:
         if not isinstance(array, jax.Array) or isinstance(array, Tracer):
-            raise ArgumentError("pool must hold arrays with memory; this one is traced or abstract: lend it outside jit")
+            raise ArgumentError(
+                "pool must hold arrays with memory; this one is traced or abstract: lend it outside jit"
+            )
         if array.is_deleted():
             pool.require_live()
         if array.sharding.num_devices > 1:

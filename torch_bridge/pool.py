@@ -1,4 +1,4 @@
-"""Pools as torch code sees them: SGLang's method names, on the memory of a jaxcache pool, in place.
+"""What all pools for torch have in common: SGLang's method names, on the memory of a jaxcache pool, in place.
 
 Make one with `borrow` or `share`. Getters return views, setters write through the project's own kernels on a GPU and
 through torch on a CPU. Contracts are those of the JAX pools where nothing else is said: slot 0 is the sink, and rows
@@ -9,6 +9,7 @@ Source: SGLang 0.5.2 memory_pool.py, whose tensors a torch engine would otherwis
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
@@ -19,8 +20,6 @@ from jaxcache.donation import DevicePool
 from jaxcache.errors import ArgumentError
 from jaxcache.pools.base import CpuCopy, KVCache
 from jaxcache.pools.config import require
-from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
-from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from torch_bridge import writes
 from torch_bridge.dtypes import torch_dtype
 from torch_bridge.memory import PoolMemory
@@ -36,12 +35,23 @@ class HasLayerId(Protocol):
 Layer: TypeAlias = int | HasLayerId
 
 
+def layer_id_of(layer: Layer) -> int:
+    """The global id of a layer."""
+    return layer if isinstance(layer, (int, np.integer)) else layer.layer_id
+
+
 class BufferInfos(NamedTuple):
     """What SGLang's transfer engines register: one entry a layer and array. Addresses die with the view."""
 
     data_ptrs: list[int]
     data_lens: list[int]
     item_lens: list[int]
+
+
+@functools.singledispatch
+def torch_pool(pool: DevicePool) -> Any:
+    """The view of `pool` for torch that fits its kind. Modules of this package register theirs."""
+    return TorchPool(pool)
 
 
 class TorchPool:
@@ -51,7 +61,7 @@ class TorchPool:
       pool: The pool, on one device.
 
     Attributes:
-      parts: Views of the pools that it consists of, in their order.
+      parts: Views of the pools that it consists of, by field.
 
     Raises:
       StalePoolError, ShardingError, ArgumentError, UnsupportedError: if torch cannot look into it; see `PoolMemory`.
@@ -60,7 +70,7 @@ class TorchPool:
     def __init__(self, pool: DevicePool):
         self._memory = PoolMemory(pool)
         self._tensors = self._memory.tensors()
-        self.parts = tuple(torch_pool(part) for part in vars(pool).values() if isinstance(part, DevicePool))
+        self.parts = {name: torch_pool(part) for name, part in vars(pool).items() if isinstance(part, DevicePool)}
 
     @property
     def pool(self) -> Any:
@@ -70,7 +80,10 @@ class TorchPool:
           DeadViewError: if this view has ended.
         """
         self._memory.require_alive()
-        return self._memory.pool
+        pools = {name: part.pool for name, part in self.parts.items()}
+        pool = self._memory.pool
+        is_whole = all(vars(pool)[name] is part for name, part in pools.items())
+        return pool if is_whole else pool.replaced(**pools)
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +98,7 @@ class TorchPool:
           DeadViewError: if this view has ended.
         """
         own = tuple(map(self._lent, self._tensors))
-        return sum((part.buffers for part in self.parts), own)
+        return sum((part.buffers for part in self.parts.values()), own)
 
     def fence(self) -> None:
         """Whatever either framework was given so far comes before what the other one is given from now on.
@@ -106,7 +119,7 @@ class TorchPool:
           What keeps JAX from updating the pool in place while it is kept.
         """
         holds = self._memory.torch_after_jax()
-        for part in self.parts:
+        for part in self.parts.values():
             holds += part.torch_after_jax()
         return holds
 
@@ -114,7 +127,7 @@ class TorchPool:
         """Ends the view: JAX comes after what torch was given, and every tensor is dead, slices included."""
         self._memory.order.jax_after_torch()
         self._memory.end("this torch view of a pool was closed: use its tensors only before, in the block of a borrow")
-        for part in self.parts:
+        for part in self.parts.values():
             part.close()
 
     def __enter__(self) -> Self:
@@ -166,8 +179,8 @@ class TorchKVPool(TorchPool):
           ArgumentError: on lists of different lengths or a wrong dtype or device.
         """
         self._memory.require_alive()
-        self._check_loc("tgt_loc", tgt_loc)
-        self._check_loc("src_loc", src_loc)
+        self.check_loc("tgt_loc", tgt_loc)
+        self.check_loc("src_loc", src_loc)
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", f"must be as many as src_loc, {len(src_loc)}", len(tgt_loc))
         for tensor in self._tensors:
             writes.move_rows(tensor, tgt_loc, src_loc)
@@ -207,7 +220,7 @@ class TorchKVPool(TorchPool):
 
     def _index(self, layer: Layer) -> int:
         """The index into the stack of a global layer id."""
-        layer_id = layer if isinstance(layer, (int, np.integer)) else layer.layer_id
+        layer_id = layer_id_of(layer)
         first, count = self.config.start_layer, self.config.layer_num
         if not first <= layer_id < first + count:
             raise ArgumentError(f"layer must be in [{first}, {first + count}); got {layer_id}")
@@ -220,7 +233,8 @@ class TorchKVPool(TorchPool):
             self._layer_ids = ids.unbind(0)
         return self._layer_ids[index]
 
-    def _check_loc(self, name: str, loc: Any) -> None:
+    def check_loc(self, name: str, loc: Any) -> None:
+        """Raises ArgumentError unless `loc` is a list of slots on the pool's device."""
         self._check_tensor(name, loc)
         if loc.ndim != 1 or (loc.dtype is not torch.int64 and loc.dtype is not torch.int32):
             raise ArgumentError(f"{name} must be one-dimensional int64 or int32; got {loc.dtype}{list(loc.shape)}")
@@ -246,134 +260,6 @@ class TorchKVPool(TorchPool):
             raise ArgumentError(f"{name} must lie on {self.device}, where the pool is; got {tensor.device}")
 
 
-class TorchMHAPool(TorchKVPool):
-    """Keys and values, `(layers, slots, heads, dim)` each."""
-
-    config: MHAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def k(self) -> torch.Tensor:
-        """Keys of all layers."""
-        return self._lent(self._tensors[0])
-
-    @property
-    def v(self) -> torch.Tensor:
-        """Values of all layers."""
-        return self._lent(self._tensors[1])
-
-    def set_kv_buffer(
-        self,
-        layer: Layer,
-        loc: torch.Tensor,
-        cache_k: torch.Tensor,
-        cache_v: torch.Tensor,
-        k_scale: float | torch.Tensor | None = None,
-        v_scale: float | torch.Tensor | None = None,
-        layer_id_override: int | None = None,
-    ) -> None:
-        """Writes keys and values of `n` tokens in one layer.
-
-        Args:
-          layer: Global layer id, or the layer itself.
-          loc: `(n,)` slots; padding and what is outside the pool is dropped.
-          cache_k: `(n, heads, dim)`; cast to the pool's dtype.
-          cache_v: `(n, heads, v_dim)`, likewise.
-          k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree.
-          v_scale: The same for the values.
-          layer_id_override: Takes the place of `layer` if given.
-
-        Raises:
-          DeadViewError: if this view has ended.
-          ArgumentError: on a layer outside the pool, or a wrong shape, dtype or device. Nothing is written.
-
-        Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
-        """
-        self._memory.require_alive()
-        index = self._index(layer if layer_id_override is None else layer_id_override)
-        self._check_loc("loc", loc)
-        k_shape, v_shape = ((len(loc), *row) for row in self.config.row_shapes)
-        k = self._stored("k", cache_k, k_shape, k_scale)
-        v = self._stored("v", cache_v, v_shape, v_scale)
-        k_pool, v_pool = self._tensors
-        writes.write_kv(k_pool, v_pool, index, self._on_device(index), loc, k, v)
-
-    def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of the keys and of the values, the sink page included."""
-        return self._tensors[0].nbytes, self._tensors[1].nbytes
-
-
-class TorchMLAPool(TorchKVPool):
-    """Latent rows, `(layers, slots, rank + rope)`. Getters give them a head of their own, as SGLang does."""
-
-    config: MLAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    @property
-    def kv(self) -> torch.Tensor:
-        """Rows of all layers."""
-        return self._lent(self._tensors[0])
-
-    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
-        """Whole rows of a layer, `(slots, 1, rank + rope)`: a view."""
-        return self._layer(0, layer_id).unsqueeze(1)
-
-    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
-        """Latent parts of a layer, `(slots, 1, rank)`: a view."""
-        return self.get_key_buffer(layer_id)[..., : self.config.kv_lora_rank]
-
-    def set_mla_kv_buffer(
-        self, layer: Layer, loc: torch.Tensor, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor
-    ) -> None:
-        """Writes the two parts of `n` tokens' rows in one layer.
-
-        Args:
-          layer: Global layer id, or the layer itself.
-          loc: `(n,)` slots; padding and what is outside the pool is dropped.
-          cache_k_nope: Latent parts, `(n, rank)` or `(n, 1, rank)`; cast to the pool's dtype.
-          cache_k_rope: Rope parts, `(n, rope)` or `(n, 1, rope)`, likewise.
-
-        Raises:
-          DeadViewError: if this view has ended.
-          ArgumentError: on a layer outside the pool, or a wrong shape, dtype or device. Nothing is written.
-
-        Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
-        """
-        self._memory.require_alive()
-        index = self._index(layer)
-        self._check_loc("loc", loc)
-        nope = self._stored("cache_k_nope", _flat(cache_k_nope), (len(loc), self.config.kv_lora_rank))
-        rope = self._stored("cache_k_rope", _flat(cache_k_rope), (len(loc), self.config.qk_rope_head_dim))
-        writes.write_mla_kv(self._tensors[0], index, self._on_device(index), loc, nope, rope)
-
-    def set_kv_buffer(
-        self, layer: Layer, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor | None = None
-    ) -> None:
-        """`set_mla_kv_buffer` of rows whose parts stand side by side already. `cache_v` is ignored, as in SGLang."""
-        del cache_v
-        rank, rope = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        self._check_tensor("cache_k", cache_k)
-        require(cache_k.shape[-1:] == (rank + rope,), "cache_k", f"must have rows of {rank} + {rope}", cache_k.shape)
-        self.set_mla_kv_buffer(layer, loc, cache_k[..., :rank], cache_k[..., rank:])
-
-    def get_kv_size_bytes(self) -> int:
-        """Bytes of the rows, the sink page included."""
-        return self._tensors[0].nbytes
-
-
-def _flat(rows: Any) -> Any:
-    """Rows without the head of their own that SGLang gives them."""
-    return rows[:, 0] if isinstance(rows, torch.Tensor) and rows.ndim == 3 and rows.shape[1] == 1 else rows
-
-
-def torch_pool(pool: DevicePool) -> Any:
-    """The view of `pool` for torch that fits its kind."""
-    for kind, view in _VIEWS:
-        if isinstance(pool, kind):
-            return view(pool)
-    return TorchPool(pool)
-
-
-_VIEWS: tuple[tuple[type[DevicePool], Any], ...] = (
-    (MHATokenToKVPool, TorchMHAPool),
-    (MLATokenToKVPool, TorchMLAPool),
-    (KVCache, TorchKVPool),
-)
+@torch_pool.register(KVCache)
+def _other_kv_pool(pool: KVCache) -> TorchKVPool:
+    return TorchKVPool(pool)

@@ -220,11 +220,11 @@ class SWAKVPool(MemoryPool):
 
     def with_full(self, full: KVCache) -> Self:
         """This pool with its full side replaced, by an update of it."""
-        return dataclasses.replace(self, full=full)
+        return self.replaced(full=full)
 
     def with_window(self, window: KVCache) -> Self:
         """This pool with its window side replaced, by an update of it."""
-        return dataclasses.replace(self, window=window)
+        return self.replaced(window=window)
 
     def with_window_map(self, index: Int32[Array, " n"], page: Int32[Array, " n"]) -> Self:
         """This pool with entries of the map overwritten: what `SWATokenToKVPoolAllocator.take_changes` returned.
@@ -347,11 +347,13 @@ class SWAKVPool(MemoryPool):
         windows = self._window_slots(slots)[copy.has_window]
         self.window.require_loadable(copy.window, windows)  # else one side would be lost when the other is refused
         full, window = self.full.load_cpu_copy(copy.full, slots), self.window.load_cpu_copy(copy.window, windows)
-        return dataclasses.replace(self, full=full, window=window)
+        return self.replaced(full=full, window=window)
 
     def _window_slots(self, slots: np.ndarray) -> np.ndarray:
         """`translate_loc_from_full_to_swa` of slots on the host, whose number shall not be compiled in."""
-        return np.asarray(self.translate_loc_from_full_to_swa(bucketed(slots, 16)))[: len(slots)]
+        page_size = self.config.page_size
+        windows = np.asarray(self.full_to_window)[slots // page_size]
+        return np.where(windows > 0, windows * page_size + slots % page_size, 0).astype(np.int32)
 
     def get_kv_size_bytes(self) -> Any:
         """Bytes of both sides together, as the sides give theirs."""

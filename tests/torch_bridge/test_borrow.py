@@ -248,7 +248,7 @@ def test_a_pool_of_pools_is_borrowed_as_a_whole():
     )  # fmt: skip
     pool = HybridKVPool.create(HybridConfig(kv=numpy_pool.mha_config(), states=states))
     with borrow(pool) as view:
-        kv, mamba = view.parts
+        kv, mamba = view.parts.values()
         assert isinstance(kv, TorchMHAPool)
         assert [tensor.dtype for tensor in mamba.buffers] == [torch.bfloat16, torch.float32]
         assert [t.data_ptr() for t in view.buffers] == [b.unsafe_buffer_pointer() for b in pool.buffers]

@@ -154,7 +154,7 @@ def test_parts_of_a_pool_are_followed_by_themselves():
         temporal_dtype=np.float32,
     )  # fmt: skip
     pool = HybridKVPool.create(HybridConfig(kv=numpy_pool.mha_config(np.float32), states=states))
-    kv, mamba = share(pool).parts
+    kv, mamba = share(pool).parts.values()
     pool = pool.with_kv(pool.kv.set_kv_buffer(0, [4], *ROWS))
     assert kv.k.sum() == 16
     pool = donating(lambda pool: jax.tree.map(lambda values: values + 1, pool))(pool)
