@@ -13,8 +13,11 @@ from jaxcache.errors import BrokenInvariant
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
+from jaxcache.pools.stack import MemoryPool
+from jaxcache.pools.swa import SWAKVPool
 from jaxcache.request import Request
 
 
@@ -94,3 +97,16 @@ def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, de
     for row, request in running.items():
         if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
             raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
+
+
+def check_device_map(pool: MemoryPool, allocator: SWATokenToKVPoolAllocator) -> None:
+    """The map from full to window pages is the same on the device. Reads it back.
+
+    Raises:
+      BrokenInvariant: names a page that differs.
+    """
+    kv = pool.kv if isinstance(pool, HybridKVPool) else pool
+    if isinstance(kv, SWAKVPool):
+        differs = np.flatnonzero(np.asarray(kv.full_to_window) != allocator.full_to_window)
+        if len(differs):
+            raise BrokenInvariant(f"full page {differs[0]}: the device's map to window pages differs from the host's")

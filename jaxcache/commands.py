@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
 from jaxcache.replay.chat import generate_chat
-from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
+from jaxcache.replay.config import CacheKind, DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.report import write_report
 from jaxcache.replay.terminal import ReplayProgress, render_table
 from jaxcache.replay.trace import write_trace
@@ -47,6 +47,15 @@ def replay(
     page_size: Annotated[int, _option(_MEMORY, "Tokens in a page.")] = ReplayConfig.page_size,
     device_tokens: Annotated[int, _option(_MEMORY, "Room of the pool, in tokens.")] = ReplayConfig.device_tokens,
     policy: Annotated[Policy, _option(_MEMORY, "Order of eviction.")] = ReplayConfig.policy,
+    cache: Annotated[CacheKind, _option(_MEMORY, "Kind of prefix cache.")] = ReplayConfig.cache,
+    window: Annotated[int, _option(_MEMORY, "Tokens that window layers attend to (swa).")] = ReplayConfig.window,
+    window_tokens: Annotated[
+        int | None, _option(_MEMORY, "Room of the window layers' pool. [a quarter of --device-tokens]")
+    ] = None,
+    states: Annotated[
+        int | None, _option(_MEMORY, "Recurrent states there is room for (mamba). [4 x --concurrency]")
+    ] = None,
+    adapters: Annotated[int, _option(_LOAD, "Adapters requests are spread over (lora).")] = ReplayConfig.adapters,
     pool: Annotated[PoolKind, _option(_MEMORY, "Kind of device pool.")] = ReplayConfig.pool,
     layers: Annotated[
         str, _option(_MEMORY, "Layers of KV; auto: what the device has room for, two on a CPU.", metavar="L|auto")
@@ -72,7 +81,8 @@ def replay(
     config = ReplayConfig(
         trace=trace, requests=requests, concurrency=concurrency, chunk=chunk, page_size=page_size,
         device_tokens=device_tokens, pool=pool, layers=_layers(layers), heads=heads, head_dim=head_dim, rank=rank,
-        rope_dim=rope_dim, dtype=dtype, policy=policy, seed=seed, verify=not no_verify, plant=plant,
+        rope_dim=rope_dim, dtype=dtype, policy=policy, cache=cache, window=window, window_tokens=window_tokens,
+        states=states, adapters=adapters, seed=seed, verify=not no_verify, plant=plant,
     )  # fmt: skip
     for path in (json_path, report):
         _check_writable(path)

@@ -17,27 +17,31 @@ Every acquisition is all or nothing: what fails, or comes back None, has changed
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.audit import check_device_table, check_owners
-from jaxcache.caches.base import expand_pages
+from jaxcache.audit import check_device_map, check_device_table, check_owners
 from jaxcache.caches.radix import RadixCache
 from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
+from jaxcache.index.node import NOTHING
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.memory_config import MemoryConfig
+from jaxcache.offload import KeptCopy, warmed_up
 from jaxcache.pages.arguments import as_count
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.states import StateAllocator
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.planner import StepPlanner
-from jaxcache.pools.base import KVCache
+from jaxcache.pools.hybrid_requests import NO_COPY, HybridReqToTokenPool
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
+from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
 from jaxcache.runner import StepRunner
+from jaxcache.running_states import RunningStates
 from jaxcache.step import StepKind, StepPlan, default_buckets
 
 
@@ -55,7 +59,8 @@ def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None
     Source: SGLang 0.5.2 scheduler.py, init_memory_pool_and_cache.
     """
     pool, allocator, table = config.new_pool(mesh), config.new_allocator(), config.new_table()
-    return MemoryManager(config, pool, allocator, table, config.new_cache(table, allocator))
+    states = config.new_state_allocator()
+    return MemoryManager(config, pool, allocator, table, config.new_cache(table, allocator, states), states)
 
 
 class MemoryManager:
@@ -64,6 +69,7 @@ class MemoryManager:
     Attributes:
       req_to_token_pool: Host request table.
       allocator: Owner of the pages.
+      states: Owner of the recurrent states; None without them.
       cache: The prefix cache.
       runner: The device's side: pool, device table, compiled steps.
       buckets: Static shapes of steps.
@@ -74,29 +80,41 @@ class MemoryManager:
     def __init__(
         self,
         config: MemoryConfig,
-        pool: KVCache,
+        pool: MemoryPool,
         allocator: BaseTokenToKVPoolAllocator,
         req_to_token_pool: ReqToTokenPool,
         cache: RadixCache,
+        states: StateAllocator | None = None,
     ):
         self.config = config
         self.allocator = allocator
+        self.states = states
         self.req_to_token_pool = req_to_token_pool
         self.cache = cache
         self.page_size = config.kv.page_size
-        self.runner = StepRunner(pool, req_to_token_pool)
-        self.buckets = default_buckets(config.max_running, config.chunk, self.page_size)
+        self._windows = allocator if isinstance(allocator, SWATokenToKVPoolAllocator) else None
+        self.runner = StepRunner(pool, req_to_token_pool, self._windows)
+        self.buckets = default_buckets(
+            config.max_running,
+            config.chunk,
+            self.page_size,
+            has_window=self._windows is not None,
+            has_states=states is not None,
+        )
         self.running: dict[int, Request] = {}
         self._loops = DecodeLoops(allocator, req_to_token_pool)
         self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
+        self._states: RunningStates | None = None
+        if isinstance(req_to_token_pool, HybridReqToTokenPool) and states is not None:
+            self._states = RunningStates(req_to_token_pool, states, cache, self.runner, config.state_interval)
 
     @property
-    def pool(self) -> KVCache:
+    def pool(self) -> MemoryPool:
         """The KV pool. Replaced by every `run`: never keep it across one."""
         return self.runner.pool
 
     @pool.setter
-    def pool(self, pool: KVCache) -> None:
+    def pool(self, pool: MemoryPool) -> None:
         self.runner.pool = pool
 
     @property
@@ -135,9 +153,13 @@ class MemoryManager:
         with contextlib.ExitStack() as undo:  # leaves with everything taken given back, unless `pop_all` keeps it
             lock = self.cache.inc_lock_ref(found)
             undo.callback(self.cache.dec_lock_ref, lock)
-            copied = min(request.cpu_copy.num_tokens, request.num_tokens - 1) if request.cpu_copy is not None else 0
-            kv_len = max(lock.length, copied)
-            fresh = self.planner.take_pages(self._pages_of(kv_len) - len(found.pages))
+            kept = request.cpu_copy
+            kv_len = max(lock.length, kept.worth(request.num_tokens - 1) if kept is not None else 0)
+            kept = kept if kv_len > lock.length else None
+            state = self._take_state(undo)
+            if state is None:
+                return None
+            fresh = self._take_kept_pages(kept, lock.length, kv_len)
             if fresh is None:
                 return None
             undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
@@ -145,25 +167,41 @@ class MemoryManager:
             undo.callback(self.req_to_token_pool.free, row)
             self.req_to_token_pool.write_pages(row, 0, found.pages)
             self.req_to_token_pool.write_pages(row, len(found.pages), fresh)
-            if len(fresh):
-                self._load_back(request.cpu_copy, lock.length, kv_len, fresh)
+            if kept is not None:
+                self.runner.send_changes()  # the pool looks window pages up in its own map
+                self.pool = kept.loaded(self.pool, lock.length, kv_len, fresh, state)
             undo.pop_all()
         request.enter(self.req_to_token_pool, row)
         request.kv_len, request.num_pages = kv_len, len(found.pages) + len(fresh)
         request.lock, request.state = lock, RequestState.RUNNING
         request.cached_tokens = lock.length
+        request.branching_len = found.mamba_branching_seqlen or 0
         request.cpu_copy = None
+        if self._states is not None:
+            self._states.place(row, state, found.state if kept is None else NO_COPY)
         self.running[row] = request
         self.planner.forget_batch()
-        if len(fresh):
+        if kept is not None:
             self.cache.cache_unfinished_req(request)
         return kv_len
 
-    def _load_back(self, copy: Any, start: int, stop: int, fresh: np.ndarray) -> None:
-        """Writes the tokens `[start, stop)` of a host copy into fresh pages."""
-        slots = expand_pages(fresh, self.page_size)[: stop - start]
-        rest = dataclasses.replace(copy, buffers=tuple(buffer[:, start:stop] for buffer in copy.buffers))
-        self.pool = self.pool.load_cpu_copy(rest, slots)
+    def _take_state(self, undo: contextlib.ExitStack) -> int | None:
+        """A working state, 0 without states; None if there is none left."""
+        if self._states is None or self.states is None:
+            return 0
+        state = self._states.take()
+        if state is not None:
+            undo.callback(self.states.free_track_slot, state)
+        return state
+
+    def _take_kept_pages(self, kept: KeptCopy | None, start: int, stop: int) -> np.ndarray | None:
+        """Pages for the tokens `[start, stop)` of a host copy; none without one; None if memory is short."""
+        if kept is None:
+            return NOTHING
+        first = start // self.page_size
+        num_pages = self._pages_of(stop) - first
+        self.planner.make_room(num_pages)
+        return kept.take_pages(self.allocator, first, num_pages)
 
     def finish(self, request: Request) -> None:
         """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""
@@ -187,9 +225,17 @@ class MemoryManager:
         """
         self.planner.require_running(request)
         if offload and request.kv_len:
-            pages = self.req_to_token_pool.row_pages(self._row(request), 0, self._pages_of(request.kv_len))
-            request.cpu_copy = self.pool.get_cpu_copy(expand_pages(pages, self.page_size)[: request.kv_len])
+            request.cpu_copy = self._kept_copy(request)
         self._release(request, RequestState.RETRACTED)
+
+    def _kept_copy(self, request: Request) -> KeptCopy:
+        row = self._row(request)
+        pages = self.req_to_token_pool.row_pages(row, 0, self._pages_of(request.kv_len))
+        windows = NOTHING if self._windows is None else self._windows.window_pages(pages)
+        if self._states is not None:
+            self._states.fill(np.array([row], np.int32))
+        self.runner.send_changes()
+        return KeptCopy.of(self.pool, self.page_size, pages, request.kv_len, windows, self.working_state(request))
 
     def _release(self, request: Request, state: RequestState) -> None:
         self.planner.require_running(request)
@@ -200,6 +246,30 @@ class MemoryManager:
         request.state = state
 
     # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def next_chunk(self, request: Request, most: int) -> int:
+        """How many tokens of a running request to compute in its next step: `most`, or what is left, if fewer.
+
+        With recurrent states it is less where that lets the step end at a point whose state is worth keeping: where an
+        earlier request branched off, or at the last page boundary.
+
+        Raises:
+          RequestStateError: The request is not running.
+          ArgumentError: `most` is not positive.
+        """
+        self.planner.require_running(request)
+        if as_count("most", most) < 1:
+            raise ArgumentError("most must be at least 1: leave a request out that shall not compute")
+        start = request.kv_len
+        end = min(request.num_tokens, start + most)
+        if self._states is not None:
+            end = self._states.next_stop(start, end, request.num_tokens, request.branching_len)
+        return end - start
+
+    def working_state(self, request: Request) -> int:
+        """The recurrent state that a running request's steps go on from; 0 without states."""
+        table = self.req_to_token_pool
+        return int(table.state[self._row(request)]) if isinstance(table, HybridReqToTokenPool) else 0
 
     def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
         """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
@@ -241,8 +311,12 @@ class MemoryManager:
           ArgumentError: The step does not return `(pool, out)`.
         """
         self.planner.require_current(plan)
+        if self._states is not None:
+            self._states.fill(plan.row)
         out = self.runner.run(step, plan, *args)
         self.req_to_token_pool.commit(plan.row, plan.seq_len)
+        if self._states is not None:
+            self._states.snapshot(plan)
         if plan.bucket.kind is StepKind.EXTEND:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
@@ -261,7 +335,11 @@ class MemoryManager:
         """Compiles `step` for every bucket, and the table patch, with batches of padding."""
         for bucket in self.buckets:
             self.run(step, StepPlan.empty(bucket), *args)
-        self.runner.warm_up_patch()
+        self.runner.warm_up()
+
+    def warm_up_offload(self) -> None:
+        """Compiles what `retract(offload=True)` and coming back from it run."""
+        self.pool = warmed_up(self.pool)
 
     # ---- loops of decode steps: jaxcache.decode_loop ---------------------------------------------------------------
 
@@ -364,10 +442,28 @@ class MemoryManager:
 
         Source: SGLang 0.5.2 scheduler, _get_token_info.
         """
-        available = self.allocator.available_size()
-        evictable = self.cache.evictable_size()
-        used = self.allocator.size - available - evictable
-        return used, used / self.allocator.size, available, evictable
+        windows, size = self._windows, self.allocator.size
+        available = self.allocator.available_size() if windows is None else windows.full_available_size()
+        evictable = self.cache.full_evictable_size()
+        used = size - available - evictable
+        return used, used / size, available, evictable
+
+    def get_swa_token_info(self) -> tuple[int, int, float, float, int, int, int, int]:
+        """Of full and window side: (full used, window used, full usage, window usage, full available, full evictable,
+        window available, window evictable).
+
+        Raises:
+          ArgumentError: There is no window side.
+
+        Source: SGLang 0.5.2 scheduler, _get_swa_token_info.
+        """
+        if self._windows is None:
+            raise ArgumentError("get_swa_token_info: no layer of this memory has a window; see get_token_info")
+        full_used, full_usage, full_available, full_evictable = self.get_token_info()
+        available, evictable = self._windows.swa_available_size(), self.cache.swa_evictable_size()
+        used = self._windows.size_swa - available - evictable
+        usage = used / self._windows.size_swa
+        return full_used, used, full_usage, usage, full_available, full_evictable, available, evictable
 
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
@@ -381,7 +477,9 @@ class MemoryManager:
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
-        check_owners(self.running, self.req_to_token_pool, self.allocator)
+        check_owners(self.running, self.req_to_token_pool, self.allocator, self.states)
         if read_device:
             self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)
+            if self._windows is not None:
+                check_device_map(self.pool, self._windows)

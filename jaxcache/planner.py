@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.caches.radix import RadixCache
+from jaxcache.caches.base import BasePrefixCache
 from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import pack
+from jaxcache.index.node import NOTHING
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, loop_limits
 from jaxcache.pages.arguments import as_count, int32_array
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator
 from jaxcache.pages.expand import pages_of
+from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
 from jaxcache.step import Bucket, StepKind, StepPlan, smallest
@@ -38,25 +40,29 @@ class RunningBatch:
       requests: Distinct running requests.
       row: Their rows, as NumPy likes its indices: int32 would be converted at each use.
       prompt_len, tag: int32, one a request.
+      state: int32 recurrent state of each request; empty without states.
     """
 
     requests: tuple[Request, ...]
     row: np.ndarray
     prompt_len: np.ndarray
     tag: np.ndarray
+    state: np.ndarray
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> RunningBatch:
+    def of(cls, requests: Sequence[Request], table: ReqToTokenPool) -> RunningBatch:
         """The batch of requests that all have a row.
 
         Raises:
           ArgumentError: A tag is no int32.
         """
+        row = np.array([request.req_pool_idx for request in requests], np.intp)
         return cls(
             tuple(requests),
-            row=np.array([request.req_pool_idx for request in requests], np.intp),
+            row=row,
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
             tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
+            state=table.state[row] if isinstance(table, HybridReqToTokenPool) else NOTHING,
         )
 
 
@@ -90,7 +96,7 @@ class StepPlanner:
         running: Mapping[int, Request],
         table: ReqToTokenPool,
         allocator: BaseTokenToKVPoolAllocator,
-        cache: RadixCache,
+        cache: BasePrefixCache,
         loops: DecodeLoops,
     ):
         self._running, self._table, self._loops = running, table, loops
@@ -106,10 +112,14 @@ class StepPlanner:
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
 
     def make_room(self, num_pages: int) -> None:
-        """Evicts what is short of so many free pages, if that is enough."""
-        short = num_pages * self._table.page_size - self._allocator.available_size()
-        if 0 < short <= self._cache.evictable_size():  # else what is cached would be lost for nothing
-            self._cache.evict(short)
+        """Evicts what is short of so many free pages, if that is enough.
+
+        If it is not, running requests first give up the window pages that none of their tokens will attend to again.
+        """
+        if not self._cache.make_room(num_pages):
+            for request in self._running.values():
+                self._cache.drop_out_of_window(request)
+            self._cache.make_room(num_pages)
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
         """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""
@@ -178,7 +188,7 @@ class StepPlanner:
                 self.require_running(request)
             if len(set(map(id, requests))) != len(requests) or not requests:
                 raise ArgumentError("requests: name each request once, and at least one")
-            batch = self._last_batch = RunningBatch.of(requests)
+            batch = self._last_batch = RunningBatch.of(requests, self._table)
         table = self._table
         kv_len = table.kv_len[batch.row]
         room = table.num_pages[batch.row] * table.page_size - kv_len
@@ -243,6 +253,7 @@ class StepPlanner:
             tag=batch.tag,
             tokens=tokens,
             new_pages=fresh,
+            state=batch.state,
             stamp=table.stamp(batch.row),
         )
 

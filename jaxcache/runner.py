@@ -1,7 +1,7 @@
 """The device's side of a manager: pool and request table, and the jitted steps that consume and replace them.
 
-Everything a step is told travels in one packed vector. Changes of the request table go with it, or ahead of it where
-its bucket has no room for them.
+Everything a step is told travels in one packed vector. Changes of the request table and of the map to window pages go
+with it, or ahead of it where its bucket has no room for them.
 
 Source: jaxcache's own.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,10 +22,13 @@ from jaxcache.decode_loop import LoopShape, unpack_loop
 from jaxcache.donation import DonatingStep, donating, is_update
 from jaxcache.errors import ArgumentError
 from jaxcache.loop_plan import LoopPlan
+from jaxcache.mirror import TableChanges
 from jaxcache.packing import NOWHERE
-from jaxcache.pools.base import KVCache
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
-from jaxcache.step import Bucket, StepPlan, unpack
+from jaxcache.pools.stack import MemoryPool
+from jaxcache.step import NO_CHANGES, Bucket, StepPlan, unpack
 from jaxcache.upload import Uploads, fetched
 
 TABLE_PATCH_ENTRIES = 8192
@@ -41,15 +45,25 @@ def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
     reached the device, and `out`.
     """
 
-    def jaxcache_step(pool: KVCache, table: RequestTable, upload: Any, *args: Any) -> Any:
+    def jaxcache_step(pool: Any, table: RequestTable, upload: Any, *args: Any) -> Any:
         packed = fetched(upload)
         batch = unpack(packed, bucket, table, page_size)
+        if bucket.window_changes:
+            parts = bucket.packing.unpack(packed)
+            pool = with_window_map(pool, parts["window_index"], parts["window_page"])
         result = step(pool, batch, *args)
         if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
             return result[0], batch.table, packed, result[1]
         raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
 
     return donating(jaxcache_step)
+
+
+def with_window_map(pool: Any, index: Any, page: Any) -> Any:
+    """The pool with entries of its map to window pages overwritten; an index past the end is padding."""
+    if isinstance(pool, HybridKVPool):
+        return pool.with_kv(with_window_map(pool.kv, index, page))
+    return pool.with_window_map(index, page)
 
 
 def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
@@ -59,7 +73,7 @@ def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
     reached the device, and a pair: what a debug check reads (the rows and the allocator), and `out`.
     """
 
-    def jaxcache_loop(pool: KVCache, table: RequestTable, upload: Any, *args: Any) -> Any:
+    def jaxcache_loop(pool: Any, table: RequestTable, upload: Any, *args: Any) -> Any:
         packed = fetched(upload)
         pool, loop, out = step(pool, unpack_loop(packed, shape, table), *args)
         return pool, loop.table, packed, ((loop.rows, loop.allocator), out)
@@ -100,6 +114,7 @@ class StepRunner:
     Args:
       pool: The KV pool; the runner's from now on.
       host_table: What the device table follows.
+      windows: What the pool's map to window pages follows, if it has one.
 
     Attributes:
       pool: The KV pool. Replaced by every step: never keep it across one.
@@ -107,12 +122,12 @@ class StepRunner:
       compiled: The jitted steps. Managers of equal sizes may share them.
     """
 
-    def __init__(self, pool: KVCache, host_table: ReqToTokenPool):
-        self.pool = pool
+    def __init__(self, pool: MemoryPool, host_table: ReqToTokenPool, windows: SWATokenToKVPoolAllocator | None = None):
+        self.pool: Any = pool
         self.table: RequestTable = host_table.device_table(pool.mesh)
         self._everywhere: Sharding
         if pool.mesh is None:
-            (device,) = pool.buffers[0].devices()
+            (device,) = jax.tree.leaves(pool)[0].devices()
             self._everywhere = SingleDeviceSharding(device)
             # Arrays that are bound to no device compile apart from those that are, as uploads must be.
             self.pool, self.table = jax.device_put((pool, self.table), device)
@@ -120,19 +135,25 @@ class StepRunner:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
         self.compiled = CompiledSteps()
         self._host_table = host_table
+        self._windows = windows
         self._uploads: dict[int, Uploads] = {}
         self._patch = donating(RequestTable.patched)
+        self._patch_map = donating(with_window_map)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
-        bucket, page_size = plan.bucket, self._host_table.page_size
+        bucket, page_size, windows = plan.bucket, self._host_table.page_size, self._windows
         jitted = self.compiled.find(step, bucket, lambda: whole_step(step, bucket, page_size))
-        self.send_changes(bucket.changes)
+        self.send_changes(bucket.changes, bucket.window_changes)
         changes = self._host_table.take_changes(bucket.changes)
+        window_changes = NO_CHANGES if windows is None else windows.take_changes(bucket.window_changes)
         try:
-            out = self._dispatch(jitted, bucket.packing.size, functools.partial(plan.pack, changes), args)
+            pack = functools.partial(plan.pack, changes, window_changes)
+            out = self._dispatch(jitted, bucket.packing.size, pack, args)
         except BaseException:
             self._host_table.give_back(changes)
+            if windows is not None:
+                windows.give_back(window_changes)
             raise
         return out
 
@@ -152,22 +173,54 @@ class StepRunner:
         self._uploads[size].give_back(slot, packed)
         return out
 
-    def send_changes(self, room: int = 0) -> None:
-        """Sends table changes ahead of a step that has room for no more than `room` of them."""
+    def send_changes(self, room: int = 0, window_room: int = 0) -> None:
+        """Sends changes ahead of a step that has room for no more than so many of them."""
         while self._host_table.num_changed() > room:
-            changes = self._host_table.take_changes(TABLE_PATCH_ENTRIES)
-            index, page = _patch_of_nothing()
-            index[: len(changes.index)] = changes.index
-            page[: len(changes.page)] = changes.page
-            try:
-                self.table = self._patch(self.table, index, page)
-            except BaseException:
-                self._host_table.give_back(changes)
-                raise
+            with _sent(self._host_table) as patch:
+                self.table = self._patch(self.table, *patch)
+        while self._windows is not None and self._windows.num_changed() > window_room:
+            with _sent(self._windows) as patch:
+                self.pool = self._patch_map(self.pool, *patch)
 
-    def warm_up_patch(self) -> None:
-        """Compiles what `send_changes` runs."""
+    def copy_states(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies recurrent states, after what was dispatched before and before what is dispatched next.
+
+        Args:
+          source: int32 (n,); 0 makes the target zero.
+          target: int32 (n,), distinct.
+        """
+        self.pool = self.pool.with_states(self.pool.states.copy_states(source, target))
+
+    def warm_up(self) -> None:
+        """Compiles what `send_changes` and `copy_states` run."""
         self.table = self._patch(self.table, *_patch_of_nothing())
+        if self._windows is not None:
+            self.pool = self._patch_map(self.pool, *_patch_of_nothing())
+        if isinstance(self.pool, HybridKVPool):
+            most = min(self._host_table.size, self.pool.config.states.num_states)
+            for count in {min(1 << power, most) for power in range(most.bit_length() + 1)}:
+                self.copy_states(np.zeros(count, np.int32), np.arange(1, count + 1, dtype=np.int32))
+
+
+class _Mirrored(Protocol):
+    """A host table that the device follows."""
+
+    def take_changes(self, limit: int) -> TableChanges: ...
+    def give_back(self, changes: TableChanges) -> None: ...
+
+
+@contextmanager
+def _sent(host: _Mirrored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The next changes, padded to one shape; they wait again if sending them fails."""
+    changes = host.take_changes(TABLE_PATCH_ENTRIES)
+    index, page = _patch_of_nothing()
+    index[: len(changes.index)] = changes.index
+    page[: len(changes.page)] = changes.page
+    try:
+        yield index, page
+    except BaseException:
+        host.give_back(changes)
+        raise
 
 
 def _patch_of_nothing() -> tuple[np.ndarray, np.ndarray]:

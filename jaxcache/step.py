@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PER_REQUEST = "row", "prefix_len", "seq_len", "last_loc", "tag"
 """Names of what a plan says of each request in one number."""
 
+NO_CHANGES = TableChanges(np.empty(0, np.int32), np.empty(0, np.int32))
+
 
 class StepKind(enum.Enum):
     """What a step does for each of its requests."""
@@ -52,6 +54,8 @@ class Bucket:
       tokens: Tokens computed.
       pages: Fresh pages.
       changes: Changed entries of the request table.
+      window_changes: Changed entries of the map to window pages; 0 without window layers.
+      has_states: Whether each request has a recurrent state.
     """
 
     kind: StepKind
@@ -59,13 +63,20 @@ class Bucket:
     tokens: int
     pages: int
     changes: int
+    window_changes: int = 0
+    has_states: bool = False
 
     @functools.cached_property
     def packing(self) -> Packing:
         """Where everything stands in the packed vector: the arrays of `StepPlan`, and the table changes."""
         lengths = dict.fromkeys(PER_REQUEST, self.requests) | {"tokens": self.tokens, "new_pages": self.pages}
-        changes = Field("index", self.changes, NOWHERE), Field("page", self.changes)
-        return Packing((*(Field(name, length) for name, length in lengths.items()), *changes))
+        if self.has_states:
+            lengths["state"] = self.requests
+        fields = [Field(name, length) for name, length in lengths.items()]
+        fields += Field("index", self.changes, NOWHERE), Field("page", self.changes)
+        if self.window_changes:
+            fields += Field("window_index", self.window_changes, NOWHERE), Field("window_page", self.window_changes)
+        return Packing(tuple(fields))
 
     def holds(self, requests: int, tokens: int, pages: int) -> bool:
         """Whether a batch of that size fits. Changes are cut to fit and never count."""
@@ -83,6 +94,7 @@ class StepPlan:
         slot of its last token (-1 for none); a number of the engine's own, such as its adapter.
       tokens: int32 token ids computed, request by request.
       new_pages: int32 fresh pages, in the order the requests take them.
+      state: int32 recurrent state of each request; empty without states.
       stamp: The rows as the plan leaves them: once they change, it is outdated. None for padding.
     """
 
@@ -95,23 +107,32 @@ class StepPlan:
     tag: np.ndarray
     tokens: np.ndarray
     new_pages: np.ndarray
+    state: np.ndarray
     stamp: RowStamp | None = None
 
     @classmethod
     def empty(cls, bucket: Bucket) -> StepPlan:
         """A plan of padding alone, to compile a bucket."""
         none = np.empty(0, np.int32)
-        return cls(bucket, (), none, none, none, none, none, none, none)
+        return cls(bucket, (), none, none, none, none, none, none, none, none)
 
-    def pack(self, changes: TableChanges, out: Int32[np.ndarray, " size"] | None = None) -> Int32[np.ndarray, " size"]:
-        """The one vector that is uploaded, table changes included; in `out`, if that is given.
+    def pack(
+        self,
+        changes: TableChanges,
+        window_changes: TableChanges = NO_CHANGES,
+        out: Int32[np.ndarray, " size"] | None = None,
+    ) -> Int32[np.ndarray, " size"]:
+        """The one vector that is uploaded, changes of the request table and of the map to window pages included.
 
         Padding is 0; padding of table changes is out of range, which drops them.
 
         Raises:
           ArgumentError: Something does not fit the bucket.
         """
-        return self.bucket.packing.pack(vars(self) | vars(changes), out)
+        parts = vars(self) | vars(changes)
+        if self.bucket.window_changes:
+            parts |= {"window_index": window_changes.index, "window_page": window_changes.page}
+        return self.bucket.packing.pack(parts, out)
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +148,8 @@ class Batch:
       valid: False for padding tokens.
       row, prefix_len, seq_len, tag: One a request; see `StepPlan`. Padding requests have seq_len 0.
       table: The request table, this step's changes included.
+      state: Recurrent state that each request goes on from and leaves behind; 0, which no write reaches, for padding.
+        None without states.
     """
 
     tokens: Int32[Array, " tokens"]
@@ -139,6 +162,7 @@ class Batch:
     seq_len: Int32[Array, " requests"]
     tag: Int32[Array, " requests"]
     table: RequestTable
+    state: Int32[Array, " requests"] | None
 
 
 def unpack(packed: Int32[Array, " size"], bucket: Bucket, table: RequestTable, page_size: int) -> Batch:
@@ -174,26 +198,34 @@ def unpack(packed: Int32[Array, " size"], bucket: Bucket, table: RequestTable, p
         seq_len=seq_len,
         tag=parts["tag"],
         table=table.patched(parts["index"], parts["page"]),
+        state=parts.get("state"),
     )
 
 
-def default_buckets(max_running: int, chunk: int, page_size: int) -> tuple[Bucket, ...]:
+def default_buckets(
+    max_running: int, chunk: int, page_size: int, *, has_window: bool = False, has_states: bool = False
+) -> tuple[Bucket, ...]:
     """A short list that serves a batch of up to `max_running` requests and `chunk` prompt tokens a step.
 
-    Decode: batch sizes in steps of four. Extend: a quarter of a chunk and a whole one.
+    Decode: batch sizes in steps of four. Extend: an eighth of a chunk and a whole one.
     """
     if not isinstance(chunk, (int, np.integer)) or chunk < 1:
         raise ArgumentError(f"chunk must be an integer of at least 1, got {chunk!r}: no prompt could be computed")
     buckets = []
+
+    def add(kind: StepKind, requests: int, tokens: int, pages: int, changes: int) -> None:
+        window_changes = changes if has_window else 0
+        buckets.append(Bucket(kind, requests, tokens, pages, changes, window_changes, has_states))
+
     size = max_running
     while True:
-        buckets.append(Bucket(StepKind.DECODE, size, size, size, size + 512))
+        add(StepKind.DECODE, size, size, size, size + 512)
         if size <= 4:
             break
         size = -(-size // 4)
     for tokens in sorted({chunk, -(-chunk // 8)}):
         pages = -(-tokens // page_size) + max_running
-        buckets.append(Bucket(StepKind.EXTEND, max_running, tokens, pages, pages + 1024))
+        add(StepKind.EXTEND, max_running, tokens, pages, pages + 1024)
     return tuple(buckets)
 
 

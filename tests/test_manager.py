@@ -10,15 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
+from jaxcache.caches.lora_radix import LoRARadixCache
+from jaxcache.caches.mamba_radix import MambaRadixCache
+from jaxcache.caches.radix import RadixCache
+from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.index.recency import Policy
 from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pages.base import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.config import KVCacheConfig
+from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from jaxcache.pools.swa import SWAConfig, SWAKVPool
 from jaxcache.request import Request, RequestState
 from jaxcache.runner import CompiledSteps
 from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
@@ -60,18 +69,68 @@ def test_the_factory_chooses_from_the_config():
     sizes = {"size": 32, "dtype": jnp.float32, "layer_num": 1}
     mha = MHAConfig(page_size=4, head_num=1, head_dim=2, **sizes)
     mla = MLAConfig(page_size=1, kv_lora_rank=4, qk_rope_head_dim=2, **sizes)
-    manager = init_memory_pool_and_cache(MemoryConfig(mha, 2, 16, policy=Policy.PRIORITY, disable_radix_cache=True))
+    manager = init_memory_pool_and_cache(MemoryConfig(mha, 2, 16, policy=Policy.PRIORITY))
     assert isinstance(manager.pool, MHATokenToKVPool)
     assert isinstance(manager.allocator, PagedTokenToKVPoolAllocator)
-    assert manager.cache.disable
+    assert type(manager.cache) is RadixCache
     assert manager.cache.tree.policy is Policy.PRIORITY
+    manager = init_memory_pool_and_cache(MemoryConfig(mha, 2, 16, disable_radix_cache=True))
+    assert type(manager.cache) is ChunkCache
+    manager = init_memory_pool_and_cache(MemoryConfig(mha, 2, 16, enable_lora=True))
+    assert type(manager.cache) is LoRARadixCache
     manager = init_memory_pool_and_cache(MemoryConfig(mla, 2, 16, need_sort=True, enable_kv_cache_events=True))
     assert isinstance(manager.pool, MLATokenToKVPool)
     assert isinstance(manager.allocator, TokenToKVPoolAllocator)
     assert manager.allocator.need_sort
     assert manager.cache.enable_kv_cache_events
-    with pytest.raises(ArgumentError, match="kv must be an MHAConfig or MLAConfig"):
+    with pytest.raises(ArgumentError, match="a kind that there is a pool for, got OtherConfig"):
         init_memory_pool_and_cache(MemoryConfig(OtherConfig(page_size=1, **sizes), 2, 16))
+
+
+def test_the_factory_chooses_for_windows_and_states():
+    sizes = {"size": 32, "page_size": 4, "dtype": jnp.float32, "layer_num": 1, "head_num": 1, "head_dim": 2}
+    swa = SWAConfig(full=MHAConfig(**sizes), window=MHAConfig(**sizes), full_layers=(0,), window_layers=(1,))
+    float32 = jnp.float32
+    states = MambaConfig(
+        num_states=6,
+        layer_num=1,
+        conv_shape=(2, 3),
+        temporal_shape=(1, 2, 2),
+        conv_dtype=float32,
+        temporal_dtype=float32,
+    )
+    made = {
+        (window, state, disable): init_memory_pool_and_cache(
+            MemoryConfig(
+                swa if window else swa.full,
+                2,
+                16,
+                sliding_window_size=window,
+                states=states if state else None,
+                disable_radix_cache=disable,
+            )
+        )
+        for window in (None, 6)
+        for state in (False, True)
+        for disable in (False, True)
+    }
+    kinds = {
+        (None, False): RadixCache,
+        (6, False): SWARadixCache,
+        (None, True): MambaRadixCache,
+        (6, True): MambaRadixCache,
+    }
+    chunks = {(None, False): ChunkCache, (6, False): SWAChunkCache}
+    for (window, state, disable), manager in made.items():
+        kind = kinds[window, state]
+        assert type(manager.cache) is (chunks.get((window, state), kind) if disable else kind)
+        assert manager.cache.disable is disable
+        assert isinstance(manager.allocator, SWATokenToKVPoolAllocator) == (window is not None)
+        assert isinstance(manager.pool, HybridKVPool) == state
+        assert isinstance(manager.pool.kv if state else manager.pool, SWAKVPool if window else MHATokenToKVPool)
+    for kv, window in ((swa, None), (swa.full, 6)):
+        with pytest.raises(ArgumentError, match="sliding_window_size"):
+            MemoryConfig(kv, 2, 16, sliding_window_size=window)
 
 
 # ---- the life of a request ---------------------------------------------------------------------------------------

@@ -22,6 +22,27 @@ class PoolKind(enum.Enum):
     MLA = "mla"
 
 
+class CacheKind(enum.Enum):
+    """Which prefix cache serves the requests."""
+
+    RADIX = "radix"
+    SWA = "swa"
+    MAMBA = "mamba"
+    SWA_MAMBA = "swa+mamba"
+    LORA = "lora"
+    CHUNK = "chunk"
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some layers attend to a sliding window only."""
+        return self in (CacheKind.SWA, CacheKind.SWA_MAMBA)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers have a recurrent state."""
+        return self in (CacheKind.MAMBA, CacheKind.SWA_MAMBA)
+
+
 class DType(enum.Enum):
     """What a row of the pool is made of."""
 
@@ -42,6 +63,8 @@ class Fault(enum.Enum):
     SKIP_WRITE = "skip_write"
     DOUBLE_OWN = "double_own"
     LEAK = "leak"
+    STALE_STATE = "stale_state"
+    WRONG_WINDOW = "wrong_window"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +86,12 @@ class ReplayConfig:
       rope_dim: Width of the positional part of a row (MLA).
       dtype: Of the pool.
       policy: Order of eviction.
-      seed: Of a generated trace, and of the output tokens.
+      cache: Which prefix cache.
+      window: Tokens that window layers attend to (caches with a window).
+      window_tokens: Room of their pool in tokens; None: a quarter of `device_tokens`, or what two chunks need.
+      states: Recurrent states that there is room for (caches with states); None: four for each running request.
+      adapters: Adapters that requests are spread over (`lora`), each of them with the same prefixes.
+      seed: Of a generated trace, of the output tokens, and of the choice of adapters.
       verify: Read every hit and every finished row back and compare.
       plant: A fault to plant.
 
@@ -84,7 +112,12 @@ class ReplayConfig:
     rank: int | None = None
     rope_dim: int | None = None
     dtype: DType | None = None
-    policy: Policy = Policy.LRU
+    policy: Policy = Policy.ADAPTIVE
+    cache: CacheKind = CacheKind.RADIX
+    window: int = 1024
+    window_tokens: int | None = None
+    states: int | None = None
+    adapters: int = 4
     seed: int = 0
     verify: bool = True
     plant: Fault | None = None
@@ -102,6 +135,10 @@ class ReplayConfig:
             "head_dim": (1, 65_536),
             "rank": (1, 65_536),
             "rope_dim": (1, 65_536),
+            "window": (1, 1 << 24),
+            "window_tokens": (1, (1 << 31) - (1 << 17)),
+            "states": (1, 1 << 20),
+            "adapters": (1, 1 << 16),
             "seed": (0, _MAX_SEED),
         }
         for name, (low, high) in bounds.items():
@@ -119,6 +156,18 @@ class ReplayConfig:
     def pool_tokens(self) -> int:
         """Usable tokens of the pool: whole pages only."""
         return self.device_tokens // self.page_size * self.page_size
+
+    @property
+    def window_pool_tokens(self) -> int:
+        """Usable tokens of the pool of window layers: whole pages only."""
+        enough = 2 * self.chunk + self.window + 2 * self.page_size
+        tokens = self.window_tokens or max(self.device_tokens // 4, min(enough, self.device_tokens))
+        return max(tokens // self.page_size, 1) * self.page_size
+
+    @property
+    def num_states(self) -> int:
+        """Recurrent states that there is room for."""
+        return self.states or 4 * self.concurrency
 
     def for_platform(self, platform: str) -> ReplayConfig:
         """This config with dtype and widths chosen: real ones on a "gpu", small ones on a "cpu". `layers` stays."""

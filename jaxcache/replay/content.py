@@ -1,30 +1,37 @@
-"""KV that can be checked: every element is a fixed function of what it stands for.
+"""KV and states that can be checked: every element is a fixed function of what it stands for.
 
-    value = f(namespace tag, token, position, layer, K or V, head, element)
+    row of a token     f(namespace tag, token, position, layer, K or V, head, element)
+    recurrent state    f(sum over every token before it of g(namespace tag, token, position), layer, element)
 
 A page freed too early, a stale copy, a wrong page, a position off by one or a mixed-up namespace gives other values
-there. The function is integer hashing, so CPU and GPU agree bit for bit, and its values are small integers that every
-pool dtype holds exactly.
+there; a state that skipped or repeated a single token is another state. The functions are integer hashing, so CPU and
+GPU agree bit for bit, and their values are small integers that every pool dtype holds exactly.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxcache.pools.mha import MHATokenToKVPool
-from jaxcache.pools.mla import MLATokenToKVPool
+from jaxcache.pools.base import KVCache
+from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.pools.mamba import MambaPool
 from jaxcache.pools.requests import RequestTable
+from jaxcache.pools.swa import SWAKVPool
 from jaxcache.step import Batch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
 
-Pool = MHATokenToKVPool | MLATokenToKVPool
+Pool = KVCache | SWAKVPool | HybridKVPool
+DIGEST_LANES = 4
+"""Elements at the start of a temporal state that hold its sum, a byte each: what the next step goes on from."""
+_TEMPORAL, _CONV = 2, 3
+"""Planes of a state, next to those of K and V."""
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -61,51 +68,152 @@ def row_content(
 
 
 def write_step(pool: Pool, batch: Batch) -> tuple[Pool, None]:
-    """The replay's model: writes the content of every token of a batch into every layer."""
+    """The replay's model: writes the content of every token of a batch into every layer, and advances the states."""
     return write_rows(pool, batch, batch.slots, batch.positions), None
 
 
 def write_rows(pool: Pool, batch: Batch, slots: jax.Array, positions: jax.Array) -> Pool:
     """`write_step` with slots and positions of the caller's, which is where faults come in."""
     seed = token_seed(batch.tag[batch.request], batch.tokens, positions)
-    first = pool.config.start_layer
+    if not isinstance(pool, HybridKVPool):
+        return _write_kv(pool, slots, seed)
+    sums = jnp.zeros(batch.row.shape, jnp.uint32).at[batch.request].add(jnp.where(batch.valid, seed, 0))
+    return pool.with_kv(_write_kv(pool.kv, slots, seed)).with_states(_advance(pool.states, batch.state, sums))
 
-    def one_layer(i: jax.Array, carried: Pool) -> Pool:
+
+def _write_kv(pool: Any, slots: jax.Array, seed: jax.Array) -> Any:
+    if isinstance(pool, SWAKVPool):
+        full = _write_layers(pool.full, slots, seed, 0)
+        window = _write_layers(pool.window, pool.translate_loc_from_full_to_swa(slots), seed, _window_offset(pool))
+        return pool.with_full(full).with_window(window)
+    return _write_layers(pool, slots, seed, 0)
+
+
+def _window_offset(pool: SWAKVPool) -> int:
+    """What tells the content of the first window layer from that of the first full layer."""
+    return pool.full.config.layer_num
+
+
+def _write_layers(pool: KVCache, slots: jax.Array, seed: jax.Array, offset: int) -> KVCache:
+    first, dtype = pool.config.start_layer, pool.config.dtype
+
+    def one_layer(i: jax.Array, carried: Any) -> KVCache:
         planes = [
-            row_content(seed, i, plane, shape, pool.config.dtype) for plane, shape in enumerate(pool.config.row_shapes)
+            row_content(seed, i + offset, plane, shape, dtype) for plane, shape in enumerate(pool.config.row_shapes)
         ]
         return carried.set_kv_buffer(first + i, slots, *planes)
 
     return jax.lax.fori_loop(0, pool.config.layer_num, one_layer, pool)
 
 
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def state_content(
+    digest: Shaped[Array, " states"], layer: int | jax.Array, pool: MambaPool
+) -> tuple[Shaped[Array, " states *conv"], Shaped[Array, " states *temporal"]]:
+    """A layer's convolution and temporal states when the seeds of all tokens before them add up to `digest`."""
+    config = pool.config
+    mixed = _mix(digest)
+    conv = row_content(mixed, layer, _CONV, config.conv_shape, config.conv_dtype)
+    temporal = row_content(mixed, layer, _TEMPORAL, config.temporal_shape, config.temporal_dtype)
+    parts = (digest[:, None] >> (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32))) & jnp.uint32(0xFF)
+    flat = temporal.reshape(digest.shape[0], -1).at[:, :DIGEST_LANES].set(parts.astype(temporal.dtype))
+    return conv, flat.reshape(temporal.shape)
+
+
+def _digest_in(temporal: Shaped[Array, " states *temporal"]) -> Shaped[Array, " states"]:
+    """The sum that a temporal state holds."""
+    lanes = temporal.reshape(temporal.shape[0], -1)[:, :DIGEST_LANES].astype(jnp.uint32)
+    return jnp.sum(lanes << (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32)), axis=1, dtype=jnp.uint32)
+
+
+def _advance(pool: MambaPool, states: Any, sums: jax.Array) -> MambaPool:
+    """Each layer goes on from what it finds in the state itself, as a recurrent layer does."""
+
+    def one_layer(i: jax.Array, carried: MambaPool) -> MambaPool:
+        _, temporal = carried.read(states, i)
+        return carried.write(states, i, *state_content(_digest_in(temporal) + sums, i, carried))
+
+    return jax.lax.fori_loop(0, pool.config.layer_num, one_layer, pool)
+
+
+def prefix_digest(tag: int, tokens: Int32[np.ndarray, " tokens"]) -> np.uint32:
+    """What the state after `tokens` must hold. NumPy, so that the proof does not rest on the code it proves."""
+    positions = np.arange(len(tokens), dtype=np.uint32)
+    seed = _mix_host(np.uint32(tag) + np.full(len(tokens), 0x9E3779B9, np.uint32))
+    seed = _mix_host(seed ^ tokens.astype(np.uint32))
+    return _mix_host(seed ^ (positions * np.uint32(0x85EBCA6B))).sum(dtype=np.uint32)
+
+
+def _mix_host(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def count_wrong_states(pool: MambaPool, packed: Shaped[Array, " 2"], mismatched: Int32[Array, ""]) -> Int32[Array, ""]:
+    """Adds 1 if the state is not, in every layer and element, what the digest asks for.
+
+    Args:
+      pool: Read, not consumed.
+      packed: uint32 [state, digest].
+      mismatched: The count so far.
+    """
+    state, digest = packed[:1].astype(jnp.int32), packed[1:]
+
+    def one_layer(i: jax.Array, wrong: jax.Array) -> jax.Array:
+        for stored, expected in zip(pool.read(state, i), state_content(digest, i, pool), strict=True):
+            wrong |= (stored != expected).any()
+        return wrong
+
+    wrong = jax.lax.fori_loop(0, pool.config.layer_num, one_layer, jnp.zeros((), bool))
+    return mismatched + wrong.astype(jnp.int32)
+
+
+# ---- reading back ----------------------------------------------------------------------------------------------------
+
+READ_BACK_HEADER = 5
+"""Entries of a packed read-back before its token ids."""
+
+
 def count_mismatches(
-    pool: Pool, table: RequestTable, packed: Int32[Array, " size"], mismatched: Int32[Array, ""]
+    pool: KVCache | SWAKVPool, table: RequestTable, packed: Int32[Array, " size"], mismatched: Int32[Array, ""]
 ) -> Int32[Array, ""]:
-    """Reads rows of one request back through the device table and adds the slots that are wrong.
+    """Reads rows of one request back through the device table and adds the tokens that are wrong in any layer.
 
     Args:
       pool: Read, not consumed.
       table: Read, not consumed.
-      packed: [row, tag, first position, number of tokens, token ids ... (padded)].
+      packed: [row, tag, first position, number of tokens, first position that window layers must have, token ids ...
+        (padded)].
       mismatched: The count so far.
     """
-    row, tag, start, count = packed[0], packed[1], packed[2], packed[3]
-    tokens = packed[4:]
+    row, tag, start, count, window_start = (packed[i] for i in range(READ_BACK_HEADER))
+    tokens = packed[READ_BACK_HEADER:]
     offset = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     position = jnp.minimum(start + offset, start + count - 1)
-    slots = table.slots(jnp.full_like(position, row), position, pool.config.page_size)
+    is_read = offset < count
+    full = pool.full if isinstance(pool, SWAKVPool) else pool
+    slots = table.slots(jnp.full_like(position, row), position, full.config.page_size)
     seed = token_seed(jnp.full_like(tokens, tag), tokens, start + offset)
+    wrong = _wrong_rows(full, slots, seed, 0) & is_read
+    if isinstance(pool, SWAKVPool):
+        window_slots = pool.translate_loc_from_full_to_swa(slots)
+        is_attended = is_read & (start + offset >= window_start)
+        wrong |= _wrong_rows(pool.window, window_slots, seed, _window_offset(pool)) & is_attended
+    return mismatched + jnp.sum(wrong, dtype=jnp.int32)
 
+
+def _wrong_rows(pool: KVCache, slots: jax.Array, seed: jax.Array, offset: int) -> jax.Array:
     def one_layer(i: jax.Array, wrong: jax.Array) -> jax.Array:
         stored = pool.gather(slots, pool.config.start_layer + i)
         for plane, (rows, shape) in enumerate(zip(_planes(stored), pool.config.row_shapes, strict=True)):
-            expected = row_content(seed, i, plane, shape, pool.config.dtype)
+            expected = row_content(seed, i + offset, plane, shape, pool.config.dtype)
             wrong |= (rows != expected).reshape(rows.shape[0], -1).any(axis=1)
         return wrong
 
-    wrong = jax.lax.fori_loop(0, pool.config.layer_num, one_layer, jnp.zeros(tokens.shape[0], bool))
-    return mismatched + jnp.sum(wrong & (offset < count), dtype=jnp.int32)
+    return jax.lax.fori_loop(0, pool.config.layer_num, one_layer, jnp.zeros(slots.shape[0], bool))
 
 
 def _planes(stored: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcache.mirror import TableChanges
 from jaxcache.pages.base import PageState
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.replay.config import Fault
 from jaxcache.replay.content import Pool, write_rows, write_step
 
@@ -57,6 +59,12 @@ class Saboteur:
         if fault is Fault.DOUBLE_OWN:
             self._honest_alloc = manager.allocator.alloc_pages
             manager.allocator.alloc_pages = self._alloc_a_page_in_use
+        if fault is Fault.STALE_STATE:
+            self._honest_copy = manager.runner.copy_states
+            manager.runner.copy_states = self._copy_nothing
+        if fault is Fault.WRONG_WINDOW and isinstance(manager.allocator, SWATokenToKVPoolAllocator):
+            self._honest_changes = manager.allocator.take_changes
+            manager.allocator.take_changes = self._take_blank_changes
 
     def after_plan(self) -> None:
         """Called when pages have been taken and the table is written, before the step runs."""
@@ -65,6 +73,14 @@ class Saboteur:
             if victim is not None:
                 request, row, own = victim
                 self._manager.req_to_token_pool.write_pages(row, request.num_pages - 1, own[:1])
+
+    def _copy_nothing(self, source: np.ndarray, target: np.ndarray) -> None:
+        if not self._strikes():
+            self._honest_copy(source, target)
+
+    def _take_blank_changes(self, limit: int) -> TableChanges:
+        changes = self._honest_changes(limit)
+        return TableChanges(changes.index, changes.page * 0) if len(changes.index) and self._strikes() else changes
 
     def after_step(self) -> None:
         """Called when a step has run."""

@@ -44,8 +44,9 @@ class ReplayResult:
       prompt_tokens, hit_tokens, hit_rate: Of first admissions; the rate is a fraction.
       evicted_tokens: Tokens evicted from the prefix cache.
       verified_slots: Slots read back and compared.
-      mismatched_slots: Slots among them that held something else.
-      leaked_slots: Slots without an owner, or with one too many, when all requests had ended.
+      verified_states: Recurrent states read back and compared.
+      mismatched_slots: Slots and states among them that held something else.
+      leaked_slots: Slots and states without an owner, or with one too many, when all requests had ended.
       max_running: Most requests that ran at once.
       chunks, decode_steps: Extend and decode steps.
       retractions: Requests that had to make room.
@@ -60,6 +61,7 @@ class ReplayResult:
     hit_rate: float = 0.0
     evicted_tokens: int = 0
     verified_slots: int = 0
+    verified_states: int = 0
     mismatched_slots: int = 0
     leaked_slots: int = 0
     max_running: int = 0
@@ -79,6 +81,7 @@ class ReplayResult:
     seed: int = 0
     plant: str | None = None
     policy: str = ""
+    cache: str = ""
     pool: str = ""
     pool_bytes: int = 0
     layers: int = 0

@@ -4,8 +4,9 @@
                  ▲                                      │ memory short
                  └────────────── retract ◄──────────────┘
 
-The model is `content.write_step`. What is read back is compared with what the request's own tokens ask for, never with
-what pool or tree returned: the matched prefix after every admission, and the whole row when a request ends.
+The model is `content.write_step`. What is read back (`proof`) is compared with what the request's own tokens ask for,
+never with what pool or tree returned: the matched prefix after every admission, and the whole row when a request ends;
+of window layers the last W tokens, and the recurrent state as the sum of everything before it.
 """
 
 from __future__ import annotations
@@ -14,32 +15,27 @@ import functools
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.errors import ArgumentError, CacheError
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
-from jaxcache.pools.base import KVCacheConfig
-from jaxcache.pools.mha import MHAConfig
-from jaxcache.pools.mla import MLAConfig
-from jaxcache.replay.config import Fault, PoolKind, ReplayConfig
-from jaxcache.replay.content import count_mismatches
+from jaxcache.index.key import Namespace
+from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.swa import SWAConfig
+from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for
+from jaxcache.replay.proof import Proof, count_leaks
 from jaxcache.replay.result import ReplayResult, Sample, Stopwatch
+from jaxcache.replay.setup import memory_config
 from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens
 from jaxcache.request import Request
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-READ_BACK_TOKENS = (1024, 8192)
-"""Tokens that one read-back compares at most: two shapes serve every length."""
-MEMORY_FRACTION = 0.9
-"""Part of a GPU's free memory that `--layers auto` fills."""
 SAMPLES = 400
 
 
@@ -65,50 +61,11 @@ def run_replay(
     """
     requests = config.load_requests() if requests is None else requests
     config = config.for_platform(jax.default_backend())
-    manager = init_memory_pool_and_cache(_memory_config(config, requests))
+    manager = init_memory_pool_and_cache(memory_config(config, requests))
     if observe is not None:
         observe(manager)
     replay = Replay(config, manager, requests, progress)
     return replay.run()
-
-
-def _memory_config(config: ReplayConfig, requests: list[TraceRequest]) -> MemoryConfig:
-    longest = max(request.input_length + request.output_length for request in requests)
-    if longest > config.pool_tokens:
-        raise ArgumentError(f"--device-tokens {config.device_tokens} cannot hold the longest request, {longest} tokens")
-    return MemoryConfig(
-        kv=_kv_config(config),
-        max_running=config.concurrency,
-        max_context_len=longest + 1,
-        chunk=config.chunk,
-        policy=config.policy,
-    )
-
-
-def _kv_config(config: ReplayConfig) -> KVCacheConfig:
-    dtype = jnp.dtype(config.dtype.value if config.dtype is not None else "float32")
-    sizes: dict[str, Any] = {"size": config.pool_tokens, "page_size": config.page_size, "dtype": dtype}
-    if config.pool is PoolKind.MHA:
-        kind: Callable[..., KVCacheConfig] = MHAConfig
-        sizes |= {"head_num": config.heads, "head_dim": config.head_dim}
-    else:
-        kind = MLAConfig
-        sizes |= {"kv_lora_rank": config.rank, "qk_rope_head_dim": config.rope_dim}
-    one = kind(layer_num=1, **sizes)
-    return kind(layer_num=config.layers or _layers_that_fit(one), **sizes)
-
-
-def _layers_that_fit(one_layer: KVCacheConfig) -> int:
-    """As many layers as a GPU's memory has room for; two on a CPU, which is enough to mix them up."""
-    stats = jax.local_devices()[0].memory_stats()
-    if jax.default_backend() == "cpu" or not stats:
-        return 2
-    layer_bytes = sum(
-        int(np.prod(buffer.shape)) * buffer.dtype.itemsize
-        for buffer in one_layer.abstract_buffers(jax.default_backend())
-    )
-    room = MEMORY_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"])
-    return max(1, int(room // layer_bytes))
 
 
 class Replay:
@@ -132,11 +89,10 @@ class Replay:
         self.waiting: deque[int] = deque(range(len(requests)))
         self.retracted: deque[Request] = deque()
         self.running: list[Request] = []
-        self.unverified: list[Request] = []  # admitted with a hit that has not been read back yet
+        self.unverified: dict[Request, int] = {}  # admitted with so many tokens that have not been read back yet
         self.index: dict[Request, int] = {}
         self.done = 0
-        self.mismatched = jnp.zeros((), jnp.int32)
-        self.read_back = jax.jit(count_mismatches)
+        self.proof = Proof(manager)
         self._time_host_calls()
 
     def run(self) -> ReplayResult:
@@ -152,7 +108,8 @@ class Replay:
                 self._balance()
             except CacheError as error:
                 result.error = f"{type(error).__name__}: {error}"
-            result.mismatched_slots = int(self.mismatched)
+            result.mismatched_slots = self.proof.mismatched
+            result.verified_slots, result.verified_states = self.proof.verified_slots, self.proof.verified_states
             result.wall_s = round(time.perf_counter() - started, 3)
             result.recompiles_after_warmup = len(compilations)
         self._describe()
@@ -183,7 +140,8 @@ class Replay:
             page = manager.page_size
             if self.running and available + evictable - promised < request.num_tokens + (len(self.running) + 1) * page:
                 return  # let those that run end first
-            if manager.admit(request) is None:
+            found = manager.admit(request)
+            if found is None:
                 return
             if request in self.index:
                 self.retracted.popleft()
@@ -192,12 +150,17 @@ class Replay:
                 self.result.prompt_tokens += request.num_tokens
                 self.result.hit_tokens += request.cached_tokens
             self.running.append(request)
-            if request.cached_tokens and self.config.verify:
-                self.unverified.append(request)
+            if found and self.config.verify:
+                self.unverified[request] = found
 
     def _request(self, i: int) -> Request:
-        tag = i % 2 if self.config.plant is Fault.WRONG_NAMESPACE else 0  # two tenants, and a key that forgets them
-        return Request(rid=str(i), origin_input_ids=prompt_tokens(self.trace[i]), tag=tag)
+        tag, key = 0, None
+        if self.config.cache is CacheKind.LORA:  # the same prefixes under other weights: another KV
+            tag = int(np.random.default_rng([self.config.seed, i]).integers(self.config.adapters))
+            key = Namespace(lora_id=f"adapter-{tag}")
+        if self.config.plant is Fault.WRONG_NAMESPACE:  # two tenants, and a key that forgets them
+            tag, key = i % 2, None
+        return Request(rid=str(i), origin_input_ids=prompt_tokens(self.trace[i]), extra_key=key, tag=tag)
 
     def _extend(self) -> None:
         """One step of prompt chunks, first come, first served."""
@@ -206,7 +169,7 @@ class Replay:
         for request in self.running:
             missing = request.num_tokens - request.kv_len
             if missing and budget and not self._is_decoding(request):
-                work.append((request, min(missing, budget)))
+                work.append((request, self.manager.next_chunk(request, budget)))
                 budget -= work[-1][1]
         if not work:
             return
@@ -221,7 +184,7 @@ class Replay:
         self.manager.run(self.step, plan)
         self.saboteur.after_step()
         self.result.chunks += 1
-        self._verify_hits()
+        self._verify_hits(request for request, _ in work)
         for request, _ in work:
             if request.kv_len == request.num_tokens:
                 self._sample_token(request)
@@ -245,6 +208,7 @@ class Replay:
         self.manager.run(self.step, plan)
         self.saboteur.after_step()
         self.result.decode_steps += 1
+        self._verify_hits(batch)
         self.result.decode_tokens += len(batch)
         for request in batch:
             self._sample_token(request)
@@ -265,7 +229,8 @@ class Replay:
 
     def _end(self, request: Request) -> None:
         if self.config.verify:
-            self._verify(request, request.kv_len)
+            self.proof.verify(request, request.kv_len)
+            self.proof.verify_state(request)
         self.saboteur.before_finish(request)
         self.manager.finish(request)
         self._leave(request)
@@ -286,42 +251,27 @@ class Replay:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        if request in self.unverified:
-            self.unverified.remove(request)
+        self.unverified.pop(request, None)
 
     # ---- proof ---------------------------------------------------------------------------------------------------
 
-    def _verify_hits(self) -> None:
-        """Reads matched prefixes back, once their rows of the table are on the device."""
-        for request in self.unverified:
-            self._verify(request, request.cached_tokens)
-        self.unverified.clear()
-
-    def _verify(self, request: Request, count: int) -> None:
-        row = request.req_pool_idx
-        tokens = np.frombuffer(request.key.packed, "<i4")
-        for start in range(0, count, READ_BACK_TOKENS[-1]):
-            size = min(READ_BACK_TOKENS[-1], count - start)
-            packed = self._packed(size)
-            packed[:4] = row, request.tag, start, size
-            packed[4 : 4 + size] = tokens[start : start + size]
-            self.mismatched = self.read_back(self.manager.pool, self.manager.table, packed, self.mismatched)
-        self.result.verified_slots += count
-
-    @staticmethod
-    def _packed(size: int) -> np.ndarray:
-        return np.zeros(4 + next(room for room in READ_BACK_TOKENS if room >= size), np.int32)
+    def _verify_hits(self, batch: Iterable[Request]) -> None:
+        """Reads back what requests were admitted with, after their first step: before, the device may not know it."""
+        for request in batch:
+            found = self.unverified.pop(request, 0)
+            if found:
+                self.proof.verify(request, found)
+                self.proof.verify_state(request)
 
     def _balance(self) -> None:
         """Everything has ended: nothing may be owned but by the tree, nothing locked, every row free."""
         manager = self.manager
-        cached = manager.cache.total_size()
-        leaked = manager.allocator.size - manager.allocator.available_size() - cached
-        self.result.leaked_slots = abs(leaked) + manager.cache.protected_size()
-        if not leaked:
+        self.result.leaked_slots = count_leaks(manager)
+        if not self.result.leaked_slots:
             manager.check_memory(read_device=True)
+            cached = manager.cache.full_evictable_size()
             type(manager.cache).evict(manager.cache, cached)  # neither timed nor counted: nobody needs the room
-            self.result.leaked_slots += manager.allocator.size - manager.allocator.available_size()
+            self.result.leaked_slots = count_leaks(manager) + manager.cache.full_evictable_size()
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -329,11 +279,8 @@ class Replay:
         """Compiles every shape a replay can need, before request 1."""
         manager = self.manager
         manager.warm_up(self.step)
-        for room in READ_BACK_TOKENS:
-            self.read_back(manager.pool, manager.table, self._packed(room), self.mismatched)
-        manager.pool = manager.pool.load_cpu_copy(
-            manager.pool.get_cpu_copy(np.zeros(1, np.int32)), np.zeros(1, np.int32)
-        )
+        self.proof.warm_up()
+        manager.warm_up_offload()
         jax.block_until_ready(manager.pool)
 
     def _time_host_calls(self) -> None:
@@ -390,11 +337,14 @@ class Replay:
         result.seed = config.seed
         result.plant = config.plant.value if config.plant is not None else None
         result.policy = config.policy.value
+        result.cache = config.cache.value
         result.pool = config.pool.value
-        result.pool_bytes = sum(buffer.nbytes for buffer in manager.pool.buffers)
-        result.layers = manager.config.kv.layer_num
-        result.row_shapes = [list(shape) for shape in manager.config.kv.row_shapes]
-        result.dtype = str(manager.config.kv.dtype)
+        kv = manager.config.kv
+        full = kv.full if isinstance(kv, SWAConfig) else kv
+        result.pool_bytes = sum(buffer.nbytes for buffer in jax.tree.leaves(manager.pool))
+        result.layers = kv.layer_num
+        result.row_shapes = [list(shape) for shape in full.row_shapes]
+        result.dtype = str(full.dtype)
         result.device = jax.local_devices()[0].device_kind
         result.jax_version = jax.__version__
         result.python_version = platform.python_version()

@@ -1,0 +1,102 @@
+"""What a replay reads back: rows through the device's own tables, states, and the count of what is wrong.
+
+Nothing here asks the cache what it returned: what must be there follows from a request's own tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxcache.manager import MemoryManager
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.replay.content import READ_BACK_HEADER, count_mismatches, count_wrong_states, prefix_digest
+from jaxcache.request import Request
+
+READ_BACK_TOKENS = (1024, 8192)
+"""Tokens that one read-back compares at most: two shapes serve every length."""
+
+
+class Proof:
+    """Reads back and counts. Nothing waits for the device until `mismatched` is asked for.
+
+    Attributes:
+      verified_slots: Slots compared.
+      verified_states: States compared.
+    """
+
+    def __init__(self, manager: MemoryManager):
+        self._manager = manager
+        self._window = manager.config.sliding_window_size
+        self._wrong = self._zero()
+        self._read_rows = jax.jit(count_mismatches)
+        self._read_state = jax.jit(count_wrong_states)
+        self.verified_slots = 0
+        self.verified_states = 0
+
+    def warm_up(self) -> None:
+        """Compiles every shape."""
+        for room in READ_BACK_TOKENS:
+            self._compare_rows(np.zeros(READ_BACK_HEADER + room, np.int32))
+        if isinstance(self._manager.pool, HybridKVPool):
+            self._compare_state(0, np.uint32(0))
+        self._wrong = self._zero()  # the sink holds nothing that could be right
+
+    def _zero(self) -> jax.Array:
+        """A count that lies where all later counts will: JAX compiles anew for an array that is bound to no device."""
+        return jax.device_put(np.zeros((), np.int32), self._manager.table.pages.sharding)
+
+    @property
+    def mismatched(self) -> int:
+        """Slots and states that held something else. Waits for the device."""
+        return int(self._wrong)
+
+    def verify(self, request: Request, count: int) -> None:
+        """Compares the first `count` tokens of a running request: all of them in layers that attend to everything, and
+        the last ones in window layers."""
+        tokens = request.key.token_ids
+        window_start = max(0, count - self._window) if self._window is not None else 0
+        for start in range(0, count, READ_BACK_TOKENS[-1]):
+            size = min(READ_BACK_TOKENS[-1], count - start)
+            room = next(room for room in READ_BACK_TOKENS if room >= size)
+            packed = np.zeros(READ_BACK_HEADER + room, np.int32)
+            packed[:READ_BACK_HEADER] = request.req_pool_idx or 0, request.tag, start, size, window_start
+            packed[READ_BACK_HEADER : READ_BACK_HEADER + size] = tokens[start : start + size]
+            self._compare_rows(packed)
+        self.verified_slots += count
+
+    def verify_state(self, request: Request) -> None:
+        """Compares the state that a running request works on with the whole of what was computed for it."""
+        if not isinstance(self._manager.pool, HybridKVPool) or not request.kv_len:
+            return
+        self._compare_state(
+            self._manager.working_state(request), prefix_digest(request.tag, request.key.token_ids[: request.kv_len])
+        )
+        self.verified_states += 1
+
+    def _compare_rows(self, packed: np.ndarray) -> None:
+        pool = self._manager.pool
+        kv = pool.kv if isinstance(pool, HybridKVPool) else pool
+        self._wrong = self._read_rows(kv, self._manager.table, packed, self._wrong)
+
+    def _compare_state(self, state: int, digest: np.uint32) -> None:
+        packed = np.array([state, digest], np.uint32)
+        pool = self._manager.pool
+        if isinstance(pool, HybridKVPool):
+            self._wrong = self._read_state(pool.states, packed, self._wrong)
+
+
+def count_leaks(manager: MemoryManager) -> int:
+    """Slots of each side, and states, that neither the cache nor anybody's free list has, or that are still locked.
+
+    For when no request runs.
+    """
+    cache, allocator = manager.cache, manager.allocator
+    locked = cache.full_protected_size() + cache.swa_protected_size() + cache.mamba_protected_size()
+    lost = [manager.get_token_info()[0]]
+    if isinstance(allocator, SWATokenToKVPoolAllocator):
+        lost.append(manager.get_swa_token_info()[1])
+    if manager.states is not None:
+        lost.append(manager.states.size - manager.states.available_size() - cache.mamba_evictable_size())
+    return locked + sum(map(abs, lost))

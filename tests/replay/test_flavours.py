@@ -1,0 +1,91 @@
+"""Every kind of cache through the whole stack: rows, windows and states proven, nothing lost, nothing compiled late."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
+from jaxcache.replay.run import run_replay
+from tests.replay.test_replay import CHAT, assert_clean, long_answers
+
+SHARING = [kind for kind in CacheKind if kind is not CacheKind.CHUNK]
+
+
+def replay(cache, requests=None, **options):
+    return run_replay(ReplayConfig(**CHAT | {"cache": cache, "window": 100} | options), requests=requests)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("cache", SHARING)
+def test_a_chat_trace_is_served_right(cache, page_size):
+    result = replay(cache, page_size=page_size)
+    assert_clean(result)
+    assert result.requests == 60
+    assert result.evicted_tokens > 0
+    assert bool(result.verified_states) == cache.has_states
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_without_sharing_nothing_is_found_and_nothing_is_wrong(page_size):
+    result = replay(CacheKind.CHUNK, page_size=page_size)
+    assert (result.error, result.mismatched_slots, result.leaked_slots) == (None, 0, 0)
+    assert (result.hit_tokens, result.evicted_tokens, result.requests) == (0, 0, 60)
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("cache", CacheKind)
+def test_tight_memory_retracts_and_loses_nothing(cache, page_size):
+    tight = {"device_tokens": 280, "window_tokens": 200, "window": 24, "concurrency": 6, "chunk": 64}
+    result = replay(cache, long_answers(40), page_size=page_size, states=13, **tight)
+    assert (result.error, result.mismatched_slots, result.leaked_slots) == (None, 0, 0)
+    assert result.recompiles_after_warmup == 0
+    assert (result.requests, result.retractions > 0) == (40, True)
+
+
+@pytest.mark.parametrize("window", [1, 16, 50, 64])
+def test_any_window_in_a_small_window_pool(window):
+    result = replay(CacheKind.SWA, window=window, page_size=16, window_tokens=6_000, chunk=1024)
+    assert_clean(result)
+
+
+@pytest.mark.parametrize("pool", PoolKind)
+def test_both_kinds_of_rows(pool):
+    assert_clean(replay(CacheKind.SWA_MAMBA, pool=pool, page_size=4))
+
+
+def test_a_window_that_holds_everything_hits_what_full_attention_hits():
+    full = replay(CacheKind.RADIX)
+    window = replay(CacheKind.SWA, window=1 << 20, window_tokens=CHAT["device_tokens"])
+    assert window.hit_tokens == full.hit_tokens > 0
+    assert window.evicted_tokens == full.evicted_tokens
+
+
+def test_one_adapter_hits_what_no_adapter_hits():
+    assert replay(CacheKind.LORA, adapters=1).hit_tokens == replay(CacheKind.RADIX).hit_tokens > 0
+
+
+def test_adapters_share_nothing():
+    one, four = (replay(CacheKind.LORA, adapters=n, device_tokens=200_000) for n in (1, 4))
+    assert 0 < four.hit_tokens < one.hit_tokens
+
+
+@pytest.mark.parametrize("cache", [CacheKind.SWA, CacheKind.MAMBA])
+def test_what_can_be_continued_is_less_than_what_is_cached(cache):
+    assert 0 < replay(cache, states=24).hit_tokens <= replay(CacheKind.RADIX).hit_tokens
+
+
+@pytest.mark.parametrize(
+    ("fault", "cache"),
+    [
+        (Fault.STALE_STATE, CacheKind.MAMBA),
+        (Fault.STALE_STATE, CacheKind.SWA_MAMBA),
+        (Fault.WRONG_WINDOW, CacheKind.SWA),
+        (Fault.WRONG_WINDOW, CacheKind.SWA_MAMBA),
+        (Fault.WRONG_NAMESPACE, CacheKind.LORA),
+        (Fault.OFF_BY_ONE_POSITION, CacheKind.MAMBA),
+    ],
+)
+def test_faults_of_windows_states_and_namespaces_are_seen(fault, cache):
+    result = replay(cache, plant=fault)
+    assert result.mismatched_slots or result.error
+    assert not result.is_clean
