@@ -175,6 +175,8 @@ class MemoryManager:
         request.kv_len, request.num_pages = kv_len, len(found.pages) + len(fresh)
         request.lock, request.state = lock, RequestState.RUNNING
         request.cached_tokens = lock.length
+        if self.cache.observer is not None:
+            self.cache.observer.admitted(request.num_tokens, lock.length)
         request.branching_len = found.mamba_branching_seqlen or 0
         request.cpu_copy = None
         if self._states is not None:

@@ -6,6 +6,7 @@ handed to the allocator. Nothing is freed in the middle of a walk.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -22,6 +23,7 @@ from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.events import EventQueue, KVCacheEvent
+from jaxcache.observe.observer import CacheObserver
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request
@@ -57,6 +59,7 @@ class RadixCache(BasePrefixCache):
     Attributes:
       tree: The index, for looking at.
       events: What waits for `take_events`; None unless they are enabled.
+      observer: Whom to tell of lookups, inserts and evictions, such as `CacheMetrics`; None for nobody.
 
     Raises:
       ArgumentError: The page sizes of cache, allocator and table differ.
@@ -101,6 +104,7 @@ class RadixCache(BasePrefixCache):
             element_bytes=(BigramKey if is_eagle else RadixKey).element_bytes,
         )
         self.events = EventQueue(self.tree) if enable_kv_cache_events else None
+        self.observer: CacheObserver | None = None
 
     # ---- lookup, insert, evict: no request needed -----------------------------------------------------------------
 
@@ -121,8 +125,11 @@ class RadixCache(BasePrefixCache):
         Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
         `RadixKey` that is kept.
         """
+        started = time.perf_counter() if self.observer is not None else 0.0
         key = self._as_key(key)
         found = self.tree.match(key[:0] if self.disable else key)
+        if self.observer is not None:
+            self.observer.matched(time.perf_counter() - started)
         return MatchResult(found, self.page_size, self._states is not None)
 
     def insert(
@@ -183,6 +190,7 @@ class RadixCache(BasePrefixCache):
     def _insert(
         self, key: RadixKey, pages: np.ndarray, state: int, held: Receipt | None = None, priority: int = 0
     ) -> Insertion:
+        started = time.perf_counter() if self.observer is not None else 0.0
         values = [pages]
         for keeper in self._others:
             values.append(keeper.offer(pages, state))
@@ -192,6 +200,8 @@ class RadixCache(BasePrefixCache):
         if self.events is not None:
             for node in inserted.added:
                 self.events.stored(node)
+        if self.observer is not None:
+            self.observer.inserted(inserted.length - inserted.present, time.perf_counter() - started)
         return inserted
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> int:
@@ -202,8 +212,9 @@ class RadixCache(BasePrefixCache):
 
         Overshoots by less than one node. Cost: O(evicted).
         """
+        started = time.perf_counter() if self.observer is not None else 0.0
         size, tree = self.page_size, self.tree
-        before = tree.evictable[0]
+        before = tree.evictable.copy()
         if self._others:
             amounts = [-(-num_tokens // size)]
             if self._window is not None:
@@ -216,7 +227,11 @@ class RadixCache(BasePrefixCache):
                     self._free(tree.evict(tree.evictable[i] - goal, i))
         elif num_tokens > 0:
             self._free(tree.evict(-(-num_tokens // size)))
-        return (before - tree.evictable[0]) * size
+        if self.observer is not None:
+            gone = [most - left for most, left in zip(before, tree.evictable, strict=True)]
+            amounts = [n * size if component.spans else n for n, component in zip(gone, tree.components, strict=True)]
+            self.observer.evicted(amounts, time.perf_counter() - started)
+        return (before[0] - tree.evictable[0]) * size
 
     def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
         """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
