@@ -1,4 +1,4 @@
-"""Sharp edges of windows in other systems, at the allocator and the pool. By their number."""
+"""Sharp edges of windows in other systems, at the allocator. By their number."""
 
 from __future__ import annotations
 
