@@ -8,6 +8,7 @@ from jaxcache.errors import ArgumentError as ArgumentError
 from jaxcache.errors import BorrowedError as BorrowedError
 from jaxcache.errors import BrokenInvariant as BrokenInvariant
 from jaxcache.errors import CacheError as CacheError
+from jaxcache.errors import DeadViewError as DeadViewError
 from jaxcache.errors import DoubleFreeError as DoubleFreeError
 from jaxcache.errors import LockedError as LockedError
 from jaxcache.errors import NotInPlaceError as NotInPlaceError
@@ -48,6 +49,7 @@ from jaxcache.pages.token import TokenToKVPoolAllocator as TokenToKVPoolAllocato
 
 # ruff: isort: split
 from jaxcache.donation import donating as donating
+from jaxcache.donation import reading as reading
 from jaxcache.kernels.in_place import assert_in_place as assert_in_place
 from jaxcache.kernels.in_place import prove_in_place as prove_in_place
 from jaxcache.pools.base import KVCache as KVCache
@@ -62,6 +64,8 @@ from jaxcache.pools.mla import MLAConfig as MLAConfig
 from jaxcache.pools.mla import MLATokenToKVPool as MLATokenToKVPool
 from jaxcache.pools.requests import ReqToTokenPool as ReqToTokenPool
 from jaxcache.pools.requests import RequestTable as RequestTable
+from jaxcache.pools.swa import SWAConfig as SWAConfig
+from jaxcache.pools.swa import SWAKVPool as SWAKVPool
 
 # ruff: isort: split
 from jaxcache.caches.base import BasePrefixCache as BasePrefixCache
