@@ -55,7 +55,7 @@ def check_everything(*, huge: bool) -> Iterator[str]:
 
 
 def check_alloc_extend(implementation: Implementation) -> int:
-    cases = [(bs, page_size) for bs in (1, 7, 64, 300) for page_size in (1, 3, 16, 64)]
+    cases = [(bs, page_size) for bs in (1, 7, 64, 300) for page_size in (1, 3, 16, 64)] + [(3000, 16)]
     for seed, (bs, page_size) in enumerate(cases):
         rng = np.random.default_rng(seed)
         prefix, seq, last, pages = oracles.random_batch(rng, bs, page_size, max_len=200)
