@@ -120,7 +120,7 @@ def assert_contents(manager: MemoryManager, requests) -> None:
     for request in requests:
         tokens = np.zeros(manager.config.max_context_len, np.int32)
         tokens[: request.kv_len] = request.key.token_ids[: request.kv_len]
-        packed = np.array([request.req_pool_idx, request.tag, 0, request.kv_len, *tokens], np.int32)
+        packed = np.array([request.req_pool_idx, request.tag, 0, request.kv_len, 0, *tokens], np.int32)
         wrong = _count_mismatches(manager.pool, manager.table, packed, wrong)
     assert int(wrong) == 0
     for buffer in manager.pool.buffers:
