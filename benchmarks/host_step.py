@@ -130,33 +130,28 @@ def decode(manager: MemoryManager, batch: list[Request], steps: int) -> Samples:
 
 def parts(manager: MemoryManager, batch: list[Request], steps: int) -> Samples:
     """What `manager.run` consists of, from steps that are otherwise the same."""
-    table, samples = manager.req_to_token_pool, {}
+    table = manager.req_to_token_pool
     watched = {
         "check_us": (manager.planner, "require_current"),
         "changes_us": (table, "take_changes"),
         "pack_us": (StepPlan, "pack"),
-        "commit_us": (table, "commit"),
+        "call_us": (DonatingStep, "on_own_pools"),
+        "commit_us": (manager.planner, "commit"),
     }
+    samples: Samples = {name: [] for name in watched}
     with ExitStack() as stack:
         for name, (owner, method) in watched.items():
-            samples[name] = []
             stack.enter_context(mock.patch.object(owner, method, timed(getattr(owner, method), samples[name])))
-        samples["call_us"] = dispatched_by(manager, batch, compiled_step(manager, batch), steps)
+        decode(manager, batch, steps)
     return samples
 
 
 def dispatched_by(manager: MemoryManager, batch: list[Request], call: Callable, steps: int) -> list[float]:
-    """What it takes to call `call` in place of the manager's jitted step, in us."""
+    """What `call(pool, table, upload)` takes in place of the manager's jitted step, in us."""
     times: list[float] = []
-    with mock.patch.object(manager.runner.compiled, "find", lambda *_: timed(call, times)):
+    with mock.patch.object(DonatingStep, "on_own_pools", timed(lambda step, count, *args: call(*args), times)):
         decode(manager, batch, steps)
     return times[2:]  # the first may compile
-
-
-def compiled_step(manager: MemoryManager, batch: list[Request]) -> DonatingStep:
-    """The jitted step that decodes the batch."""
-    bucket = decode_bucket(manager, len(batch))
-    return manager.runner.compiled.find(write_one_layer, bucket, lambda: whole_step(write_one_layer, bucket, PAGE_SIZE))
 
 
 def decode_bucket(manager: MemoryManager, requests: int) -> Bucket:

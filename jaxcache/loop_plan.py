@@ -304,8 +304,9 @@ class DecodeLoops:
 
     def _commit(self, replay: LoopReplay, loan: PageLoan) -> None:
         plan, rows = replay.plan, replay.rows
+        counts, pages = replay.pages_by_request()
         loan.settle(len(replay.owner))
-        self._table.append_pages(plan.row, *replay.pages_by_request(), on_device=True)
+        self._table.append_pages(plan.row, pages, counts, on_device=True)
         self._table.commit(plan.row, rows.seq_len)
         self._allocator.release(self._table.cut_spare_pages(plan.row), PageState.PRIVATE)
 

@@ -316,7 +316,7 @@ class MemoryManager:
         if self._states is not None:
             self._states.fill(plan.row)
         out = self.runner.run(step, plan, *args)
-        self.req_to_token_pool.commit(plan.row, plan.seq_len)
+        self.planner.commit(plan)
         if self._states is not None:
             self._states.snapshot(plan)
         if plan.bucket.kind is StepKind.EXTEND:

@@ -70,7 +70,7 @@ class ChangeLog:
         """
         if limit < 0:
             raise ArgumentError(f"limit must not be negative, got {limit}")
-        waiting = np.concatenate([np.empty(0, np.int32), *self._waiting])
+        waiting = np.concatenate(self._waiting) if self._waiting else np.empty(0, np.int32)
         index = waiting[:limit]
         self.forget()
         if len(waiting) > limit:

@@ -9,61 +9,24 @@ Source: jaxcache's own; SGLang 0.5.2 schedule_batch.py, prepare_for_extend and p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxcache.caches.base import BasePrefixCache
+from jaxcache.cursor import DecodeCursor, RunningBatch
 from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.index.key import pack
-from jaxcache.index.node import NOTHING
 from jaxcache.loop_plan import DecodeLoops, LoopPlan, loop_limits
-from jaxcache.pages.arguments import as_count, int32_array
+from jaxcache.pages.arguments import as_count
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator
 from jaxcache.pages.expand import pages_of
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
 from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
 from jaxcache.step import Bucket, StepKind, StepPlan, smallest
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
-
-
-@dataclass(frozen=True, eq=False)
-class RunningBatch:
-    """What does not change about a batch while nobody comes or goes; a decode step after another needs no new one.
-
-    Attributes:
-      requests: Distinct running requests.
-      row: Their rows, as NumPy likes its indices: int32 would be converted at each use.
-      prompt_len, tag: int32, one a request.
-      state: int32 recurrent state of each request; empty without states.
-    """
-
-    requests: tuple[Request, ...]
-    row: np.ndarray
-    prompt_len: np.ndarray
-    tag: np.ndarray
-    state: np.ndarray
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], table: ReqToTokenPool) -> RunningBatch:
-        """The batch of requests that all have a row.
-
-        Raises:
-          ArgumentError: A tag is no int32.
-        """
-        row = np.array([request.req_pool_idx for request in requests], np.intp)
-        return cls(
-            tuple(requests),
-            row=row,
-            prompt_len=np.array([request.prompt_len for request in requests], np.int32),
-            tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
-            state=table.state[row] if isinstance(table, HybridReqToTokenPool) else NOTHING,
-        )
 
 
 class Waiting(NamedTuple):
@@ -102,6 +65,7 @@ class StepPlanner:
         self._running, self._table, self._loops = running, table, loops
         self._allocator, self._cache = allocator, cache
         self._last_batch: RunningBatch | None = None
+        self._cursor: DecodeCursor | None = None
 
     def require_running(self, request: Request) -> None:
         """Raises RequestStateError unless a request runs here, in no decode loop."""
@@ -130,27 +94,48 @@ class StepPlanner:
 
     def forget_batch(self) -> None:
         """Requests came or went: the next batch is looked at anew."""
-        self._last_batch = None
+        self._last_batch = self._cursor = None
 
     # ---- plans ---------------------------------------------------------------------------------------------------
 
     def extend(self, work: Sequence[tuple[Request, int]], buckets: Sequence[Bucket]) -> StepPlan | None:
         """`MemoryManager.extend` has the contract."""
-        waiting = self._waiting([request for request, _ in work])
+        batch, kv_len, room = self._waiting([request for request, _ in work])
         counts = [as_count(f"work: tokens of request {request.rid}", n) for request, n in work]
         for request, n in work:
             if not 1 <= n <= request.num_tokens - request.kv_len:
                 raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
         tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
-        more = np.array(counts, np.int32)
-        new = pages_of(more - waiting.room, self._table.page_size)
-        return self._plan(StepKind.EXTEND, waiting, waiting.kv_len + more, new, np.concatenate(tokens), buckets)
+        more, table = np.array(counts, np.int32), self._table
+        target = kv_len + more
+        if target.max() > table.max_context_len:
+            self._refuse_longer(batch, target)
+        new = pages_of(more - room, table.page_size)
+        bucket = smallest(buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
+        fresh = self.take_pages(int(new.sum()))
+        if fresh is None:
+            return None
+        last_loc = table.last_slots(batch.row)
+        table.append_pages(batch.row, fresh, new)
+        return self._step_plan(bucket, batch, kv_len, target, last_loc, np.concatenate(tokens), fresh)
 
     def decode(self, requests: Sequence[Request], buckets: Sequence[Bucket]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
-        waiting = self._waiting(requests)
-        tokens = self._last_tokens(waiting)
-        return self._plan(StepKind.DECODE, waiting, waiting.kv_len + 1, waiting.room == 0, tokens, buckets)
+        cursor = self._cursor
+        if cursor is None or not cursor.continues(requests):
+            cursor = self._cursor = DecodeCursor(self._table, *self._waiting(requests))
+        tokens = cursor.last_tokens()
+        prefix, target, last_loc = cursor.lengths()
+        if cursor.longest > self._table.max_context_len:
+            self._refuse_longer(cursor.batch, target)
+        num_pages = len(cursor.growing)
+        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
+        fresh = self.take_pages(num_pages)
+        if fresh is None:
+            return None
+        self._table.append_pages(cursor.batch.row[cursor.growing], fresh)
+        cursor.plan = self._step_plan(bucket, cursor.batch, prefix, target, last_loc, tokens, fresh)
+        return cursor.plan
 
     def decode_loop(
         self,
@@ -161,9 +146,8 @@ class StepPlanner:
         buckets: Sequence[Bucket],
     ) -> LoopPlan:
         """`MemoryManager.decode_loop` has the contract; the plan has no pages yet."""
-        waiting = self._waiting(requests)
-        tokens = self._last_tokens(waiting)
-        batch, kv_len, _ = waiting
+        batch, kv_len, _ = self._waiting(requests)
+        tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
         bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
         return LoopPlan(
             LoopShape(bucket.requests, steps, width, self._table.page_size),
@@ -197,65 +181,45 @@ class StepPlanner:
             raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
         return Waiting(batch, kv_len, room)
 
-    def _last_tokens(self, waiting: Waiting) -> Int32[np.ndarray, " requests"]:
-        """The one token that each request has to compute.
+    def _refuse_longer(self, batch: RunningBatch, target: np.ndarray) -> None:
+        i = int(target.argmax())
+        raise ArgumentError(
+            f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
+            f"{self._table.max_context_len}: finish it"
+        )
 
-        Raises:
-          ArgumentError: One has none, or several, or it is no int32.
-        """
-        batch = waiting.batch
-        outputs = [request.output_ids for request in batch.requests]
-        sampled = np.fromiter(map(len, outputs), np.int32, len(outputs))
-        left = sampled - waiting.kv_len + batch.prompt_len
-        if (left != 1).any():
-            i = int((left != 1).argmax())
-            raise ArgumentError(
-                f"requests: {batch.requests[i].rid} has {left[i]} tokens to compute, decode computes one"
-            )
-        try:
-            last = [tokens[-1] for tokens in outputs]
-        except IndexError:  # nothing was sampled yet
-            last = [(request.output_ids or request.key.token_ids)[-1] for request in batch.requests]
-        return np.frombuffer(pack(last), np.int32)
-
-    def _plan(
+    def _step_plan(
         self,
-        kind: StepKind,
-        waiting: Waiting,
+        bucket: Bucket,
+        batch: RunningBatch,
+        prefix: np.ndarray,
         target: np.ndarray,
-        new: np.ndarray,
+        last_loc: np.ndarray,
         tokens: np.ndarray,
-        buckets: Sequence[Bucket],
-    ) -> StepPlan | None:
-        """Takes `new` pages for each request, which will be `target` tokens long, and says what the step is to do."""
-        table, (batch, kv_len, room) = self._table, waiting
-        if target.max() > table.max_context_len:
-            i = int(target.argmax())
-            raise ArgumentError(
-                f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
-                f"{table.max_context_len}: finish it"
-            )
-        num_pages = int(new.sum())
-        bucket = smallest(buckets, kind, len(target), len(tokens), num_pages)
-        fresh = self.take_pages(num_pages)
-        if fresh is None:
-            return None
-        last_loc = table.last_pages(batch.row) * table.page_size + (table.page_size - 1 - room)
-        last_loc[kv_len == 0] = -1
-        table.append_pages(batch.row, new, fresh)
+        fresh: np.ndarray,
+    ) -> StepPlan:
+        """The plan, once its pages are in the table."""
         return StepPlan(
             bucket,
             batch.requests,
             row=batch.row,
-            prefix_len=kv_len,
+            prefix_len=prefix,
             seq_len=target,
             last_loc=last_loc,
             tag=batch.tag,
             tokens=tokens,
             new_pages=fresh,
             state=batch.state,
-            stamp=table.stamp(batch.row),
+            stamp=self._table.stamp(batch.row),
         )
+
+    # ---- plans that were made ------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan) -> None:
+        """The plan's step was dispatched: its tokens have KV."""
+        self._table.commit(plan.row, plan.seq_len)
+        if self._cursor is not None and self._cursor.plan is plan:
+            self._cursor.advance(plan.new_pages)
 
     def require_current(self, plan: StepPlan) -> None:
         """Raises RequestStateError unless every request is in its row, as long as the plan expects, with its pages.

@@ -163,13 +163,15 @@ class StepRunner:
         self.send_changes()
         return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)
 
-    def _dispatch(self, jitted: Callable, size: int, pack: Callable[[np.ndarray], Any], args: tuple[Any, ...]) -> Any:
+    def _dispatch(
+        self, jitted: DonatingStep, size: int, pack: Callable[[np.ndarray], Any], args: tuple[Any, ...]
+    ) -> Any:
         if size not in self._uploads:
             self._uploads[size] = Uploads(size, self._everywhere)
         slot = self._uploads[size].take()
         pack(slot.values)
         slot.fill_copies()
-        self.pool, self.table, packed, out = jitted(self.pool, self.table, slot.array, *args)
+        self.pool, self.table, packed, out = jitted.on_own_pools(2, self.pool, self.table, slot.array, *args)
         self._uploads[size].give_back(slot, packed)
         return out
 

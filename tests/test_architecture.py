@@ -16,7 +16,7 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 
 _LEAVES = {"errors"}
 _STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
-_STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "planner"}
+_STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "cursor", "planner"}
 _STACK |= {"offload", "running_states"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "audit": _LEAVES | {"config", "pages", "pools", "request"},
     "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
     "memory_config": _LEAVES | {"caches", "index", "pages", "pools"},
-    "planner": _LEAVES | {"caches", "decode_loop", "index", "loop_plan", "pages", "pools", "request", "step"},
+    "cursor": _LEAVES | {"index", "pages", "pools", "request", "step"},
+    "planner": _LEAVES | {"caches", "cursor", "decode_loop", "index", "loop_plan", "pages", "pools", "request", "step"},
     "manager": _STACK | {"config"},
     "replay": _STACK | {"config", "manager"},
     "commands": _STACK | {"config", "manager", "replay"},

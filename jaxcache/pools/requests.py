@@ -55,12 +55,12 @@ class RowStamp:
     Attributes:
       table: Whose rows.
       rows: Which.
-      changed_at: When each one had changed last.
+      clock: The moment, counted in changes of the table.
     """
 
     table: ReqToTokenPool
     rows: np.ndarray
-    changed_at: np.ndarray
+    clock: int
 
 
 class ReqToTokenPool:
@@ -91,6 +91,7 @@ class ReqToTokenPool:
         if size * self.max_pages >= 2**31:
             raise ArgumentError(f"size * max_pages = {size * self.max_pages} entries do not fit int32 indices")
         self._pages = np.zeros((size, self.max_pages), np.int32)
+        self._flat = self._pages.reshape(-1)
         self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
@@ -213,11 +214,11 @@ class ReqToTokenPool:
     def append_pages(
         self,
         rows: Int32[np.ndarray, " rows"],
-        counts: Int32[np.ndarray, " rows"],
         pages: Int32[np.ndarray, " pages"],
+        counts: Int32[np.ndarray, " rows"] | None = None,
         on_device: bool = False,
     ) -> None:
-        """The next `counts[i]` of `pages` go behind the last page in use of `rows[i]`, for all rows at once.
+        """The next `counts[i]` of `pages`, by default one, go behind the last page in use of `rows[i]`, for all rows.
 
         The rows must be in use and distinct, and have room. `on_device`: as for `write_pages`.
 
@@ -225,11 +226,10 @@ class ReqToTokenPool:
         """
         if not len(pages):
             return
-        growing = np.flatnonzero(counts)
-        rows, counts = rows[growing], counts[growing]
-        index = _runs(rows * np.int32(self.max_pages) + self.num_pages[rows], counts).astype(np.int32)
-        self._pages.reshape(-1)[index] = pages
-        self.num_pages[rows] += counts
+        first = rows * self.max_pages + self.num_pages[rows]
+        index = (first if counts is None else _runs(first, counts)).astype(np.int32)
+        self._flat[index] = pages
+        self.num_pages[rows] += 1 if counts is None else counts
         self.touch(rows)
         if not on_device:
             self._changes.mark(index)
@@ -263,16 +263,23 @@ class ReqToTokenPool:
         self._changed_at[rows] = self._clock
 
     def stamp(self, rows: Int32[np.ndarray, " rows"]) -> RowStamp:
-        """Remembers these rows as they are. O(rows)."""
-        return RowStamp(self, rows, self._changed_at[rows])
+        """Remembers these rows as they are. O(1)."""
+        return RowStamp(self, rows, self._clock)
 
     def is_current(self, stamp: RowStamp) -> bool:
-        """Whether its rows are this table's and have not changed since, not even to and fro. O(rows), three calls."""
-        return stamp.table is self and bool((self._changed_at[stamp.rows] == stamp.changed_at).all())
+        """Whether its rows are this table's and have not changed since, not even to and fro.
 
-    def last_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
-        """The last page in use of each row; for a row without pages, whatever stands in the table."""
-        return self._pages.take(rows * self.max_pages + self.num_pages[rows] - 1, mode="wrap")
+        Cost: O(1) if no row has, else three calls.
+        """
+        if stamp.table is not self:
+            return False
+        return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
+
+    def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last token with KV of each row; -1 where there is none."""
+        last = self.kv_len[rows] - 1
+        slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
+        return np.where(last < 0, np.int32(-1), slots)
 
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
