@@ -102,6 +102,27 @@ def test_a_prefix_without_its_last_window_is_refused():
     cache.check()
 
 
+def test_windows_before_a_gap_are_of_no_use():
+    cache = make_swa_cache(2, size=64, size_swa=64)
+    allocator = cache.token_to_kv_pool_allocator
+    pages = allocator.alloc_pages(6)
+    allocator.free_windows(pages[2:3], PageState.PRIVATE)
+    assert cache.insert_pages(list(range(6)), pages) == 0
+    assert live(cache, list(range(6))) == [False] * 3 + [True] * 3
+    assert allocator.swa_available_size() == 61
+    cache.check()
+
+
+def test_what_goes_with_a_leaf_counts_for_each_side():
+    cache = make_swa_cache(2, size=64, size_swa=64)
+    for token in (1, 2, 3):
+        put(cache, [token] * 4)
+    assert cache.evict(4, 4) == 4
+    assert (cache.full_evictable_size(), cache.swa_evictable_size()) == (8, 8)
+    assert cache.evict(4, 5) == 8  # one leaf is not enough
+    assert (cache.full_evictable_size(), cache.swa_evictable_size()) == (0, 0)
+
+
 def test_whoever_fills_a_hole_must_own_the_pages():
     cache = make_swa_cache(2)
     allocator = cache.token_to_kv_pool_allocator
@@ -152,6 +173,18 @@ def test_a_running_request_frees_what_it_will_never_attend():
     assert cache.match_prefix(list(range(27))).prefix_len == 0
     cache.cache_finished_req(request)
     assert request.evicted_seqlen_local == 0
+    cache.check()
+
+
+def test_pairs_end_before_the_last_token_and_so_do_windows():
+    cache = make_swa_cache(1, 4, size=64, size_swa=64, is_eagle=True)
+    request = prefill(cache, list(range(8)))
+    cache.drop_out_of_window(request)  # the next stop is after 4 tokens, not 8
+    assert request.evicted_seqlen_local == 0
+    cache.cache_unfinished_req(request)
+    assert request.protected_len == 4
+    assert cache.match_prefix(list(range(8))).prefix_len == 4
+    cache.cache_finished_req(request)
     cache.check()
 
 
