@@ -165,6 +165,19 @@ def test_device_states_and_layers_outside_the_pool_are_neither_written_nor_read(
     assert not any(np.any(part) for part in pool.read(states, 3))
 
 
+def test_a_state_named_twice_on_the_device_keeps_either_row_and_is_refused_when_debugging():
+    pool, oracle = filled_states(mamba_config())
+    parts = random_parts(np.random.default_rng(5), pool.config, 2)
+    twice = jnp.array([4, 4], jnp.int32)
+    with jax.disable_jit(), pytest.raises(ArgumentError, match="states must name each slot once"):
+        pool.write(twice, 1, *parts)
+    pool = pool.write(twice, 1, *parts).reset_states(jnp.array([5, 5], jnp.int32))
+    for array, written, rows in zip(oracle.arrays, pool.read([4], 1), parts, strict=True):
+        assert any(np.array_equal(bits(written[0]), bits(row)) for row in rows)
+        array[1, 4], array[:, 5] = written[0], 0
+    oracle.expect(pool)
+
+
 def test_a_copy_from_outside_the_pool_empties_the_target():
     pool, oracle = filled_states(mamba_config())
     pool = pool.copy_states(jnp.array([-1, 10], jnp.int32), jnp.array([1, 2], jnp.int32))
