@@ -104,6 +104,7 @@ class DecodeCursor:
         self.growing = np.flatnonzero(room == 0)
         sampled = kv_len + 1 - batch.prompt_len
         self._numbers = np.stack([kv_len, kv_len + 1, table.last_slots(batch.row), sampled])
+        self._last_slot = self._numbers[2]
 
     def continues(self, requests: Sequence[Request]) -> bool:
         """Whether these are its requests, and nobody has touched their rows since its last step."""
@@ -121,7 +122,7 @@ class DecodeCursor:
         """The next step has run, in which those who grew took these pages."""
         self._numbers += 1
         if len(pages):
-            self._numbers[2, self.growing] = pages * np.int32(self._table.page_size)
+            self._last_slot[self.growing] = pages * np.int32(self._table.page_size)
         self.longest += 1
         self._steps = (self._steps + 1) % self._table.page_size
         self.growing = np.flatnonzero(self._room == self._steps)

@@ -9,6 +9,7 @@ Source: jaxcache's own.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,6 +56,12 @@ class Packing:
         return sum(field.length for field in self.fields)
 
     @functools.cached_property
+    def _places(self) -> list[tuple[str, int, int]]:
+        """Name, start and length of each field."""
+        starts = itertools.accumulate((field.length for field in self.fields), initial=0)
+        return [(field.name, start, field.length) for field, start in zip(self.fields, starts, strict=False)]
+
+    @functools.cached_property
     def _padding(self) -> np.ndarray:
         return np.concatenate([np.full(field.length, field.padding, np.int32) for field in self.fields])
 
@@ -73,19 +80,13 @@ class Packing:
         """
         packed = np.empty(self.size, np.int32) if out is None else out
         packed[:] = self._padding
-        start = 0
-        for field in self.fields:
-            part = parts[field.name]
-            if len(part) > field.length:
-                raise ArgumentError(f"{field.name}: {len(part)} entries do not fit the bucket's {field.length}")
+        for name, start, length in self._places:
+            part = parts[name]
+            if len(part) > length:
+                raise ArgumentError(f"{name}: {len(part)} entries do not fit the bucket's {length}")
             packed[start : start + len(part)] = part
-            start += field.length
         return packed
 
     def unpack(self, packed: Int32[Array, " size"]) -> dict[str, Int32[Array, " length"]]:
         """The parts by name, padding included. For use inside a jitted step."""
-        parts, start = {}, 0
-        for field in self.fields:
-            parts[field.name] = packed[start : start + field.length]
-            start += field.length
-        return parts
+        return {name: packed[start : start + length] for name, start, length in self._places}

@@ -226,10 +226,11 @@ class ReqToTokenPool:
         """
         if not len(pages):
             return
-        first = rows * self.max_pages + self.num_pages[rows]
+        held = self.num_pages[rows]
+        first = rows * self.max_pages + held
         index = (first if counts is None else _runs(first, counts)).astype(np.int32)
         self._flat[index] = pages
-        self.num_pages[rows] += 1 if counts is None else counts
+        self.num_pages[rows] = held + (1 if counts is None else counts)
         self.touch(rows)
         if not on_device:
             self._changes.mark(index)
