@@ -3,9 +3,10 @@
     python -m benchmarks.readme_table            # rewrites the table
     python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
 
-Five kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
-policies (`benchmarks.policies --json`), the host's part of a step (`benchmarks.host_step --json`) and kernels
-(`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an error: no result should go unseen by accident.
+Six kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
+policies (`benchmarks.policies --json`), events (`benchmarks.events --json`), the host's part of a step
+(`benchmarks.host_step --json`) and kernels (`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an
+error: no result should go unseen by accident.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def rows_of(path: Path) -> Iterator[Row]:
         yield from index_rows(records[0], path)
     elif "optimum" in records[0]:
         yield from policy_rows(records[0], path)
+    elif "event_cost" in records[0]:
+        yield from event_rows(records[0], path)
     else:
-        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index, policies, steps or kernels")
+        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index, policies, events, steps or kernels")
 
 
 def replay_row(figures: dict[str, Any], path: Path) -> Row:
@@ -112,6 +115,26 @@ def policy_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
             figures["cpu"],
             path,
         )
+
+
+def event_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
+    """What events cost the index, what an update of the metrics takes, and the proof that a consumer knows the tree."""
+    for page_size, cases in figures["event_cost"].items():
+        case = f"{Path(figures['trace']).stem}, {figures['requests']:,} requests, page {page_size}"
+        measured = f"{cases['recorded']['percent']:+.1f}% of match + insert + evict"
+        beside = f"{figures['thread'][page_size]['ns_a_block']:,.0f} ns a block on the publisher's thread"
+        yield Row(1, "events, recorded and taken", case, measured, beside, figures["cpu"], path)
+    updates = {name.removesuffix("_ns"): ns for name, ns in figures["metrics"].items()}
+    slowest = max(updates, key=lambda name: updates[name])
+    beside = ", ".join(f"{name} {ns:,.0f} ns" for name, ns in updates.items() if name != slowest)
+    yield Row(1, "metrics", "an update", f"{slowest} {updates[slowest]:,.0f} ns", beside, figures["cpu"], path)
+    proof = figures["proof"]
+    case = (
+        f"{proof['operations']:,} operations on trees of {', '.join(proof['mixes'])}; batches dropped, repeated, late"
+    )
+    measured = f"{proof['checked']:,} times the same blocks, {proof['differences']} differences"
+    beside = f"{proof['gaps']:,} gaps, {proof['restarts']:,} restarts, {proof['losses']:,} losses, all noticed"
+    yield Row(1, "tree rebuilt from its events", case, measured, beside, figures["cpu"], path)
 
 
 def host_row(figures: dict[str, Any], path: Path) -> Row:

@@ -209,10 +209,13 @@ class EventQueue:
       ArgumentError: The tree keeps no hashes.
     """
 
+    __slots__ = ("_block_size", "_blocks", "_max_blocks", "_tree", "_waiting", "overflows")
+
     def __init__(self, tree: RadixTree, max_blocks: int = 1 << 20):
         if not tree.with_hashes:
             raise ArgumentError("tree: it keeps no hashes to name blocks with: make it with with_hashes=True")
         self._tree = tree
+        self._block_size = tree.page_size
         self._max_blocks = max_blocks
         self._waiting: list[KVCacheEvent] = []
         self._blocks = 0  # more than fit, once some were forgotten
@@ -228,7 +231,7 @@ class EventQueue:
         while root.parent is not None:
             root = root.parent
         hashes: Any = node.hashes  # they are there: the tree keeps them
-        self._waiting.append(BlockStored(hashes, parent.hashes, node.key, self._tree.page_size, root.namespace))
+        self._waiting.append(BlockStored(hashes, parent.hashes, node.key, self._block_size, root.namespace))
 
     def removed(self, gone: Eviction) -> None:
         """Nodes left the tree. O(nodes)."""

@@ -3,6 +3,7 @@
     metrics = CacheMetrics(labels={"model_name": "m"})
     memory.cache.observer = metrics                            # counters and latencies, as things happen
     metrics.watch(MetricPool.FULL, memory.get_token_info)      # sizes, looked at when they are scraped
+    metrics.watch(MetricPool.SWA, lambda: itemgetter(1, 3, 6, 7)(memory.get_swa_token_info()))
 
 | here, after `jaxcache:`                                     | SGLang 0.5.23                | vLLM 0.33           |
 |--------------------------------------------------------------|------------------------------|---------------------|

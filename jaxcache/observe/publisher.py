@@ -95,9 +95,7 @@ class ZmqEventPublisher:
     """
 
     def __init__(self, config: KVEventsConfig | None = None, data_parallel_rank: int = 0):
-        self._config = config or KVEventsConfig()
-        self._rank = data_parallel_rank
-        self._sender = _Sender(self._config, data_parallel_rank)
+        self._sender = _Sender(config or KVEventsConfig(), data_parallel_rank)
         self._lock = threading.Lock()
         self._next_seq = time.time_ns() // 1000
         self._last_ts = 0.0
@@ -141,7 +139,7 @@ class ZmqEventPublisher:
         with self._lock:
             self._last_ts = max(self._last_ts, time.time())
             seq, self._next_seq = self._next_seq, self._next_seq + 1
-            if self._sender.accept(seq, EventBatch(self._last_ts, events, self._rank)):
+            if self._sender.accept(seq, self._last_ts, events):
                 return True
             self.dropped += 1
             self._is_behind = True
@@ -184,8 +182,9 @@ class _Sender:
 
     def __init__(self, config: KVEventsConfig, rank: int):
         self._config = config
+        self._rank = rank
         self._topic = config.topic.encode()
-        self._waiting: deque[tuple[int, EventBatch, int]] = deque()
+        self._waiting: deque[tuple[int, float, Sequence[KVCacheEvent], int]] = deque()
         self._waiting_blocks = 0
         self._lock = threading.Lock()
         self._buffer: deque[tuple[int, bytes]] = deque()
@@ -221,16 +220,16 @@ class _Sender:
 
     # ---- called by the engine's thread -----------------------------------------------------------------------------
 
-    def accept(self, seq: int, batch: EventBatch) -> bool:
+    def accept(self, seq: int, ts: float, events: Sequence[KVCacheEvent]) -> bool:
         """Takes a batch if there is room for it, or if nothing else waits."""
-        blocks = sum(map(len, batch.events)) or 1
+        blocks = sum(map(len, events)) or 1
         with self._lock:
             if self._closed_at is not None:
                 return False
             if self._waiting_blocks and self._waiting_blocks + blocks > self._config.max_queue_blocks:
                 return False
             self._waiting_blocks += blocks
-            self._waiting.append((seq, batch, blocks))
+            self._waiting.append((seq, ts, events, blocks))
             if len(self._waiting) == 1:
                 self._wake()
         return True
@@ -275,8 +274,8 @@ class _Sender:
 
     def _send_waiting(self) -> None:
         while self._waiting and (self._closed_at is None or time.monotonic() < self._closed_at + self.LINGER_MS / 1e3):
-            seq, batch, blocks = self._waiting[0]
-            payload = encode_batch(batch, self._config.with_token_ids)
+            seq, ts, events, blocks = self._waiting[0]
+            payload = encode_batch(EventBatch(ts, events, self._rank), self._config.with_token_ids)
             self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload))
             self._keep(seq, payload)
             with self._lock:
