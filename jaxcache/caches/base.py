@@ -40,15 +40,14 @@ class MatchResult:
     Source: SGLang 0.5.2 base_prefix_cache.py, MatchResult; pymllm base_prefix_cache.
     """
 
-    __slots__ = ("_has_states", "host_hit_length", "last_device_node", "page_size", "pages", "prefix_len")
+    __slots__ = ("host_hit_length", "last_device_node", "page_size", "pages", "prefix_len")
 
-    def __init__(self, match: Match, page_size: int, has_states: bool = False):
+    def __init__(self, match: Match, page_size: int):
         self.last_device_node = match
         self.pages = match.pages
         self.prefix_len = match.length
         self.page_size = page_size
         self.host_hit_length = 0
-        self._has_states = has_states
 
     @property
     def last_host_node(self) -> Match:
@@ -70,12 +69,12 @@ class MatchResult:
 
     @property
     def mamba_branching_seqlen(self) -> int | None:
-        """Tokens whose pages are cached, where that is further than states allow to go on from; else None.
+        """Tokens whose pages are cached, where that is further than windows and states allow to go on from; else None.
 
         Others have come this far: a snapshot saved here, while it is computed again, will be of use.
         """
         match = self.last_device_node
-        return match.structural_length if self._has_states and match.structural_length > match.length else None
+        return match.structural_length if match.structural_length > match.length else None
 
     def __repr__(self) -> str:
         return f"MatchResult(prefix_len={self.prefix_len})"

@@ -130,7 +130,7 @@ class RadixCache(BasePrefixCache):
         found = self.tree.match(key[:0] if self.disable else key)
         if self.observer is not None:
             self.observer.matched(time.perf_counter() - started)
-        return MatchResult(found, self.page_size, self._states is not None)
+        return MatchResult(found, self.page_size)
 
     def insert(
         self,

@@ -309,7 +309,8 @@ class ContentLife:
             hashes = prefix_hashes(key.namespace, list(key))
             assert self.state_store[found.state] == hashes[length], "a match leads to the state of another prefix"
         branch = found.mamba_branching_seqlen
-        assert branch is None or (self.states is not None and branch > length)
+        cached = self.cache.tree.find(found.last_device_node.key)[1]
+        assert branch == (cached if cached > length else None)
 
     def check_window(self, slots: np.ndarray, expected: np.ndarray, end: int) -> None:
         """Of the tokens in `slots`, those in the last window before `end` are there."""
