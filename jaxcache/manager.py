@@ -428,7 +428,7 @@ class MemoryManager:
         return request.req_pool_idx
 
     def reset(self) -> None:
-        """Forgets every prefix and takes every page and row back, as if new; what is compiled stays.
+        """Forgets every prefix and takes every page, state and row back, as if new; what is compiled stays.
 
         Raises:
           RequestStateError: Requests are running. Nothing has changed.
@@ -437,6 +437,8 @@ class MemoryManager:
             raise RequestStateError(f"{len(self.running)} requests are running: finish, retract or abort them first")
         self.cache.reset()
         self.allocator.clear()
+        if self.states is not None:
+            self.states.clear()
         self.req_to_token_pool.clear()
 
     def get_token_info(self) -> tuple[int, float, int, int]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from jaxcache.errors import ArgumentError, RequestStateError
+from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.pools.mamba import MambaConfig
+from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.pools.swa import SWAConfig
+from jaxcache.replay import content
 from jaxcache.request import Request
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
@@ -279,3 +285,25 @@ def test_reset_refuses_while_a_loop_is_open():
     manager.finish(request)
     manager.reset()
     manager.check_memory()
+
+
+def test_reset_takes_windows_and_states_back():
+    kv = MHAConfig(size=32, page_size=4, dtype=jnp.float32, layer_num=1, head_num=1, head_dim=2)
+    swa = SWAConfig(full=kv, window=kv, full_layers=(0,), window_layers=(1,))
+    shapes = {"conv_shape": (2, 3), "temporal_shape": (1, 2, 2), "conv_dtype": jnp.float32}
+    states = MambaConfig(num_states=6, layer_num=1, temporal_dtype=jnp.float32, **shapes)
+    config = MemoryConfig(swa, 2, 16, chunk=16, sliding_window_size=6, states=states)
+    manager = init_memory_pool_and_cache(config)
+    allocator = manager.allocator
+    free = allocator.full_available_size(), allocator.swa_available_size(), manager.states.available_size()
+    request = Request("r", list(range(8)))
+    manager.admit(request)
+    manager.run(content.write_step, manager.extend([(request, 8)]))
+    manager.finish(request)
+    assert manager.cache.total_size()
+    manager.reset()
+    manager.check_memory(read_device=True)
+    assert manager.cache.total_size() == 0
+    assert (allocator.full_available_size(), allocator.swa_available_size(), manager.states.available_size()) == free
+    manager.runner.send_changes()
+    assert not np.asarray(manager.pool.kv.full_to_window).any()

@@ -122,7 +122,7 @@ class BasePrefixCache(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets every prefix. Frees no page: clear the allocator with it."""
+        """Forgets every prefix. Frees no page: clear the allocator with it, or call `MemoryManager.reset`."""
 
     @abstractmethod
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:

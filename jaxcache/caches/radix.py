@@ -112,6 +112,7 @@ class RadixCache(BasePrefixCache):
         """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocators with it.
 
         Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
+        `MemoryManager.reset` does all of it, and refuses while requests run.
         """
         self.tree.reset()
         if self.events is not None:
