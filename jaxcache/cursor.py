@@ -125,5 +125,5 @@ class DecodeCursor:
             self._last_slot[self.growing] = pages * np.int32(self._table.page_size)
         self.longest += 1
         self._steps = (self._steps + 1) % self._table.page_size
-        self.growing = np.flatnonzero(self._room == self._steps)
+        (self.growing,) = (self._room == self._steps).nonzero()
         self._stamp = self._table.stamp(self.batch.row)
