@@ -87,36 +87,41 @@ def bench_borrow(report: Report, small: bool) -> None:
 
 
 def bench_share(report: Report, small: bool) -> None:
-    """A donated step of one row, and what sharing its pool adds: torch idle, then torch busy and both streams wait."""
+    """What sharing a pool adds to a donated step of one row, with torch idle, and with an op of torch's before each.
+
+    "JAX to torch" is an idle torch's: it waits for the step. "Both ways" is a step between ops of torch's, where JAX
+    waits as well. The same loops on a pool that is not shared, where nobody waits, are subtracted.
+    """
     for kind in (MLATokenToKVPool, MHATokenToKVPool):
-        case = f"{kind.__name__}, 61 layers"
-        pools = [fresh_pool(kind, 61, 1024 if small else 16_384)]
+        pools, cell = [fresh_pool(kind, 61, 1024 if small else 16_384)], torch.zeros(8, device=_torch_device())
 
         def step(pools: list[Any] = pools) -> None:
             pools[0] = touch(pools[0])
 
-        for _ in range(3):
-            step()
-        alone = time_host(step, STEPS)
-        report.add("bridge_step", f"{case}, not shared", "jaxcache", alone)
-        kv = share(pools[0])
-        one_way = time_host(step, STEPS)
-        report.add("bridge_step", f"{case}, shared, torch waits for JAX", "jaxcache", one_way)
-        report.add("bridge_share", f"{case}, JAX to torch", "jaxcache", _added(one_way, alone))
-        if on_gpu():
-            both_ways = time_host(step, STEPS, before=_keep_torch_busy)
-            report.add("bridge_step", f"{case}, shared, both wait", "jaxcache", both_ways)
-            report.add("bridge_share", f"{case}, both ways, torch busy", "jaxcache", _added(both_ways, alone))
-        kv.close()
+        def op_and_step(pools: list[Any] = pools, cell: torch.Tensor = cell) -> None:
+            cell.add_(1)
+            pools[0] = touch(pools[0])
+
+        for name, loop in (("JAX to torch", step), ("both ways", op_and_step)):
+            for _ in range(3):
+                loop()
+            alone = time_host(loop, STEPS)
+            with share(pools[0]):
+                for _ in range(3):
+                    loop()
+                shared = time_host(loop, STEPS)
+            case = f"{kind.__name__}, 61 layers, {name}"
+            report.add("bridge_step", f"{case}, not shared", "jaxcache", alone)
+            report.add("bridge_step", f"{case}, shared", "jaxcache", shared)
+            report.add("bridge_share", case, "jaxcache", _added(shared, alone))
 
 
 def _added(time: Time, alone: Time) -> Time:
-    return Time(time.median_us - alone.median_us, time.min_us - alone.min_us, time.max_us - alone.max_us)
+    return Time(time.median_us - alone.median_us, time.min_us - alone.median_us, time.max_us - alone.median_us)
 
 
-def _keep_torch_busy() -> None:
-    settle()
-    torch.cuda._sleep(40_000_000)  # 20 ms: all calls of a sample find torch's stream busy
+def _torch_device() -> str:
+    return "cuda" if on_gpu() else "cpu"
 
 
 def bench_write_mla_kv(report: Report, small: bool, peers: Peers) -> None:

@@ -107,7 +107,7 @@ class DevicePool:
 
     def add_view(self, view: PoolView) -> None:
         """Has `donating` and `reading` tell `view` of each step on this pool, for as long as somebody holds it."""
-        kept = (ref for ref in self.views if ref() is not None)
+        kept = tuple(ref for ref in self.views if ref() is not None) if self.views else ()
         object.__setattr__(self, "views", (*kept, weakref.ref(view)))
 
     def mark_borrowed(self) -> None:
@@ -227,6 +227,7 @@ class DonatingStep(Generic[P, R]):
     def __init__(self, step: Callable[P, R], static_argnames: Sequence[str]):
         functools.update_wrapper(self, step)
         self._step = step
+        self._name = vars(self).get("__qualname__", repr(step))
         self._static_argnames = tuple(static_argnames)
         self._jitted: dict[tuple[tuple[int, ...], bool], Any] = {}
 
@@ -244,7 +245,7 @@ class DonatingStep(Generic[P, R]):
         result = self._dispatch(positions, args, kwargs | {"_wait_for": [view.before_step() for view in views]})
         returned = _pools_in(result)
         for view in views:
-            view.after_step(vars(self).get("__qualname__", repr(self._step)), returned)
+            view.after_step(self._name, returned)
         return result
 
     def on_own_pools(self, count: int, *args: Any) -> R:

@@ -47,4 +47,4 @@ def jax_dtype(name: str, dtype: torch.dtype) -> np.dtype:
 
 def array_interface_type(dtype: np.dtype) -> str:
     """How the array interfaces of NumPy and CUDA name `dtype`, or the integer of its width if they have no name."""
-    return dtype.str if dtype.kind in "fiu" else f"<u{dtype.itemsize}"
+    return dtype.str if dtype.isbuiltin == 1 else f"<u{dtype.itemsize}"

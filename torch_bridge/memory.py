@@ -157,7 +157,7 @@ def _lent_like(part: Any, lent: Sequence[LentTensor]) -> Any:
     for tensor in lent:
         if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
             return tensor.memory.lent(part)
-    return part.as_subclass(torch.Tensor) if isinstance(part, LentTensor) else part
+    return part
 
 
 def _lendable_arrays(pool: DevicePool) -> Sequence[jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.donation import DevicePool, donating
+from jaxcache.donation import DevicePool, donating, reading
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 
 
@@ -233,6 +233,90 @@ def test_the_wrapper_keeps_the_name_and_the_docstring():
 
     assert donating(step).__name__ == "step"
     assert donating(step).__doc__ == "What it does."
+
+
+class View:
+    """Another framework, that writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def before_step(self):
+        self.told.append("before")
+        return np.zeros(3)
+
+    def after_step(self, step, returned):
+        self.told.append((step, returned))
+
+    def after_read(self, done):
+        self.told.append(done.dtype)
+
+
+def test_views_are_told_of_every_step_and_what_it_returned():
+    pool, view = counters(), View()
+    pool.add_view(view)
+    new = bump(pool, 2.0)
+    assert view.told[0] == "before" and view.told[1][0] == "bump" and view.told[1][1][0] is new
+    assert new.values.sum() == 8
+    assert bump(new, 1.0).values.sum() == 12  # a view follows the pool by itself, or not
+    assert len(view.told) == 2
+
+
+def test_views_are_told_of_pools_in_containers_and_of_no_step_that_is_refused():
+    first, second, view = counters(), counters(), View()
+    second.add_view(view)
+    step = donating(lambda pools: {"out": 1.0, "pools": list(pools)})
+    returned = step([first, second])["pools"]
+    assert view.told[1][1][0] is returned[0] and view.told[1][1][1] is returned[1]
+    with pytest.raises(StalePoolError):
+        step([second, first])
+    assert len(view.told) == 2
+
+
+def test_views_are_held_weakly():
+    pool, view = counters(), View()
+    pool.add_view(view)
+    del view
+    assert bump(pool, 1.0).values.sum() == 4
+    other = counters()
+    other.add_view(View())
+    other.add_view(view := View())
+    assert len(other.views) == 1 and other.views[0]() is view
+
+
+def test_a_step_on_shared_pools_compiles_once_too():
+    traces = []
+
+    @donating
+    def step(pool, *, by):
+        traces.append(by)
+        return Counters(pool.values + by)
+
+    pool, view = counters(), View()
+    for _ in range(3):
+        pool.add_view(view)
+        pool = step(pool, by=1.0)
+    assert len(traces) == 1 and pool.values.sum() == 12
+
+
+def test_reading_tells_views_refuses_consumed_pools_and_leaves_the_pool_alone():
+    pool, view = counters(), View()
+    total = reading(lambda pool, by: pool.values.sum() + by, static_argnames="by")
+    assert total(pool, by=2.0) == 2 and pool.last_read is not None
+    pool.add_view(view)
+    assert total(pool, by=3.0) == 3
+    assert view.told == ["before", bool]
+    assert jax.jit(lambda pool: total(pool, by=4.0))(pool) == 4  # inside a jit it is a part of that jit
+    assert view.told == ["before", bool]
+    assert bump(pool, 1.0).values.sum() == 4
+    with pytest.raises(StalePoolError):
+        total(pool, by=1.0)
+
+
+def test_views_stay_when_a_part_is_replaced():
+    pool, view = counters(), View()
+    pool.add_view(view)
+    assert pool.replaced(values=jnp.ones(4)).views == pool.views
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from jaxcache.donation import DevicePool
 from tests.pools import numpy_pool
 from tests.torch_bridge.tensors import bits
 from torch_bridge import TorchMHAPool, TorchMLAPool, borrow
-from torch_bridge.dtypes import torch_dtype
+from torch_bridge.dtypes import TORCH_DTYPES, array_interface_type, torch_dtype
 
 CONFIGS = [make(dtype) for dtype in numpy_pool.DTYPES for make in (numpy_pool.mha_config, numpy_pool.mla_config)]
 
@@ -284,6 +284,22 @@ def test_dead_tensors_keep_the_pool_from_nothing():
         pool = bump(pool)
         assert pool.k.unsafe_buffer_pointer() == address
     assert all(isinstance(raised(tensor), CacheError) for tensor in kept)
+
+
+def test_a_block_that_is_over_holds_nothing_even_if_somebody_keeps_it():
+    pool = mha_pool()
+    block = borrow(pool)
+    with block:
+        pass
+    address = pool.k.unsafe_buffer_pointer()
+    assert bump(pool).k.unsafe_buffer_pointer() == address
+    assert block is not None
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+def test_the_array_interfaces_know_every_dtype(dtype):
+    named = np.dtype(array_interface_type(dtype))
+    assert named.isbuiltin == 1 and named.itemsize == dtype.itemsize  # NumPy and torch know no others by name
 
 
 def raised(tensor):
