@@ -214,25 +214,32 @@ class RadixCache(BasePrefixCache):
         Overshoots by less than one node. Cost: O(evicted).
         """
         started = time.perf_counter() if self.observer is not None else 0.0
-        size, tree = self.page_size, self.tree
-        before = tree.evictable.copy()
+        size = self.page_size
         if self._others:
-            amounts = [-(-num_tokens // size)]
-            if self._window is not None:
-                amounts.append(-(-swa_num_tokens // size))
-            if self._states is not None:
-                amounts.append(mamba_num)
-            goals = [most - amount for most, amount in zip(tree.evictable, amounts, strict=True)]
-            for i, goal in enumerate(goals):
-                if tree.evictable[i] > goal:  # what went with the leaves counts
-                    self._free(tree.evict(tree.evictable[i] - goal, i))
-        elif num_tokens > 0:
-            self._free(tree.evict(-(-num_tokens // size)))
+            freed = self._evict_each(-(-num_tokens // size), -(-swa_num_tokens // size), mamba_num)
+        else:
+            gone = self.tree.evict(-(-num_tokens // size))
+            self._free(gone)
+            freed = [len(gone.values[0])]
         if self.observer is not None:
-            gone = [most - left for most, left in zip(before, tree.evictable, strict=True)]
-            amounts = [n * size if component.spans else n for n, component in zip(gone, tree.components, strict=True)]
+            amounts = [n * size if part.spans else n for n, part in zip(freed, self.tree.components, strict=True)]
             self.observer.evicted(amounts, time.perf_counter() - started)
-        return (before[0] - tree.evictable[0]) * size
+        return freed[0] * size
+
+    def _evict_each(self, pages: int, windows: int, states: int) -> list[int]:
+        """Lets go of at least so much of each component; returns how much went. What goes with a leaf counts."""
+        amounts = [pages]
+        if self._window is not None:
+            amounts.append(windows)
+        if self._states is not None:
+            amounts.append(states)
+        freed = [0] * len(amounts)
+        for i, amount in enumerate(amounts):
+            if freed[i] < amount:
+                gone = self.tree.evict(amount - freed[i], i)
+                self._free(gone)
+                freed = [count + len(values) for count, values in zip(freed, gone.values, strict=True)]
+        return freed
 
     def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
         """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
@@ -266,9 +273,9 @@ class RadixCache(BasePrefixCache):
 
     def _free(self, gone: Eviction) -> None:
         """Frees what the tree let go. Pages last, which would take window pages along that are still in the tree's."""
-        for keeper, values in zip(self._others, gone.values[1:], strict=True):
-            if len(values):
-                keeper.let_go(values)
+        for i, keeper in enumerate(self._others, 1):
+            if len(gone.values[i]):
+                keeper.let_go(gone.values[i])
         if len(gone.values[0]):
             self._full.let_go(gone.values[0])
         if self.events is not None:
