@@ -33,7 +33,7 @@ from jaxcache.pools.requests import RequestTable
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int32
 
-PER_ROW = "row", "seq_len", "limit", "tag", "tokens"
+PER_ROW = "row", "seq_len", "limit", "tag", "state", "tokens"
 """Names of what a plan says of each row in one number."""
 
 
@@ -135,6 +135,7 @@ class DecodeLoop:
       allocator: The window of pages that the host lent to the loop, and how many of them are taken.
       row: int32 (rows,), row of the request table; 0 for padding.
       tag: int32 (rows,), a number of the engine's own, such as an adapter.
+      state: int32 (rows,), recurrent state; 0 for padding and without states. A step uses `computing_state`.
       tokens: int32 (rows,), token id that each row computes first.
       shape: Static.
     """
@@ -144,6 +145,7 @@ class DecodeLoop:
     allocator: PageAllocatorState
     row: Int32[Array, " rows"]
     tag: Int32[Array, " rows"]
+    state: Int32[Array, " rows"]
     tokens: Int32[Array, " rows"]
     shape: LoopShape = dataclasses.field(metadata={"static": True})
 
@@ -151,6 +153,11 @@ class DecodeLoop:
     def positions(self) -> Int32[Array, "rows width"]:
         """Position, in its request, of each token of the present step. Those that got no slot have one all the same."""
         return self.rows.seq_len[:, None] + jnp.arange(self.shape.width, dtype=jnp.int32)
+
+    @property
+    def computing_state(self) -> Int32[Array, " rows"]:
+        """Recurrent state of each row that computes a token in the present step; of others 0, which no write reaches."""
+        return jnp.where(self.rows.granted > 0, self.state, 0)
 
     def grow(self) -> tuple[DecodeLoop, Int32[Array, "rows width"]]:
         """Gives the next `width` tokens of each active row a slot, taking pages where the row's own are full.
@@ -224,7 +231,7 @@ def unpack_loop(packed: Int32[Array, " size"], shape: LoopShape, table: RequestT
         free_order=FreeOrder.LIFO,  # no step of a loop frees
     )
     rows = DecodeRows.start(parts["seq_len"], parts["limit"], shape.page_size)
-    return DecodeLoop(rows, table, window, parts["row"], parts["tag"], parts["tokens"], shape)
+    return DecodeLoop(rows, table, window, parts["row"], parts["tag"], parts["state"], parts["tokens"], shape)
 
 
 def _namespace(array: Any) -> Any:

@@ -41,6 +41,7 @@ class LoopPlan:
       requests: The batch, in order: column `i` of what comes back is request `i`.
       row, seq_len, limit, tag, tokens: One integer a request: its table row; tokens it has and may have; a number of
         the engine's own; the token it computes first.
+      state: Recurrent state of each request; empty without states.
       window: int32, the pages lent to the loop, in the order in which its steps take them.
     """
 
@@ -50,6 +51,7 @@ class LoopPlan:
     seq_len: Int32[np.ndarray, " requests"]
     limit: Int32[np.ndarray, " requests"]
     tag: Int32[np.ndarray, " requests"]
+    state: Int32[np.ndarray, " requests"]
     tokens: Int32[np.ndarray, " requests"]
     window: Int32[np.ndarray, " pages"] = field(default_factory=lambda: np.empty(0, np.int32))
 
@@ -57,7 +59,7 @@ class LoopPlan:
     def empty(cls, shape: LoopShape) -> LoopPlan:
         """A plan of padding alone, to compile a shape."""
         none = np.empty(0, np.int32)
-        return cls(shape, (), none, none, none, none, none)
+        return cls(shape, (), none, none, none, none, none, none)
 
     @property
     def most_pages(self) -> int:
@@ -295,7 +297,12 @@ class DecodeLoops:
 
     def cancel(self, plan: LoopPlan) -> None:
         """Ends a loop as if it had not been; launched or not, its pages go back."""
-        self._flight(plan).loan.settle(0)
+        flight = self._flight(plan)
+        if flight.books is not None and len(plan.state):
+            raise RequestStateError(
+                "plan: this loop was launched, and the recurrent states of its requests have gone on: absorb it"
+            )
+        flight.loan.settle(0)
         self._end(plan)
 
     def _end(self, plan: LoopPlan) -> None:

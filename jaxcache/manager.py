@@ -387,6 +387,8 @@ class MemoryManager:
           RequestStateError: The loop was launched already, or is over. Nothing has changed.
         """
         self._loops.require_planned(plan)
+        if self._states is not None:
+            self._states.fill(plan.row)
         books, out = self.runner.run_loop(step, plan, *args)
         self._loops.launched(plan, books)
         return out
@@ -407,7 +409,11 @@ class MemoryManager:
         self._loops.absorb(replay, self.table if read_device else None)
 
     def cancel_loop(self, plan: LoopPlan) -> None:
-        """Gives the pages of a loop back, launched or not. Its requests are where they were when it was planned."""
+        """Gives the pages of a loop back, launched or not. Its requests are where they were when it was planned.
+
+        Raises:
+          RequestStateError: The loop is over; or it was launched, and has taken recurrent states further.
+        """
         self._loops.cancel(plan)
 
     def warm_up_loop(self, step: Callable, steps: int, width: int = 1, *args: Any) -> None:

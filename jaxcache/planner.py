@@ -147,6 +147,10 @@ class StepPlanner:
     ) -> LoopPlan:
         """`MemoryManager.decode_loop` has the contract; the plan has no pages yet."""
         batch, kv_len, _ = self._waiting(requests)
+        if len(batch.state) and width > 1:
+            raise ArgumentError(
+                f"width must be 1 with recurrent states, which no draft can be taken out of, got {width}"
+            )
         tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
         bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
         return LoopPlan(
@@ -156,6 +160,7 @@ class StepPlanner:
             seq_len=kv_len,
             limit=loop_limits(batch.requests, kv_len, limits, self._table.max_context_len),
             tag=batch.tag,
+            state=batch.state,
             tokens=tokens,
         )
 

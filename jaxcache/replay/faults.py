@@ -75,7 +75,7 @@ class Saboteur:
                 self._manager.req_to_token_pool.write_pages(row, request.num_pages - 1, own[:1])
 
     def _copy_nothing(self, source: np.ndarray, target: np.ndarray) -> None:
-        if not self._strikes():
+        if not source.any() or not self._strikes():  # the warm-up copies nothing but zeros
             self._honest_copy(source, target)
 
     def _take_blank_changes(self, limit: int) -> TableChanges:
