@@ -156,7 +156,7 @@ class DecodeLoop:
 
     @property
     def computing_state(self) -> Int32[Array, " rows"]:
-        """Recurrent state of each row that computes a token in the present step; of others 0, which no write reaches."""
+        """Recurrent state of each row that computes a token in this step; of others 0, which no write reaches."""
         return jnp.where(self.rows.granted > 0, self.state, 0)
 
     def grow(self) -> tuple[DecodeLoop, Int32[Array, "rows width"]]:
