@@ -142,7 +142,8 @@ def host_row(figures: dict[str, Any], path: Path) -> Row:
     upload = f"one upload of {figures['upload_bytes']:,} bytes"
     case = f"{figures['requests']} requests of {figures['context']:,} tokens, {upload}"
     measured = f"{figures['plan_upload_dispatch_us']:,.0f} µs, of it {figures['plan_us']:,.0f} µs to plan"
-    beside = f"{figures['recompiles']} compilations in {figures['random_steps']:,} steps of random size"
+    late = f"{figures['recompiles']} compilations in {figures['random_steps']:,} steps of random size"
+    beside = f"`jax.jit` alone, in the same run: {figures['bare_call_us']:,.0f} µs; {late}"
     return Row(3, "decode step on the host: plan, upload, dispatch", case, measured, beside, figures["device"], path)
 
 
