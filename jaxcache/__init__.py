@@ -35,6 +35,8 @@ from jaxcache.index.hashing import hash_token_ids as hash_token_ids
 from jaxcache.index.key import BigramKey as BigramKey
 from jaxcache.index.key import Namespace as Namespace
 from jaxcache.index.key import RadixKey as RadixKey
+from jaxcache.index.prefix_cache import EvictResult as EvictResult
+from jaxcache.index.prefix_cache import InsertResult as InsertResult
 from jaxcache.index.recency import Policy as Policy
 from jaxcache.index.tree import RadixTree as RadixTree
 
@@ -78,6 +80,7 @@ from jaxcache.caches.mamba_radix import MambaRadixCache as MambaRadixCache
 from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache as RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache as SWARadixCache
+from jaxcache.observe.event_consumer import EventConsumer as EventConsumer
 from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared
 from jaxcache.observe.events import BlockRemoved as BlockRemoved
 from jaxcache.observe.events import BlockStored as BlockStored

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Match, Receipt
+from jaxcache.index.slots import expand_pages
 from jaxcache.observe.events import KVCacheEvent
 from jaxcache.request import Request
 
@@ -78,36 +78,6 @@ class MatchResult:
 
     def __repr__(self) -> str:
         return f"MatchResult(prefix_len={self.prefix_len})"
-
-
-def expand_pages(pages: Int32[np.ndarray, " pages"], page_size: int) -> Int32[np.ndarray, " slots"]:
-    """The slots of `pages`, in order."""
-    if page_size == 1:
-        return pages
-    return (pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)).reshape(-1)
-
-
-def slots_to_pages(
-    slots: Int32[np.ndarray, " slots"], num_pages: int, page_size: int
-) -> Int32[np.ndarray, " num_pages"]:
-    """Page ids of the first `num_pages` pages of `slots`.
-
-    Raises:
-      ArgumentError: Not an integer vector, too short, or not made of whole pages.
-    """
-    slots = np.asarray(slots)
-    if slots.ndim != 1 or slots.dtype.kind not in "iu":
-        raise ArgumentError(f"value must be one-dimensional integer slots, got {slots.dtype} of shape {slots.shape}")
-    if len(slots) < num_pages * page_size:
-        raise ArgumentError(f"value: the key needs {num_pages * page_size} slots, got {len(slots)}")
-    slots = slots[: num_pages * page_size]
-    if page_size == 1:
-        return slots.astype(np.int32, copy=False)
-    rows = slots.reshape(num_pages, page_size)
-    pages = (rows[:, 0] // page_size).astype(np.int32)
-    if not np.array_equal(rows, pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)):
-        raise ArgumentError(f"value must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
-    return pages
 
 
 class BasePrefixCache(ABC):

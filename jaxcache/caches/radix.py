@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache, MatchResult, expand_pages, slots_to_pages
+from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.keepers import FullKeeper, Keeper, StateKeeper, WindowKeeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.index.check import check as check_tree
@@ -21,6 +21,7 @@ from jaxcache.index.explain import Explanation, explain
 from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
 from jaxcache.index.recency import Policy
+from jaxcache.index.slots import expand_pages, slots_to_pages
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.events import EventQueue, KVCacheEvent
 from jaxcache.observe.observer import CacheObserver

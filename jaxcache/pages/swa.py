@@ -266,25 +266,36 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self.window.release(windows, owner)
         self._unmap(self._window_to_full[windows], windows)
 
-    def move_windows(self, source: ArrayLike, target: ArrayLike) -> None:
+    def move_swa(self, source: ArrayLike, target: ArrayLike) -> None:
+        """`move_windows` for whoever knows slots, of whole pages, and where the targets are PRIVATE too.
+
+        Raises:
+          OwnershipError, ArgumentError: as `move_windows`; or if slots are not whole pages.
+        """
+        pages = [_whole_pages("source", source, self.page_size), _whole_pages("target", target, self.page_size)]
+        self.move_windows(*pages, owner=PageState.PRIVATE)
+
+    def move_windows(self, source: ArrayLike, target: ArrayLike, owner: PageState = PageState.TREE) -> None:
         """Gives the window pages of a request's full pages to the tree's full pages for the same tokens.
 
         So a tree page that had lost its window page is whole again, and stays where whoever reads it expects it.
 
         Args:
           source: Distinct PRIVATE full pages that have a window page each. They keep none.
-          target: As many distinct full pages of the tree that have none. Theirs become TREE.
+          target: As many distinct full pages of `owner` that have none. Theirs become its.
+          owner: Who holds the targets: the tree.
 
         Raises:
-          OwnershipError: if a source is not PRIVATE, a target not TREE, or a page is named twice.
+          OwnershipError: if a source is not PRIVATE, a target not of `owner`, or a page is named twice.
           ArgumentError: if the lists differ in length, a source has no window page, or a target has one.
 
         Cost: O(n). Snapshots end, as at a free.
         """
+        require_owner("owner", owner)
         source, target = int32_array("source", source), int32_array("target", target)
         require_same_length(source=source, target=target)
         self._owners.require("source", source, PageState.PRIVATE, repeated=OwnershipError)
-        self._owners.require("target", target, PageState.TREE, repeated=OwnershipError)
+        self._owners.require("target", target, owner, repeated=OwnershipError)
         windows = self._full_to_window[source]
         _require_pages(windows > 0, "source: every page must have a window page, but page {} has none", source)
         has_none = self._full_to_window[target] == 0
@@ -292,7 +303,8 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self._snapshots = []
         self._unmap(source, windows)
         self._map(target, windows)
-        self.window.transfer(windows, PageState.PRIVATE, PageState.TREE)
+        if owner is not PageState.PRIVATE:
+            self.window.transfer(windows, PageState.PRIVATE, owner)
 
     # Free groups, snapshots and sorting, of both sides.
 
@@ -399,6 +411,15 @@ def _require_pages(holds: np.ndarray, rule: str, pages: np.ndarray) -> None:
     """Raises ArgumentError with the first page for which the rule does not hold."""
     if not holds.all():
         raise ArgumentError(rule.format(pages[holds.argmin()]))
+
+
+def _whole_pages(name: str, slots: ArrayLike, page_size: int) -> np.ndarray:
+    """The pages of these slots; raises ArgumentError if a page is not there whole and in order."""
+    slots = int32_array(name, slots)
+    pages = slots[::page_size] // page_size
+    if not np.array_equal(slots, np.add.outer(pages * page_size, np.arange(page_size)).ravel()):
+        raise ArgumentError(f"{name} must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
+    return pages
 
 
 def _odd(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:

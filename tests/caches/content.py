@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from jaxcache.audit import check_owners
-from jaxcache.caches.base import expand_pages
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import LockedError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.recency import Policy
+from jaxcache.index.slots import expand_pages
 from jaxcache.pages.base import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
