@@ -9,6 +9,8 @@ from jaxcache.observe.event_consumer import EventConsumer
 from jaxcache.observe.events import BlockStored, EventBatch, EventQueue, block_name
 from tests.caches.test_content import WEIGHTS, RandomLife
 
+SEEDS = [*range(40), 69]
+
 
 def resident(tree):
     """Names of the blocks in a tree, from the elements of its keys alone."""
@@ -33,7 +35,7 @@ def with_events(seed):
     return life, cache
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_consumer_knows_what_is_cached(seed):
     life, cache = with_events(seed)
     consumer = EventConsumer()
@@ -49,13 +51,13 @@ def test_a_consumer_knows_what_is_cached(seed):
 
 
 def test_every_flavour_is_among_them():
-    shapes = [with_events(seed)[0].shape for seed in range(60)]
+    shapes = [with_events(seed)[0].shape for seed in SEEDS]
     flavours = {(shape.window is not None, shape.has_states, shape.is_eagle) for shape in shapes}
     assert len(flavours) == 8
 
 
 def test_tokens_of_an_eagle_cache_are_the_first_of_each_pair():
-    for seed in range(60):
+    for seed in SEEDS:
         life, cache = with_events(seed)
         if life.shape.is_eagle and not life.shape.disable:
             for operation in life.rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=100):
