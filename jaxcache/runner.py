@@ -130,7 +130,9 @@ class StepRunner:
             (device,) = jax.tree.leaves(pool)[0].devices()
             self._everywhere = SingleDeviceSharding(device)
             # Arrays that are bound to no device compile apart from those that are, as uploads must be.
-            self.pool, self.table = jax.device_put((pool, self.table), device)
+            self.table = jax.device_put(self.table, device)
+            if not pool.is_shared:  # this makes another pool of the same memory, of which nobody's view would know
+                self.pool = jax.device_put(pool, device)
         else:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
         self.compiled = CompiledSteps()

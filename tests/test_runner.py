@@ -12,7 +12,7 @@ from hypothesis import given
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 from jaxcache.packing import NOWHERE, Field, Packing
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
+from jaxcache.runner import CompiledSteps, StepRunner
 from jaxcache.upload import Uploads, fetched
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
@@ -192,6 +192,18 @@ def test_a_borrowed_pool_is_not_donated_and_the_plan_runs_afterwards():
     pool.unmark_borrowed()
     manager.run(write_step, plan)
     assert_contents(manager, [request])
+
+
+def test_a_pool_with_views_keeps_them():
+    """Bound to its device, it was another pool, and whoever looked into its memory was told of no step."""
+    source = small_manager()
+    pool = source.pool
+    pool.mark_borrowed()
+    runner = StepRunner(pool, source.req_to_token_pool)
+    assert runner.pool is pool
+    assert runner.pool.is_shared
+    pool.unmark_borrowed()
+    assert StepRunner(pool, source.req_to_token_pool).pool.k.unsafe_buffer_pointer() == pool.k.unsafe_buffer_pointer()
 
 
 def test_an_error_of_the_step_itself_stays_what_it_is():
