@@ -65,6 +65,8 @@ ONLY_IN = {
     "msgspec": {("observe", "event_wire.py")},
     "zmq": {("observe", "publisher.py"), ("observe", "subscriber.py")},
     "prometheus_client": {("observe", "metrics.py")},
+    "transformers": {("torch_bridge", "transformers.py"), ("torch_bridge", "transformers_memory.py")},
+    "flashinfer": {("torch_bridge", "attention.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}

@@ -126,7 +126,9 @@ class Sequences:
         """
         most = self.length - self.prompt.shape[1]
         if not 0 <= columns <= max(most, 0):
-            raise ArgumentError(f"{columns} columns cannot be taken back: {max(most, 0)} were generated, the rest is prompt")
+            raise ArgumentError(
+                f"{columns} columns cannot be taken back: {max(most, 0)} were generated, the rest is prompt"
+            )
         self.length -= columns
         self.slots = self.slots[:, : self.length]
 
@@ -150,7 +152,7 @@ class Sequences:
         known = min(computed, tokens.shape[1])
         for request, row in zip(self._requests, tokens, strict=True):
             request.output_ids += row[width:known].tolist()
-            request.kv_len = max(request.kv_len, request.num_tokens if known > width else 0)
+            request.kv_len = request.num_tokens if known > width else request.kv_len
 
     def close(self) -> None:
         """Ends the requests. What is computed and known stays for others. Afterwards they own nothing."""
