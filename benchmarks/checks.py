@@ -54,6 +54,13 @@ def check_everything(*, huge: bool) -> Iterator[str]:
             yield f"write_kv {implementation.value}: past 2^31 elements, {check_huge_pool(implementation):,} bytes"
 
 
+def with_dtypes(shapes: list[tuple[Any, ...]]) -> list[tuple[int, tuple[Any, ...], Any]]:
+    """Number, shape and dtype: all dtypes with the first shape, and one of each width with the others."""
+    some = np.uint8, jnp.bfloat16, np.float32
+    every = ((i, shape, oracles.STORAGE_DTYPES if i == 0 else some) for i, shape in enumerate(shapes))
+    return [(i, shape, dtype) for i, shape, dtypes in every for dtype in dtypes]
+
+
 def check_alloc_extend(implementation: Implementation) -> int:
     cases = [(bs, page_size) for bs in (1, 7, 64, 300) for page_size in (1, 3, 16, 64)] + [(3000, 16)]
     for seed, (bs, page_size) in enumerate(cases):
@@ -83,53 +90,53 @@ def check_write_kv(implementation: Implementation) -> int:
     shapes = [(3, 64, 2, 8, 8, 40), (2, 9000, 8, 128, 96, 4096), (2, 9000, 8, 128, 96, 5000)]
     if implementation is not Implementation.MOSAIC:  # whose bulk copies move multiples of 16 bytes
         shapes += [(2, 33, 3, 5, 7, 50), (1, 40, 5, 1000, 8, 20)]
-    for seed, (layers, slots, heads, k_dim, v_dim, n) in enumerate(shapes):
-        for dtype in oracles.STORAGE_DTYPES:
-            rng = np.random.default_rng(seed)
-            pools = [oracles.random_bits(rng, (layers, slots, heads, dim), dtype) for dim in (k_dim, v_dim)]
-            rows = [oracles.random_bits(rng, (n, heads, dim), dtype) for dim in (k_dim, v_dim)]
-            loc, layer = oracles.random_loc(rng, n, slots), np.int32(layers - 1)
-            step = jax.jit(partial(write_kv, implementation=implementation), donate_argnums=(0, 1))
-            got = step(*map(jnp.array, pools), layer, loc, *rows)
-            for pool, row, result in zip(pools, rows, got, strict=True):
-                same_bits(result, oracles.put_rows(pool, int(layer), loc, row))
-    return len(shapes) * len(oracles.STORAGE_DTYPES)
+    cases = with_dtypes(shapes)
+    for seed, (layers, slots, heads, k_dim, v_dim, n), dtype in cases:
+        rng = np.random.default_rng(seed)
+        pools = [oracles.random_bits(rng, (layers, slots, heads, dim), dtype) for dim in (k_dim, v_dim)]
+        rows = [oracles.random_bits(rng, (n, heads, dim), dtype) for dim in (k_dim, v_dim)]
+        loc, layer = oracles.random_loc(rng, n, slots), np.int32(layers - 1)
+        step = jax.jit(partial(write_kv, implementation=implementation), donate_argnums=(0, 1))
+        got = step(*map(jnp.array, pools), layer, loc, *rows)
+        for pool, row, result in zip(pools, rows, got, strict=True):
+            same_bits(result, oracles.put_rows(pool, int(layer), loc, row))
+    return len(cases)
 
 
 def check_write_mla_kv(implementation: Implementation) -> int:
     shapes = [(2, 40, 96, 32, 21), (2, 9000, 512, 64, 4096), (2, 9000, 512, 64, 5000)]
     if implementation is not Implementation.MOSAIC:
         shapes += [(2, 40, 96, 33, 21), (1, 20, 1, 1, 30), (2, 50, 130, 64, 40)]
-    for seed, (layers, slots, rank, rope, n) in enumerate(shapes):
-        for dtype in oracles.STORAGE_DTYPES:
-            rng = np.random.default_rng(seed)
-            pool = oracles.random_bits(rng, (layers, slots, rank + rope), dtype)
-            rows = oracles.random_bits(rng, (n, rank + rope), dtype)
-            loc = oracles.random_loc(rng, n, slots)
-            step = jax.jit(partial(write_mla_kv, implementation=implementation), donate_argnums=0)
-            got = step(jnp.array(pool), np.int32(0), loc, rows[:, :rank], rows[:, rank:])
-            same_bits(got, oracles.put_rows(pool, 0, loc, rows))
-    return len(shapes) * len(oracles.STORAGE_DTYPES)
+    cases = with_dtypes(shapes)
+    for seed, (layers, slots, rank, rope, n), dtype in cases:
+        rng = np.random.default_rng(seed)
+        pool = oracles.random_bits(rng, (layers, slots, rank + rope), dtype)
+        rows = oracles.random_bits(rng, (n, rank + rope), dtype)
+        loc = oracles.random_loc(rng, n, slots)
+        step = jax.jit(partial(write_mla_kv, implementation=implementation), donate_argnums=0)
+        got = step(jnp.array(pool), np.int32(0), loc, rows[:, :rank], rows[:, rank:])
+        same_bits(got, oracles.put_rows(pool, 0, loc, rows))
+    return len(cases)
 
 
 def check_pages(implementation: Implementation) -> int:
     shapes = [(3, 16, (8, 128), 100, 60), (2, 3, (5, 7), 30, 40), (1, 1, (33,), 20, 9)]
-    for seed, (layers, page_size, row, num_pages, n) in enumerate(shapes):
-        for dtype in oracles.STORAGE_DTYPES:
-            rng = np.random.default_rng(seed)
-            pool = oracles.random_bits(rng, (layers, num_pages * page_size, *row), dtype)
-            pages = oracles.random_loc(rng, n, num_pages)
-            options = {"page_size": page_size, "implementation": implementation}
-            got = jax.jit(partial(gather_pages, **options))(jnp.array(pool), pages)
-            same_bits(got, oracles.gather_pages(pool, pages, page_size))
-            blocks = oracles.random_bits(rng, got.shape, dtype)
-            got = jax.jit(partial(scatter_pages, **options), donate_argnums=0)(jnp.array(pool), pages, blocks)
-            same_bits(got, oracles.scatter_pages(pool, pages, blocks, page_size))
-            order = (1 + rng.permutation(pool.shape[1] - 1)).astype(np.int32)
-            tgt, src = order[: len(order) // 2], order[len(order) // 4 :][: len(order) // 2]
-            move = jax.jit(partial(move_rows, implementation=implementation), donate_argnums=0)
-            same_bits(move(jnp.array(pool), tgt, src), oracles.move_rows(pool, tgt, src))
-    return len(shapes) * len(oracles.STORAGE_DTYPES)
+    cases = with_dtypes(shapes)
+    for seed, (layers, page_size, row, num_pages, n), dtype in cases:
+        rng = np.random.default_rng(seed)
+        pool = oracles.random_bits(rng, (layers, num_pages * page_size, *row), dtype)
+        pages = oracles.random_loc(rng, n, num_pages)
+        options = {"page_size": page_size, "implementation": implementation}
+        got = jax.jit(partial(gather_pages, **options))(jnp.array(pool), pages)
+        same_bits(got, oracles.gather_pages(pool, pages, page_size))
+        blocks = oracles.random_bits(rng, got.shape, dtype)
+        got = jax.jit(partial(scatter_pages, **options), donate_argnums=0)(jnp.array(pool), pages, blocks)
+        same_bits(got, oracles.scatter_pages(pool, pages, blocks, page_size))
+        order = (1 + rng.permutation(pool.shape[1] - 1)).astype(np.int32)
+        tgt, src = order[: len(order) // 2], order[len(order) // 4 :][: len(order) // 2]
+        move = jax.jit(partial(move_rows, implementation=implementation), donate_argnums=0)
+        same_bits(move(jnp.array(pool), tgt, src), oracles.move_rows(pool, tgt, src))
+    return len(cases)
 
 
 def check_fp8(implementation: Implementation) -> int:

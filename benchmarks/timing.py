@@ -28,6 +28,8 @@ SAMPLES = 9
 WARM_UPS = 2
 SAMPLE_S = 0.03
 """Least length of a sample of JAX calls."""
+GRAPH_US = 2000
+"""Least length of a sample of PyTorch, as far as it can be known beforehand."""
 FEWEST_CALLS, MOST_CALLS = 8, 256
 PROFILED_CALLS = 8
 
@@ -159,25 +161,29 @@ def with_kernel_time(took: Time, step: Callable[..., StateT], state: StateT, *ar
 
 
 def time_torch_graph(work: Callable[[], Any], repeats: int = 1) -> Time:
-    """One repeat of `work`, which launches `repeats` of them, captured in a CUDA graph."""
+    """One repeat of `work`, which launches `repeats` of them, captured in a CUDA graph so often that it takes a while:
+    what launching a graph takes, some 8 us, then hardly counts."""
     import torch
+
+    def elapsed_us(run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             work()
-    stream.synchronize()
+        stream.synchronize()
+        times = min(math.ceil(GRAPH_US / elapsed_us(work)), MOST_CALLS)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
-    samples_us = []
-    for _ in range(WARM_UPS + SAMPLES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples_us.append(start.elapsed_time(end) * 1e3 / repeats)
+        for _ in range(times):
+            work()
+    samples_us = [elapsed_us(graph.replay) / times / repeats for _ in range(WARM_UPS + SAMPLES)]
     return Time.of(samples_us[WARM_UPS:])
 
 

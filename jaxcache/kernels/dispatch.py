@@ -81,16 +81,20 @@ MOSAIC_OPS = frozenset({Op.ALLOC_EXTEND, Op.ALLOC_DECODE, Op.WRITE_KV, Op.WRITE_
 """Ops that have a Mosaic kernel; all have a Triton kernel."""
 
 _BOTH = (
-    Rule(Implementation.TRITON, "as fast as Mosaic on an H200, any width, and compiled in a tenth of the time"),
+    Rule(Implementation.TRITON, "as fast as Mosaic on an H200, and takes rows of any width"),
     Rule(Implementation.MOSAIC, "faster than the reference on an H200, and needs no package"),
 )
 _EXTEND = (
     Rule(Implementation.TRITON, "three times as fast as Mosaic on an H200"),
     Rule(Implementation.MOSAIC, "faster than the reference on an H200 up to some 100 requests", up_to_rows=128),
 )
+_LATENT = (
+    Rule(Implementation.REFERENCE, "one scatter, as fast as a kernel up to some 500 rows, and launched sooner", 512),
+    *_BOTH,
+)
 _TRITON = (Rule(Implementation.TRITON, "faster than the reference on an H200"),)
 _GPU_TABLE: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
-    {op: _BOTH if op in MOSAIC_OPS else _TRITON for op in Op} | {Op.ALLOC_EXTEND: _EXTEND}
+    {op: _BOTH if op in MOSAIC_OPS else _TRITON for op in Op} | {Op.ALLOC_EXTEND: _EXTEND, Op.WRITE_MLA_KV: _LATENT}
 )
 """Rules of an op, the one to try first in front."""
 

@@ -1,10 +1,9 @@
 """Triton kernels of `write_kv`. Parameter order: see `triton_call`.
 
-A program moves a tile of rows: it loads all parts of the tile, then stores them, so that all loads are in flight at
-once. In a small write only latency counts: the slots are among those loads, and rows of padding are read in vain. A
-large one waits for its slots, so that it moves no byte of padding, and marks its lines as the first to leave the L2
-cache, which cannot hold them. Rows are copied bit for bit in the dtype they have. Element offsets are int64: a stacked
-pool has more than 2^31 elements.
+A program moves a tile of rows: it loads all parts of the tile and their slots, then stores them, so that all loads are
+in flight at once. So rows of padding are read in vain, but never written: a padded batch costs at most what a full one
+does. A large write marks its lines as the first to leave the L2 cache, which cannot hold them. Rows are copied bit for
+bit in the dtype they have. Element offsets are int64: a stacked pool has more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MAX_BLOCK = 2048
 TILE_BYTES = 5 * 1024
 """Bytes that one program has in flight. More, smaller programs are the faster: 2% from 16 KB to this on an H200."""
 LARGE_BYTES = 8 * 2**20
-"""From so many bytes of rows on, a write is large. On an H200 that saves a small one up to a tenth of its time."""
+"""From so many bytes of rows on, a write is large."""
 FULL_GRID = 1024
 """Programs that keep every GPU busy; below it a program takes fewer rows."""
 
@@ -81,15 +80,16 @@ def write_kv_launch(n: int, k_width: int, v_width: int, itemsize: int) -> dict:
 def write_mla_kv_launch(n: int, rank: int, rope: int, itemsize: int) -> dict:
     """Grid and constexprs of `write_mla_kv_kernel`, for parts of these widths in elements."""
     rank_block, rope_block, rows, grid = tile(n, rank, rope, itemsize, TILE_BYTES)
+    is_large = n * (rank + rope) * itemsize >= LARGE_BYTES
     return dict(
         grid=grid,
-        num_warps=4,
+        num_warps=8 if is_large else 4,
         RANK=rank,
         ROPE=rope,
         RANK_BLOCK=rank_block,
         ROPE_BLOCK=rope_block,
         ROWS=rows,
-        LARGE=n * (rank + rope) * itemsize >= LARGE_BYTES,
+        LARGE=is_large,
     )
 
 
@@ -138,12 +138,12 @@ def write_kv_kernel(
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    LARGE: tl.constexpr,
+    LARGE: tl.constexpr,  # its lines leave the L2 cache first
 ):
     token, row, keep = _rows_of_program(layer, loc, n, layers, slots, ROWS)
     k_column, k_inside = _columns_of_program(K_WIDTH, K_BLOCK)
     v_column, v_inside = _columns_of_program(V_WIDTH, V_BLOCK)
-    read = (keep if LARGE else token < n)[:, None]
+    read = (token < n)[:, None]
     keep = keep[:, None]
     POLICY: tl.constexpr = "evict_first" if LARGE else ""  # pyright: ignore[reportAssignmentType]
     k_tile = tl.load(k + token[:, None] * K_WIDTH + k_column, mask=read & k_inside, eviction_policy=POLICY)
@@ -168,12 +168,12 @@ def write_mla_kv_kernel(
     RANK_BLOCK: tl.constexpr,
     ROPE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    LARGE: tl.constexpr,
+    LARGE: tl.constexpr,  # its lines leave the L2 cache first
 ):
     token, row, keep = _rows_of_program(layer, loc, n, layers, slots, ROWS)
     nope_column, nope_inside = _columns_of_program(RANK, RANK_BLOCK)
     rope_column, rope_inside = _columns_of_program(ROPE, ROPE_BLOCK)
-    read = (keep if LARGE else token < n)[:, None]
+    read = (token < n)[:, None]
     keep = keep[:, None]
     POLICY: tl.constexpr = "evict_first" if LARGE else ""  # pyright: ignore[reportAssignmentType]
     nope_tile = tl.load(nope + token[:, None] * RANK + nope_column, mask=read & nope_inside, eviction_policy=POLICY)

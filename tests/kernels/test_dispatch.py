@@ -46,6 +46,13 @@ def test_a_rule_may_be_for_few_rows(monkeypatch):
         assert choice.implementation is Implementation.REFERENCE and "mosaic is for at most 128 rows" in choice.why
 
 
+def test_few_latent_rows_are_scattered_by_xla(monkeypatch):
+    pretend_installed(monkeypatch, "triton", "jax_triton")
+    assert choose(Op.WRITE_MLA_KV, platform="gpu", rows=256).implementation is Implementation.REFERENCE
+    assert choose(Op.WRITE_MLA_KV, platform="gpu", rows=4096).implementation is Implementation.TRITON
+    assert choose(Op.WRITE_KV, platform="gpu", rows=256).implementation is Implementation.TRITON
+
+
 def test_insisting(monkeypatch):
     pretend_installed(monkeypatch, "triton", "jax_triton")
     assert choose(Op.WRITE_KV, platform="gpu", implementation=Implementation.REFERENCE).why == "the caller asked for it"
