@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -50,7 +51,8 @@ def adopt(tensor: torch.Tensor, *, donatable: bool = False) -> jax.Array:
         )
     _require_address(tensor)
     _jax_device(tensor.device)
-    array = jax.dlpack.from_dlpack(tensor.detach(), copy=False)
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        array = jax.dlpack.from_dlpack(tensor.detach(), copy=False)
     if array.dtype != dtype or (tensor.numel() and array.unsafe_buffer_pointer() != tensor.data_ptr()):
         raise UnsupportedError(
             f"tensor: JAX {jax.__version__} copied this {tensor.dtype} tensor instead of adopting it"

@@ -28,6 +28,11 @@ TORCH_DTYPES: Mapping[np.dtype, torch.dtype] = MappingProxyType(
 
 JAX_DTYPES: Mapping[torch.dtype, np.dtype] = MappingProxyType({theirs: mine for mine, theirs in TORCH_DTYPES.items()})
 
+ARRAY_INTERFACE_TYPES: Mapping[np.dtype, str] = MappingProxyType(
+    {dtype: dtype.str if dtype.isbuiltin == 1 else f"<u{dtype.itemsize}" for dtype in TORCH_DTYPES}
+)
+"""How the array interfaces of NumPy and CUDA name a dtype, or the integer of its width if they have no name for it."""
+
 _RULE = f"must have a dtype that JAX and torch share, one of {', '.join(map(str, TORCH_DTYPES))}"
 
 
@@ -43,8 +48,3 @@ def jax_dtype(name: str, dtype: torch.dtype) -> np.dtype:
     if dtype not in JAX_DTYPES:
         raise ArgumentError(f"{name} {_RULE}; got {dtype}")
     return JAX_DTYPES[dtype]
-
-
-def array_interface_type(dtype: np.dtype) -> str:
-    """How the array interfaces of NumPy and CUDA name `dtype`, or the integer of its width if they have no name."""
-    return dtype.str if dtype.isbuiltin == 1 else f"<u{dtype.itemsize}"

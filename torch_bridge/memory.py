@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jaxcache.donation import DevicePool
 from jaxcache.errors import ArgumentError, DeadViewError, ShardingError, UnsupportedError
 from jaxcache.pools.stack import LayerStack
-from torch_bridge.dtypes import array_interface_type, torch_dtype
+from torch_bridge.dtypes import ARRAY_INTERFACE_TYPES, torch_dtype
 from torch_bridge.streams import order_on
 
 
@@ -50,7 +50,7 @@ class PoolMemory:
         self._addresses = [array.unsafe_buffer_pointer() for array in self._arrays]
         self.pool = pool
         some_array = self._arrays[0] if self._arrays else pool.buffers[0]
-        self.device = _torch_device(*some_array.devices(), some_array.sharding.memory_kind)
+        self.device = _torch_device(next(iter(some_array.devices())), some_array.sharding.memory_kind)
         self.order = order_on(self.device)
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._why_dead: str | None = None
@@ -58,16 +58,16 @@ class PoolMemory:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """A tensor over each array, in the dtype that its rows have for the caller. To be called once."""
-        return tuple(map(self._tensor, self._arrays, _row_dtypes(self.pool, self._arrays)))
+        return tuple(map(self._tensor, self._arrays, self._addresses, _row_dtypes(self.pool, self._arrays)))
 
-    def _tensor(self, array: jax.Array, dtype: np.dtype) -> torch.Tensor:
-        address = _Address(array, self)
+    def _tensor(self, array: jax.Array, start: int, dtype: np.dtype) -> torch.Tensor:
+        wanted = torch_dtype("pool", dtype)
+        address = _Address(array, start, self)
         if self.device.type == "cpu":
             tensor = torch.from_numpy(np.asarray(address))
         else:
             tensor = torch.as_tensor(address, device=self.device)
             self._storages.append(weakref.ref(tensor.untyped_storage()))
-        wanted = torch_dtype("pool", dtype)
         return tensor if tensor.dtype == wanted else tensor.view(wanted)
 
     def torch_after_jax(self) -> list[Any]:
@@ -114,13 +114,15 @@ class PoolMemory:
             if type(pool) is not type(self.pool):
                 continue
             arrays = _own_arrays(pool)
-            self.order.torch_after(arrays[:1])  # one program returned them all
             if [array.unsafe_buffer_pointer() for array in arrays] == self._addresses:
                 self.pool, self._arrays = pool, arrays
                 pool.add_view(self)
+                self.order.torch_after(
+                    arrays[:1]
+                )  # one program returned them all; last, for it may have to be waited for
                 return
         self.end(
-            f"the step {step} returned no {type(self.pool).__name__} in the memory that this torch view looks into: it "
+            f"step {step} returned no {type(self.pool).__name__} in the memory that this torch view looks into: it "
             "copied the pool, or did not return it; prove_in_place says why, then share the pool anew"
         )
 
@@ -217,11 +219,11 @@ def _torch_device(device: Any, memory_kind: str | None) -> torch.device:
 class _Address:
     """Where an array lies, as the array interfaces of NumPy and CUDA state it. Keeps `memory` alive."""
 
-    def __init__(self, array: jax.Array, memory: PoolMemory):
+    def __init__(self, array: jax.Array, start: int, memory: PoolMemory):
         self.memory = memory
         self.__array_interface__ = self.__cuda_array_interface__ = {
             "shape": array.shape,
-            "typestr": array_interface_type(np.dtype(array.dtype)),
-            "data": (array.unsafe_buffer_pointer(), False),
+            "typestr": ARRAY_INTERFACE_TYPES[np.dtype(array.dtype)],
+            "data": (start, False),
             "version": 3,
         }

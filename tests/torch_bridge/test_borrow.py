@@ -29,7 +29,7 @@ from jaxcache.donation import DevicePool
 from tests.pools import numpy_pool
 from tests.torch_bridge.tensors import bits
 from torch_bridge import TorchMHAPool, TorchMLAPool, borrow
-from torch_bridge.dtypes import TORCH_DTYPES, array_interface_type, torch_dtype
+from torch_bridge.dtypes import ARRAY_INTERFACE_TYPES, TORCH_DTYPES, torch_dtype
 
 CONFIGS = [make(dtype) for dtype in numpy_pool.DTYPES for make in (numpy_pool.mha_config, numpy_pool.mla_config)]
 
@@ -202,8 +202,13 @@ def test_a_deleted_array_is_refused():
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 def test_a_sharded_pool_is_refused():
     mesh = jax.make_mesh((2,), ("tp",), devices=jax.devices()[:2])
-    pool = MHATokenToKVPool.create(numpy_pool.mha_config(axis_name="tp", shards=2), mesh=mesh)
-    refused(ShardingError, "2 devices", pool)
+    config = numpy_pool.mha_config(axis_name="tp", shards=2)
+    refused(ShardingError, "2 devices", MHATokenToKVPool.create(config, mesh=mesh))
+    states = MambaConfig(
+        num_states=3, layer_num=2, conv_shape=(4, 3), temporal_shape=(2, 4, 4), conv_dtype=jnp.bfloat16,
+        temporal_dtype=np.float32, axis_name="tp", shards=2,
+    )  # fmt: skip
+    refused(ShardingError, "2 devices", HybridKVPool.create(HybridConfig(kv=config, states=states), mesh=mesh))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4, jnp.float4_e2m1fn, jnp.complex64, jnp.bool_], ids=str)
@@ -298,7 +303,7 @@ def test_a_block_that_is_over_holds_nothing_even_if_somebody_keeps_it():
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_the_array_interfaces_know_every_dtype(dtype):
-    named = np.dtype(array_interface_type(dtype))
+    named = np.dtype(ARRAY_INTERFACE_TYPES[dtype])
     assert named.isbuiltin == 1 and named.itemsize == dtype.itemsize  # NumPy and torch know no others by name
 
 

@@ -88,7 +88,7 @@ def test_a_step_that_moves_the_pool_ends_the_view_and_loses_nothing():
     pool = write(pool, np.array([4], np.int32), 1.0)
     assert holder.sum() == 0
     for use in (lambda: kv.k, lambda: k.sum(), lambda: piece.sum(), lambda: kv.pool, lambda: kv.fence()):
-        with pytest.raises(DeadViewError, match="the step write returned no MHATokenToKVPool in the memory"):
+        with pytest.raises(DeadViewError, match="step write returned no MHATokenToKVPool in the memory"):
             use()
     assert pool.gather([4], 1)[0].sum() == 16
     assert share(pool).k.sum() == 16
