@@ -13,6 +13,7 @@ counted in elements of the key: tokens, or pairs of them for `BigramKey`; the wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Node(Slot):
 
     __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority", "start")
 
-    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: tuple[Slot, ...]):
+    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: Sequence[Slot]):
         self.value = None
         self.locks = 0
         self.key = key
@@ -167,7 +168,7 @@ class Receipt:
 
     __slots__ = ("epoch", "held", "length", "node", "since", "tree")
 
-    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: tuple[int, ...], epoch: int):
+    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: Sequence[int], epoch: int):
         self.tree = tree
         self.node = node
         self.length = length

@@ -28,6 +28,7 @@ class Stops:
       spanning: Indices of the components that have a value a page.
       windows: The same without the first.
       state: Index of the one that keeps states; 0 if none does.
+      reaches: Of each component.
     """
 
     def __init__(self, components: Sequence[Component]):
@@ -40,8 +41,7 @@ class Stops:
         self.spanning = [i for i, component in enumerate(components) if component.spans]
         self.windows = self.spanning[1:]
         self.state = states[0] if states else 0
-        self._reaches = [(i, components[i].reach) for i in self.windows]
-        self._count = len(components)
+        self.reaches = [component.reach for component in components]
 
     def usable(self, path: list[Node], found: int) -> int:
         """Longest prefix length within the `found` tokens of `path` that satisfies every component.
@@ -61,7 +61,8 @@ class Stops:
 
     def _hole(self, path: list[Node], last: int, length: int) -> int:
         """Deepest node of `path` in which a window lacks what a stop at `length`, in node `last`, needs; or -1."""
-        for i, reach in self._reaches:
+        for i in self.windows:
+            reach = self.reaches[i]
             at = last
             while at >= 0 and path[at].end > length - reach:
                 if path[at].others[i - 1].value is None:
@@ -72,15 +73,3 @@ class Stops:
     def state_at(self, path: list[Node]) -> int:
         """Id of the state at the end of `path`; 0 if no component keeps states."""
         return int(path[-1].others[self.state - 1].value[0]) if path and self.state else 0
-
-    def since(self, node: Node) -> tuple[int, ...]:
-        """For each component, the token position that a lock at the end of `node` reaches back to."""
-        since = [0] * self._count
-        for i, reach in self._reaches:
-            top = node
-            while top.start > 0 and node.end - top.start < reach:
-                top = top.parent
-            since[i] = top.start
-        if self.state:
-            since[self.state] = node.end - 1
-        return tuple(since)

@@ -203,8 +203,7 @@ class RadixTree:
         added: list[Node] = []
         healed: list[Node] = []
         if not self._is_single:
-            if self._stops.windows:
-                healed = self._heal(path, values, starts, begin // page_size, spare)
+            healed = self._heal(path, values, starts, begin // page_size, spare)
             if self._stops.state:
                 spare.insert(self._stops.state, NOTHING if present < length else self._save(node, values))
             if present:
@@ -278,9 +277,6 @@ class RadixTree:
         page_size, present = self.page_size, first + len(spare[0])
         for i in self._stops.windows:
             start = starts[i]
-            if start == present == first:
-                spare.append(NOTHING)
-                continue
             rest, begin = values[i][first : max(start, present)], start * page_size
             holes = [n for n in path if n.others[i - 1].value is None and n.end > begin]
             if holes and holes[0].start < begin:
@@ -331,21 +327,18 @@ class RadixTree:
         lower.parent = upper
         upper.children[lower.key[: self._page_bytes]] = lower
         for i in self._stops.spanning:
-            self._split_slot(i, upper, lower, pages)
+            top, bottom = (upper.others[i - 1], lower.others[i - 1]) if i else (upper, lower)
+            top.locks = bottom.locks
+            if bottom.value is not None:
+                top.value, bottom.value = owned(bottom.value[:pages]), owned(bottom.value[pages:])
+                self._policies[i].split(upper, lower)
+                if not top.locks:
+                    self._policies[i].add(upper)
         self._version += 1
         return upper
 
-    def _new_slots(self) -> tuple[Slot, ...]:
-        return () if self._is_single else tuple([Slot() for _ in self._stops.further])
-
-    def _split_slot(self, i: int, upper: Node, lower: Node, pages: int) -> None:
-        top, bottom = upper.slot(i), lower.slot(i)
-        top.locks = bottom.locks
-        if bottom.value is not None:
-            top.value, bottom.value = owned(bottom.value[:pages]), owned(bottom.value[pages:])
-            self._policies[i].split(upper, lower)
-            if not top.locks:
-                self._policies[i].add(upper)
+    def _new_slots(self) -> Sequence[Slot]:
+        return () if self._is_single else [Slot() for _ in self._stops.further]
 
     def evict(self, amount: int, component: int = 0) -> Eviction:
         """Lets go of at least `amount` values of a component, unless fewer are evictable.
@@ -361,7 +354,7 @@ class RadixTree:
         target = self.evictable[component] - amount
         while self.evictable[component] > target and (node := policy.victim()) is not None:
             if node.children:
-                self._let_go(component, node, freed)
+                self._let_go(node, (component,), freed)
                 self._version += 1
             else:
                 self._remove(node, freed, nodes)
@@ -412,8 +405,7 @@ class RadixTree:
 
     def _unlink(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node], is_drop: bool = False) -> None:
         """Takes a childless, unlocked node out of the tree."""
-        for i in range(len(freed)):
-            self._let_go(i, node, freed)
+        self._let_go(node, range(len(freed)), freed)
         parent = node.parent
         del parent.children[node.key[: self._page_bytes]]
         self._graves.bury(node, parent, self._version, is_drop)
@@ -421,14 +413,15 @@ class RadixTree:
         nodes.append(node)
         self._version += 1
 
-    def _let_go(self, i: int, node: Node, freed: list[list[np.ndarray]]) -> None:
-        slot = node.others[i - 1] if i else node
-        value = slot.value
-        if value is not None:
-            freed[i].append(value)
-            self.evictable[i] -= len(value)
-            slot.value = None
-            self._policies[i].remove(node)
+    def _let_go(self, node: Node, components: Iterable[int], freed: list[list[np.ndarray]]) -> None:
+        for i in components:
+            slot = node.others[i - 1] if i else node
+            value = slot.value
+            if value is not None:
+                freed[i].append(value)
+                self.evictable[i] -= len(value)
+                slot.value = None
+                self._policies[i].remove(node)
 
     def reset(self) -> None:
         """Forgets everything, without freeing anything; receipts given out before are refused from now on."""
@@ -465,9 +458,7 @@ class RadixTree:
             node = path[-1] if path else None
             if node is not None and node.end != length:
                 node = self._split(node, length)
-        receipt = Receipt(self, node, length, self._stops.since(node) if node else (), self._epoch)
-        self._hold(receipt, 1)
-        return receipt
+        return Receipt(self, node, length, self._hold(node) if node else (), self._epoch)
 
     def unlock(self, receipt: Receipt) -> int:
         """Takes a receipt back; returns the pages of the first component that became evictable.
@@ -478,7 +469,8 @@ class RadixTree:
         self._check_receipt(receipt)
         receipt.held = False
         before = self.evictable[0]
-        self._hold(receipt, -1)
+        if receipt.node is not None:
+            self._release(receipt.node, receipt.since)
         return self.evictable[0] - before
 
     def _check_receipt(self, receipt: Receipt) -> None:
@@ -506,31 +498,41 @@ class RadixTree:
             node = node.parent
         return isinstance(node, Root) and self._roots.get(node.namespace) is node
 
-    def _hold(self, receipt: Receipt, step: int) -> None:
-        freed: list[Node] = []
-        for i, since in enumerate(receipt.since):
-            policy = self._policies[i]
-            moved = 0
-            node: Any = receipt.node
-            while node.end > since:
+    def _hold(self, bottom: Node) -> Sequence[int]:
+        """Locks what a stop at the end of `bottom` needs; returns where that begins, for each component."""
+        since: list[int] = []
+        for i, reach in enumerate(self._stops.reaches):
+            node, stop = bottom, bottom.end - reach
+            while True:
                 slot = node.others[i - 1] if i else node
-                before = slot.locks
-                slot.locks = before + step
-                if slot.value is not None:
-                    if before == 0:
-                        policy.discard(node)
-                        moved += len(slot.value)
-                    elif slot.locks == 0:
-                        moved -= len(slot.value)
-                        if i:
-                            freed.append(node)
-                        else:
-                            policy.add(node)
+                slot.locks += 1
+                if slot.locks == 1 and slot.value is not None:
+                    self._policies[i].discard(node)
+                    count = len(slot.value)
+                    self.evictable[i] -= count
+                    self.protected[i] += count
+                if node.start <= stop or not node.start:
+                    break
                 node = node.parent
-            while freed:  # further components go by use from the root down, see `EvictionPolicy`
-                policy.add(freed.pop())
-            self.evictable[i] -= moved
-            self.protected[i] += moved
+            since.append(node.start)
+        if self._stops.state:
+            since[self._stops.state] = bottom.end - 1
+        return since
+
+    def _release(self, bottom: Node, since: Sequence[int]) -> None:
+        for i, position in enumerate(since):
+            node, freed = bottom, []
+            while node.end > position:
+                slot = node.others[i - 1] if i else node
+                slot.locks -= 1
+                if not slot.locks and slot.value is not None:
+                    freed.append(node)
+                    count = len(slot.value)
+                    self.evictable[i] += count
+                    self.protected[i] -= count
+                node = node.parent
+            for node in self._policies[i].in_order_of_use(freed[::-1]):
+                self._policies[i].add(node)
 
     # ---- looking at ------------------------------------------------------------------------------------------
 
