@@ -23,7 +23,7 @@ from tests.model.tree_driver import OPS_PER_LIFE
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutants.txt")
-WITH_A_STEP = ("manager.py", "cursor.py", "planner.py", "runner.py", "packing.py", "step.py")
+WITH_A_STEP = ("manager.py", "offload.py", "cursor.py", "planner.py", "runner.py", "packing.py", "step.py")
 TIMEOUT_S = 600
 
 
