@@ -3,7 +3,7 @@
     terminal                 rich_tree(tree)     rich, extra `cli`
     any notebook, GitHub     tree_map(tree)      SVG, nothing to install
     live notebook            icicle(tree)        plotly, extra `viz`; `view(tree)` also shows where plotly does not run
-    who owns which page      page_map(allocator) SVG
+    who owns which page      page_map(allocator) SVG; moment after moment: PageTimeline(allocator)
 
 A drawing shows the moment it was made. It changes nothing, not even recency. All are O(nodes and their values).
 """
@@ -18,14 +18,16 @@ from jaxcache.errors import UnsupportedError
 from jaxcache.index.node import Node
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.look import Look, TokenText, looks, namespace_name, outline, shortened
-from jaxcache.observe.svg import Svg, page_map, tree_map
+from jaxcache.observe.page_map import PageTimeline, page_map
+from jaxcache.observe.svg import Svg
+from jaxcache.observe.tree_map import tree_map
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from rich.text import Text
     from rich.tree import Tree
 
-__all__ = ["Svg", "TreeView", "icicle", "page_map", "rich_tree", "tree_map", "view"]
+__all__ = ["PageTimeline", "Svg", "TreeView", "icicle", "page_map", "rich_tree", "tree_map", "view"]
 
 _LABEL_CHARACTERS = 60
 

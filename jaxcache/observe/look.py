@@ -5,13 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.index.component import Component
 from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node
 from jaxcache.index.recency import LRU
+from jaxcache.index.stops import Stops
 from jaxcache.index.tree import RadixTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+    from jaxcache.index.eviction import EvictionPolicy
 
 TokenText = Callable[[np.ndarray], str]
 """Makes int32 tokens readable; a tokenizer's `decode` will do."""
@@ -22,21 +30,76 @@ UNRANKED = "#a8dcd5"
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """What one component has at one node, ready to be drawn.
+
+    Attributes:
+      component: Whose it is.
+      value: Its page ids, or its state; None if there is nothing: a tombstone.
+      locks: Receipts that cover it.
+      age: 0 for what was used last, 1 for what is evicted next; None if it is locked, is not there, or its policy keeps
+        no order of use.
+    """
+
+    component: Component
+    value: Int32[np.ndarray, " values"] | None
+    locks: int
+    age: float | None
+
+    @property
+    def ids(self) -> str:
+        """Its page ids, runs shortened, or its state."""
+        return "none" if self.value is None else runs(self.value)
+
+    @property
+    def state(self) -> str:
+        """Its standing towards eviction, in words."""
+        if self.locks:
+            return f"locked by {self.locks}"
+        return "evicted next" if self.age == 1 else "unlocked"
+
+    @property
+    def words(self) -> str:
+        """Ids and standing, for a further component."""
+        return f"{self.component.name} {self.ids}" + ("" if self.value is None else f", {self.state}")
+
+    @property
+    def colour(self) -> str:
+        """Amber if locked, else from fresh to pale with age; as #rrggbb."""
+        if self.locks:
+            return LOCKED
+        if self.age is None:
+            return UNRANKED
+        return "#" + "".join(f"{round(y + (o - y) * self.age):02x}" for y, o in zip(YOUNG, OLD, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
 class Look:
     """One node, ready to be drawn.
 
     Attributes:
       node: The node itself.
       tokens: Its tokens, as text.
-      pages: Its page ids, runs shortened; with several components, each under its name.
-      age: 0 for the node used last, 1 for the one that is evicted next; None if it is locked or its policy keeps no
-        order of use.
+      parts: What each component has there.
+      stops: The lengths, within the node, at which a lookup may stop; only told where there are several components.
     """
 
     node: Node
     tokens: str
-    pages: str
-    age: float | None
+    parts: tuple[Part, ...]
+    stops: tuple[int, ...] = ()
+
+    @property
+    def pages(self) -> str:
+        """Its page ids, runs shortened; with several components, each under its name."""
+        if len(self.parts) == 1:
+            return self.parts[0].ids
+        return ", ".join(f"{part.component.name} {part.ids}" for part in self.parts)
+
+    @property
+    def age(self) -> float | None:
+        """See `Part.age`."""
+        return self.parts[0].age
 
     @property
     def is_locked(self) -> bool:
@@ -46,25 +109,39 @@ class Look:
     @property
     def state(self) -> str:
         """Its standing towards eviction, in words."""
-        if self.is_locked:
-            return f"locked by {self.node.locks}"
-        return "evicted next" if self.age == 1 else "unlocked"
+        return self.parts[0].state
 
     @property
     def colour(self) -> str:
-        """Amber if locked, else from fresh to pale with age; as #rrggbb."""
-        if self.is_locked:
-            return LOCKED
-        if self.age is None:
-            return UNRANKED
-        return "#" + "".join(f"{round(y + (o - y) * self.age):02x}" for y, o in zip(YOUNG, OLD, strict=True))
+        """See `Part.colour`."""
+        return self.parts[0].colour
 
 
 def looks(tree: RadixTree, text: TokenText | None = None) -> dict[Node, Look]:
-    """Every node of the tree but the roots, parents first. O(nodes and their values)."""
-    ages = _ages(tree)
+    """Every node of the tree but the roots, parents first.
+
+    Cost: O(nodes and their values); with several components, times the depth of the tree.
+    """
+    ages = [_ages(policy) for policy in tree.policies]
     text = text or numbers
-    return {node: Look(node, text(node.token_ids), _pages(tree, node), ages.get(node)) for node in tree.nodes()}
+    stops = Stops(tree.components) if len(tree.components) > 1 else None
+    seen: dict[Node, Look] = {}
+    for node in tree.nodes():
+        parts = []
+        for i, component in enumerate(tree.components):
+            slot = node.slot(i)
+            parts.append(Part(component, slot.value, slot.locks, ages[i].get(node)))
+        seen[node] = Look(node, text(node.token_ids), tuple(parts), _stops(tree, stops, node) if stops else ())
+    return seen
+
+
+def _stops(tree: RadixTree, rules: Stops, node: Node) -> tuple[int, ...]:
+    path = [node]
+    while path[-1].parent.parent is not None:
+        path.append(path[-1].parent)
+    path.reverse()
+    ends = range(node.start + tree.page_size, node.end + 1, tree.page_size)
+    return tuple(end for end in ends if rules.usable(path, end) == end)
 
 
 def numbers(tokens: np.ndarray) -> str:
@@ -117,17 +194,8 @@ def outline(tree: RadixTree, text: TokenText | None = None, max_nodes: int = 200
     return "\n".join(lines) or "nothing is cached"
 
 
-def _pages(tree: RadixTree, node: Node) -> str:
-    shown = []
-    for i, component in enumerate(tree.components):
-        value = node.slot(i).value
-        shown.append((component.name, "none" if value is None else runs(value)))
-    return shown[0][1] if len(shown) == 1 else ", ".join(f"{name} {value}" for name, value in shown)
-
-
-def _ages(tree: RadixTree) -> dict[Node, float]:
+def _ages(policy: EvictionPolicy) -> dict[Node, float]:
     """Age of the unlocked nodes, oldest first; nothing for a policy that does not go by use."""
-    policy = tree.policies[0]
     if not isinstance(policy, LRU):
         return {}
     last = max(len(policy) - 1, 1)
