@@ -2,7 +2,8 @@
 
 Each mutant of `mutants.txt` is one textual change to a copy of the package; a driver then runs over the copy and has to
 fail. Mutants of manager, plans and device table go to `manager_driver`, with a quarter of the operations, those of the
-tree's further components ("components: ...") to `tree_driver`, all others to `driver`.
+tree's further components ("components: ...") to `tree_driver`, all others to `driver`. What no driver reaches names the
+tests that have to fail instead.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which must occur exactly once in `file`, becomes `new`."""
+    """`old`, which must occur exactly once in `file`, becomes `new`; `tests` must fail, or a driver if there are none."""
 
     file: str
     name: str
     old: str
     new: str
+    tests: tuple[str, ...] = ()
 
     @property
     def driver(self) -> str:
@@ -44,6 +46,8 @@ class Mutant:
         return "manager_driver" if needs_a_step else "driver"
 
     def command(self, ops: int) -> list[str]:
+        if self.tests:
+            return ["pytest", "-x", "-q", "-p", "no:cacheprovider", *self.tests]
         if self.driver == "tree_driver":
             return ["tests.model.tree_driver", "--seeds", f"0:{ops // OPS_PER_LIFE}"]
         return [f"tests.model.{self.driver}", "--ops", str(ops // 4 if self.driver == "manager_driver" else ops)]
@@ -61,10 +65,11 @@ class Mutant:
 def read_mutants() -> list[Mutant]:
     mutants = []
     for title, body in re.findall(r"^# (.+)\n((?:[-+].*\n)+)", LIST.read_text(encoding="utf-8"), re.MULTILINE):
+        title, _, tests = title.partition(" | ")
         file, _, name = title.partition(": ")
         lines = body.splitlines()
         old, new = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
-        mutants.append(Mutant(file, name, old, new))
+        mutants.append(Mutant(file, name, old, new, tuple(tests.split())))
     return mutants
 
 
@@ -73,7 +78,8 @@ def is_caught(mutant: Mutant, ops: int) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         shutil.copytree(ROOT / "jaxcache", place / "jaxcache", ignore=shutil.ignore_patterns("__pycache__"))
-        (place / "tests").symlink_to(ROOT / "tests")
+        for name in ("tests", "pyproject.toml"):
+            (place / name).symlink_to(ROOT / name)
         try:
             mutant.apply(place / "jaxcache")
         except (LookupError, SyntaxError) as error:
@@ -88,6 +94,9 @@ def is_caught(mutant: Mutant, ops: int) -> tuple[bool, str]:
             return True, "hangs"
     if not done.returncode:
         return False, "no violation"
+    if mutant.tests:
+        failed = re.findall(r"^FAILED .*::(.*)", done.stdout, re.MULTILINE)
+        return bool(failed), (failed or done.stdout.splitlines()[-1:] or [f"exit code {done.returncode}"])[0][:110]
     errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(\.\w+)*(: |$)", line)]
     return True, (errors or [f"exit code {done.returncode}"])[-1][:110]
 
