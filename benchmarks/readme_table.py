@@ -148,7 +148,7 @@ def host_row(figures: dict[str, Any], path: Path) -> Row:
 
 
 def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
-    """The largest case of each kernel that has a peer, else the largest: our fastest implementation beside each peer."""
+    """The largest case of each kernel, if possible one with peers: our fastest implementation beside each of them."""
     for bench, group in itertools.groupby(sorted(records, key=lambda r: r["bench"]), key=lambda r: r["bench"]):
         rows = list(group)
         mine = [row for row in rows if row["implementation"].startswith("jaxcache")]
