@@ -108,10 +108,16 @@ class PageTimeline:
         column = (WIDTH - 2 * MARGIN - _GUTTER) / max(len(self._moments), 1)
         top = MARGIN + HEADING + self._caption_height()
         seen = [code for code in np.unique(table).tolist() if code != PageState.FREE]
-        parts = [legend((self._look(code), self._name(code)) for code in seen)]
+        entries = [(self._look(code), self._name(code)) for code in seen]
+        if len(self._names) > len(_REQUESTS):
+            entries[sum(code < _FIRST_REQUEST for code in seen) :] = [
+                (self._look(_FIRST_REQUEST), "requests, colours repeat")
+            ]
+        parts = [legend(entries)]
         for i, caption in enumerate(self._captions):
             x = MARGIN + _GUTTER + i * column
-            parts.append(words_at(x + min(column / 2, 8), top - 5, caption, PENCIL, size=10, turned=-_TURN))
+            if caption:
+                parts.append(words_at(x + min(column / 2, 8), top - 5, caption, PENCIL, size=10, turned=-_TURN))
         every = 1 if row >= 11 else 8
         for i, codes in enumerate(table):
             y = top + i * row

@@ -74,6 +74,15 @@ def test_requests_have_colours_of_their_own() -> None:
     assert len({rect.get("fill") for rect in bars}) == 8
 
 
+def test_of_many_requests_the_legend_names_none() -> None:
+    allocator = PagedTokenToKVPoolAllocator(32 * 8, 8)
+    timeline = PageTimeline(allocator)
+    timeline.mark("", {f"request {i}": taken(allocator, 1) for i in range(30)})
+    shown = [text.text for text in ET.fromstring(timeline.draw().source).iter(f"{SVG}text")]
+    assert shown[:2] == ["requests, colours repeat", "p 1"]
+    assert owners(timeline)[30, 1] == "request 29"
+
+
 def test_what_nobody_claims_is_private() -> None:
     allocator = PagedTokenToKVPoolAllocator(64, 8)
     allocator.alloc_pages(1)
