@@ -68,8 +68,10 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 def replay_row(figures: dict[str, Any], path: Path) -> Row:
     """A replay: its proof first."""
+    cache = figures.get("cache") or "radix"
     case = (
-        f"{Path(figures.get('trace') or path.stem).stem}, {figures['requests']:,} requests, {figures['pool']} "
+        f"{Path(figures.get('trace') or path.stem).stem}, {figures['requests']:,} requests, "
+        f"{'' if cache == 'radix' else cache + ' cache, '}{figures['pool']} "
         f"{figures.get('dtype', '')}, {figures.get('layers', '?')} layers, page {figures['page_size']}, "
         f"room for {figures['device_tokens']:,} tokens"
     )
@@ -81,7 +83,10 @@ def replay_row(figures: dict[str, Any], path: Path) -> Row:
             ("recompiles_after_warmup", "late compilations"),
         )
     ]
-    measured = f"{figures['verified_slots']:,} slots verified: {', '.join(bad)}; hit rate {figures['hit_rate']:.2%}"
+    states = f" and {figures['verified_states']:,} states" if figures.get("verified_states") else ""
+    measured = (
+        f"{figures['verified_slots']:,} slots{states} verified: {', '.join(bad)}; hit rate {figures['hit_rate']:.2%}"
+    )
     beside = f"{figures['retractions']:,} retractions, {figures['wall_s']:,.0f} s"
     return Row(0, "trace replayed, every hit read back", case, measured, beside, figures["device"], path)
 

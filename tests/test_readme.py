@@ -45,18 +45,28 @@ def test_the_loop_example_decodes_32_steps(printed) -> None:
     assert printed(EXAMPLES[2]) == "35 36\n"
 
 
+def test_the_hybrid_example_goes_on_from_a_saved_state(printed) -> None:
+    assert printed(EXAMPLES[3]) == "first 0\nsecond 192\n"
+
+
 def test_the_sharded_example_is_refused_outside_its_shard_map(printed) -> None:
-    assert "call it inside jax.shard_map(step, mesh=mesh" in printed(EXAMPLES[3])
+    assert "call it inside jax.shard_map(step, mesh=mesh" in printed(EXAMPLES[4])
+
+
+def test_the_torch_example_reads_what_torch_wrote(printed) -> None:
+    pytest.importorskip("torch")
+    refused, read = printed(EXAMPLES[5]).splitlines()
+    assert refused.endswith("end the borrow first") and read == "2"
 
 
 def test_the_kernel_example_says_why(printed) -> None:
-    picked, refused = printed(EXAMPLES[4]).splitlines()
+    picked, refused = printed(EXAMPLES[6]).splitlines()
     assert "the table's choice for write_kv" in picked
     assert refused.endswith("'cpu'. Leave implementation=None for the table's choice.")
 
 
 def test_there_is_no_other_example() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
 
 
 def test_links_lead_somewhere() -> None:
@@ -69,7 +79,8 @@ def test_names_of_the_tables_exist() -> None:
     tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("| "))
     tables = tables.partition("| what | case |")[0]
     names = set(re.findall(r"`([A-Z]\w+|[a-z_]+)`", tables)) - {"jaxcache", "ValueError"}
-    extras = {"cli", "viz", "torch", "test", "dev", "triton"}
+    extras = {"cli", "viz", "torch", "test", "dev", "triton", "torch_bridge"}
+    extras |= set(re.findall(r" import (\w+) as \1\n", (ROOT / "torch_bridge" / "__init__.py").read_text()))
     assert {"RadixCache", "donating", "StalePoolError"} <= names
     assert sorted(name for name in names - extras if name not in vars(jaxcache)) == []
 

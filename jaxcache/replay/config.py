@@ -149,6 +149,11 @@ class ReplayConfig:
             raise ArgumentError(
                 f"--device-tokens must hold at least one page of {self.page_size} tokens, got {self.device_tokens}"
             )
+        has_part = {Fault.STALE_STATE: self.cache.has_states, Fault.WRONG_WINDOW: self.cache.has_window}
+        if self.plant is not None and not has_part.get(self.plant, True):
+            raise ArgumentError(
+                f"--plant {self.plant.value} needs a cache with such a part, not --cache {self.cache.value}"
+            )
         if not self.verify and self.plant is not None:
             raise ArgumentError(f"--plant {self.plant.value} needs verification to be seen; leave --no-verify out")
 

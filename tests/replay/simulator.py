@@ -214,7 +214,7 @@ class Simulator:
         self.plain.insert(tokens)
         self.plain.unlock(tokens[: self._locked.pop(request.rid)])
 
-    def _evict(self, num_tokens: int) -> None:
+    def _evict(self, num_tokens: int, *_: int) -> None:
         amount = -(-num_tokens // self.page_size) * self.plain.page_bytes if num_tokens > 0 else 0
         self.evicted_tokens += self.plain.evict(amount) // TOKEN_BYTES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxcache.errors import ArgumentError
 from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from tests.replay.test_replay import CHAT, assert_clean, long_answers
@@ -72,6 +73,12 @@ def test_adapters_share_nothing():
 @pytest.mark.parametrize("cache", [CacheKind.SWA, CacheKind.MAMBA])
 def test_what_can_be_continued_is_less_than_what_is_cached(cache):
     assert 0 < replay(cache, states=24).hit_tokens <= replay(CacheKind.RADIX).hit_tokens
+
+
+@pytest.mark.parametrize("fault", [Fault.STALE_STATE, Fault.WRONG_WINDOW])
+def test_a_fault_that_cannot_happen_is_refused(fault):
+    with pytest.raises(ArgumentError, match="needs a cache with such a part"):
+        ReplayConfig(plant=fault)
 
 
 @pytest.mark.parametrize(
