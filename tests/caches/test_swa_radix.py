@@ -123,6 +123,14 @@ def test_what_goes_with_a_leaf_counts_for_each_side():
     assert (cache.full_evictable_size(), cache.swa_evictable_size()) == (0, 0)
 
 
+def test_of_what_went_with_a_leaf_no_more_is_evicted():
+    cache = make_swa_cache(2, size=64, size_swa=64)
+    for token in (1, 2, 3):
+        put(cache, [token] * 4)
+    assert cache.evict(4, 8) == 8  # the first leaf for the pages, and the second for what is short of the windows
+    assert cache.match_prefix([3] * 4).prefix_len == 4
+
+
 def test_whoever_fills_a_hole_must_own_the_pages():
     cache = make_swa_cache(2)
     allocator = cache.token_to_kv_pool_allocator

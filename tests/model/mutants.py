@@ -30,7 +30,7 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which must occur exactly once in `file`, becomes `new`; `tests` must fail, or a driver if there are none."""
+    """`old`, which must occur exactly once in `file`, becomes `new`; `tests` must fail then, or else a driver."""
 
     file: str
     name: str

@@ -90,7 +90,7 @@ def test_s52_a_requests_namespace_reaches_the_tree():
 
 def test_1c_05_fields_are_told_apart_whatever_is_in_them():
     """No value of one field, however chosen, makes the namespace of another field."""
-    values: list[str | bytes | None] = [None, "", "x", b"x", "lx", "\0", Namespace(lora_id="x").encode()]
+    values: list[str | bytes | None] = [None, "", "x", b"x", "lx", "ltx", "\0", Namespace(lora_id="x").encode()]
     fields = ("extra_key", "lora_id", "cache_salt")
     seen = {}
     for combination in itertools.product(values, repeat=3):
