@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cursor": _LEAVES | {"index", "pages", "pools", "request", "step"},
     "planner": _LEAVES | {"caches", "cursor", "decode_loop", "index", "loop_plan", "pages", "pools", "request", "step"},
     "manager": _STACK | {"config"},
+    "oplog": _STACK | {"config", "manager"},
     "replay": _STACK | {"config", "manager"},
     "commands": _STACK | {"config", "manager", "replay"},
     "cli": {"errors", "commands"},
