@@ -6,7 +6,7 @@ import torch
 import transformers
 
 VOCABULARY = 64
-_SIZES = dict(
+SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=64,
@@ -19,13 +19,13 @@ _SIZES = dict(
 
 
 def _llama():
-    config = transformers.LlamaConfig(**_SIZES, num_hidden_layers=2, num_key_value_heads=2)
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=2)
     return transformers.LlamaForCausalLM(config)
 
 
 def _mistral():
     config = transformers.MistralConfig(
-        **_SIZES, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, sliding_window=9
+        **SIZES, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, sliding_window=9
     )
     return transformers.MistralForCausalLM(config)
 
@@ -33,7 +33,7 @@ def _mistral():
 def _gemma3():
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     sizes = dict(num_hidden_layers=3, num_key_value_heads=2, head_dim=8, sliding_window=8, layer_types=layer_types)
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_SIZES, **sizes))
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, **sizes))
 
 
 def _mimo():
@@ -41,7 +41,7 @@ def _mimo():
     sizes = dict(num_hidden_layers=3, num_key_value_heads=2, head_dim=12, v_head_dim=8, sliding_window=9)
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
     experts = dict(mlp_layer_types=["dense"] * 3, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    config = transformers.MiMoV2FlashConfig(**_SIZES, **sizes, **experts, layer_types=layer_types)
+    config = transformers.MiMoV2FlashConfig(**SIZES, **sizes, **experts, layer_types=layer_types)
     return transformers.MiMoV2FlashForCausalLM(config)
 
 
@@ -50,7 +50,7 @@ def _deepseek():
     heads = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8)
     experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16)
     config = transformers.DeepseekV3Config(
-        **_SIZES, **heads, **experts, num_hidden_layers=2, v_head_dim=12, first_k_dense_replace=1, n_shared_experts=1
+        **SIZES, **heads, **experts, num_hidden_layers=2, v_head_dim=12, first_k_dense_replace=1, n_shared_experts=1
     )
     return transformers.DeepseekV3ForCausalLM(config)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import socket
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +20,7 @@ from transformers import DynamicCache
 
 from jaxcache import ArgumentError, Request, RequestStateError, SWAKVPool, UnsupportedError
 from jaxcache.pages.base import PageState
-from tests.torch_bridge.hf_models import MODELS, VOCABULARY, make
+from tests.torch_bridge.hf_models import MODELS, SIZES, VOCABULARY, make
 from torch_bridge.transformers import JaxPagedCache, ShortageError
 
 PAGE = 4
@@ -31,6 +35,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a test went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def cache_for(name: str = "llama", tokens: int = 256, **sizes) -> JaxPagedCache:
@@ -148,6 +160,32 @@ def test_kv_is_in_the_pool(name):
         for mine, theirs in zip(cache.memory.pool.gather(slots, layer), (other.keys, other.values), strict=True):
             theirs = theirs[0].transpose(0, 1).numpy()
             np.testing.assert_allclose(np.asarray(mine)[-len(theirs) :], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_cached_is_not_written_though_others_of_the_batch_lack_it():
+    cache, (a, b) = cache_for(), (prompt(13), prompt(13, seed=1))
+    generated(cache, "llama", a)
+    slots = cache.memory.cache.match_prefix(a[0].numpy()).device_indices
+    before = [np.asarray(rows) for layer in range(2) for rows in cache.memory.pool.gather(slots, layer)]
+    with cache.session(torch.cat([a, b])) as past:
+        assert past.get_seq_length() == 0
+        for layer in range(2):
+            rows = torch.full((2, 2, 13, 8), 7.0)
+            past.update(rows, rows, layer)
+    after = [np.asarray(rows) for layer in range(2) for rows in cache.memory.pool.gather(slots, layer)]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_the_pool_has_the_dtype_of_the_model():
+    model = make("llama").bfloat16()
+    cache, ids = JaxPagedCache.for_model(model, 64, page_size=PAGE), prompt(13)
+    assert cache.memory.config.kv.dtype == jnp.bfloat16
+    outputs = [
+        model.generate(ids, past_key_values=DynamicCache(config=model.config), do_sample=False, max_new_tokens=NEW),
+        cache.generate(model, ids, do_sample=False, max_new_tokens=NEW),
+    ]
+    assert torch.equal(*outputs)
+    require_nothing_held(cache)
 
 
 def test_requests_of_the_same_memory_find_what_was_generated():
@@ -358,6 +396,17 @@ def test_models_that_keep_something_else_are_refused():
     t5 = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         JaxPagedCache.for_model(transformers.T5ForConditionalGeneration(t5), 64)
+    kinds = dict(num_hidden_layers=2, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    recurrent = transformers.Lfm2Config(**SIZES, **kinds)
+    with pytest.raises(UnsupportedError, match="layer 0 keeps a LinearAttentionLayer"):
+        JaxPagedCache.for_model(transformers.Lfm2ForCausalLM(recurrent), 64)
     cache = cache_for()
     with pytest.raises(ArgumentError, match="each of the 2 layers, got 3"):
         JaxPagedCache(cache.memory, [None] * 3)
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "torch_bridge.transformers")
+    with pytest.raises(ModuleNotFoundError, match=r"jaxcache\[transformers\]"):
+        importlib.import_module("torch_bridge.transformers")
