@@ -202,7 +202,7 @@ class MemoryManager:
             return NOTHING
         first = start // self.page_size
         num_pages = self._pages_of(stop) - first
-        self.planner.make_room(num_pages)
+        self.planner.make_room(num_pages, kept.without_window(first, num_pages))
         return kept.take_pages(self.allocator, first, num_pages)
 
     def finish(self, request: Request) -> None:

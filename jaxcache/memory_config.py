@@ -73,6 +73,11 @@ class MemoryConfig:
                 f"sliding_window_size is {self.sliding_window_size}, kv is a {type(self.kv).__name__}: "
                 "an SWAConfig needs one, no other has one"
             )
+        if self.states is not None and self.states.num_states < 2 and not self.disable_radix_cache:
+            raise ArgumentError(
+                f"states: num_states must be at least 2, got {self.states.num_states}: a request that finds a cached "
+                "state copies it to one of its own"
+            )
 
     @property
     def has_window(self) -> bool:

@@ -68,10 +68,14 @@ class KeptCopy:
             return 0
         return min(self.num_tokens, most)
 
+    def without_window(self, first_page: int, num_pages: int) -> int:
+        """How many of so many copied pages from `first_page` on, the first ones, need no window page."""
+        return min(max(self.holes - first_page, 0), num_pages)
+
     def take_pages(self, allocator: BaseTokenToKVPoolAllocator, first_page: int, num_pages: int) -> np.ndarray | None:
         """Fresh pages for the copied tokens from page `first_page` on; without window pages where none were copied."""
         if isinstance(allocator, SWATokenToKVPoolAllocator):
-            return allocator.alloc_pages(num_pages, without_window=min(max(self.holes - first_page, 0), num_pages))
+            return allocator.alloc_pages(num_pages, without_window=self.without_window(first_page, num_pages))
         return allocator.alloc_pages(num_pages)
 
     def loaded(self, pool: MemoryPool, start: int, stop: int, pages: np.ndarray, state: int) -> Any:

@@ -75,15 +75,15 @@ class StepPlanner:
         if self._loops.holds(row):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
 
-    def make_room(self, num_pages: int) -> None:
-        """Evicts what is short of so many free pages, if that is enough.
+    def make_room(self, num_pages: int, without_window: int = 0) -> None:
+        """Evicts what is short of so many free pages, `without_window` of which need no window page, if that is enough.
 
         If it is not, running requests first give up the window pages that none of their tokens will attend to again.
         """
-        if not self._cache.make_room(num_pages):
+        if not self._cache.make_room(num_pages, without_window=without_window):
             for request in self._running.values():
                 self._cache.drop_out_of_window(request)
-            self._cache.make_room(num_pages)
+            self._cache.make_room(num_pages, without_window=without_window)
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
         """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""

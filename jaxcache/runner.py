@@ -202,8 +202,7 @@ class StepRunner:
             self.pool = self._patch_map(self.pool, *_patch_of_nothing())
         if isinstance(self.pool, HybridKVPool):
             most = min(self._host_table.size, self.pool.config.states.num_states)
-            for count in {min(1 << power, most) for power in range(most.bit_length() + 1)}:
-                self.copy_states(np.zeros(count, np.int32), np.arange(1, count + 1, dtype=np.int32))
+            self.pool = self.pool.with_states(self.pool.states.warmed_up(most))
 
 
 class _Mirrored(Protocol):

@@ -218,6 +218,14 @@ class MambaPool(LayerStack):
             require(limit.shape == () and limit.dtype == np.int32, "count", "must be an int or int32 scalar", limit)
         return _copy(self, sources, targets, limit)
 
+    def warmed_up(self, most: int) -> Self:
+        """This pool, consumed and given back unchanged, with `copy_states` of up to `most` states compiled."""
+        pool = self
+        for power in range(most.bit_length() + 1):
+            nothing = bucketed(np.zeros(min(1 << power, most), np.int32), 4)
+            pool = _copy(pool, nothing, nothing, np.int32(0))
+        return pool
+
     def reset_states(self, states: Int32[Array, " n"]) -> Self:
         """Empties `n` states in all layers: each becomes the state of an empty prefix, zeros.
 

@@ -1,0 +1,93 @@
+"""Sharp edges of the manager over windows and recurrent states, and that they are gone."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from jaxcache.errors import ArgumentError
+from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.pools.mamba import MambaConfig
+from jaxcache.pools.mha import MHAConfig
+from jaxcache.pools.swa import SWAConfig
+from jaxcache.replay.content import write_step
+from jaxcache.replay.proof import Proof
+from jaxcache.request import Request
+
+PAGE, WINDOW = 4, 6
+
+
+def make_manager(num_window_tokens=None, num_states=None, **options):
+    side = {"page_size": PAGE, "dtype": jnp.float32, "layer_num": 1, "head_num": 1, "head_dim": 4}
+    kv = MHAConfig(size=64, **side)
+    if num_window_tokens is not None:
+        window = MHAConfig(size=num_window_tokens, **side)
+        kv = SWAConfig(full=kv, window=window, full_layers=(0,), window_layers=(1,))
+        options["sliding_window_size"] = WINDOW
+    if num_states is not None:
+        shapes = {"conv_shape": (3, 2), "temporal_shape": (2, 4)}
+        dtypes = {"conv_dtype": jnp.float32, "temporal_dtype": jnp.float32}
+        options["states"] = MambaConfig(num_states=num_states, layer_num=1, **shapes, **dtypes)
+    return init_memory_pool_and_cache(MemoryConfig(kv, max_running=4, max_context_len=64, chunk=16, **options))
+
+
+def prefilled(manager, rid, tokens):
+    """A request whose prompt is computed, in chunks of two pages."""
+    request = Request(rid, list(tokens))
+    assert manager.admit(request) is not None
+    while request.kv_len < request.num_tokens:
+        manager.run(write_step, manager.extend([(request, manager.next_chunk(request, 2 * PAGE))]))
+    return request
+
+
+def decode(manager, request):
+    request.output_ids.append(request.num_tokens % 7)
+    manager.run(write_step, manager.decode([request]))
+
+
+def require_right(manager, request):
+    proof = Proof(manager)
+    proof.verify(request, request.kv_len)
+    proof.verify_state(request)
+    assert proof.mismatched == 0
+    manager.check_memory(read_device=True)
+
+
+def test_warming_up_again_leaves_the_states_of_running_and_cached_prefixes_alone():
+    """To compile the copies of states, the first ones were emptied, whoever had them: an engine that warmed a second
+    step up between requests served empty states."""
+    manager = make_manager(num_states=12)
+    manager.finish(prefilled(manager, "cached", range(9)))
+    running = prefilled(manager, "running", range(50, 59))
+    manager.warm_up(write_step)
+    require_right(manager, running)
+    again = prefilled(manager, "again", range(9))
+    assert again.cached_tokens == 8
+    require_right(manager, again)
+
+
+def test_coming_back_asks_for_no_window_pages_that_the_copy_does_not_need():
+    """Nothing was evicted, as that could not have sufficed for a window page with each page: `admit` said None for
+    ever, in an engine that was idle."""
+    manager = make_manager(num_window_tokens=24)
+    request = prefilled(manager, "long", range(12))
+    for _ in range(24):
+        decode(manager, request)
+    manager.retract(request, offload=True)
+    for first in (100, 200):  # the tree holds every window page
+        manager.finish(prefilled(manager, "other", range(first, first + 20)))
+    request.output_ids.append(5)
+    assert manager.admit(request) == 36
+    manager.run(write_step, manager.decode([request]))
+    require_right(manager, request)
+
+
+def test_one_state_and_a_cache_do_not_go_together():
+    """A request locked the one cached state, and so could have none to copy it to: `admit` said None for ever."""
+    with pytest.raises(ArgumentError, match="num_states must be at least 2"):
+        make_manager(num_states=1)
+    manager = make_manager(num_states=1, disable_radix_cache=True)
+    for _ in range(2):
+        request = prefilled(manager, "alone", range(8))
+        require_right(manager, request)
+        manager.finish(request)
