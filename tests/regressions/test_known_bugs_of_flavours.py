@@ -14,7 +14,7 @@ from jaxcache.pages.base import PageState
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.request import Request
 from tests.caches.content import ContentLife, Shape
-from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save, sizes
+from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
 from tests.caches.test_radix_cache import make_cache
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
@@ -24,17 +24,19 @@ TOKENS = list(range(12))
 # ---- A: who owns what --------------------------------------------------------------------------------------------
 
 
-def test_a10_what_cannot_be_claimed_changes_no_counter():
+@pytest.mark.parametrize("make", [make_swa_cache, make_mamba_cache], ids=["window", "state"])
+def test_a10_what_cannot_be_claimed_changes_no_counter(make):
     """NVIDIA/TensorRT-LLM PR 12834 and #11879: a block was moved before it was claimed, and counters went below 0."""
-    cache = make_swa_cache(2, size=64, size_swa=64)
+    cache = make(2, size=64, size_swa=64) if make is make_swa_cache else make(size=64)
     allocator = cache.token_to_kv_pool_allocator
     put(cache, TOKENS[:4])
     pages = allocator.alloc_pages(12)
     allocator.release(pages[10:11], PageState.PRIVATE)  # one of those that the tree lacks is nobody's
-    before = sizes(cache), allocator.states.tolist(), allocator.window.states.tolist()
+    state = 0 if make is make_swa_cache else cache.state_allocator.alloc_track_slot()
+    before = cache.tree.evictable.copy(), cache.tree.protected.copy(), allocator.states.tolist()
     with pytest.raises(CacheError):
-        cache.insert_pages(TOKENS, pages)
-    assert (sizes(cache), allocator.states.tolist(), allocator.window.states.tolist()) == before
+        cache.insert_pages(TOKENS, pages, state)
+    assert (cache.tree.evictable, cache.tree.protected, allocator.states.tolist()) == before
     assert cache.match_prefix(TOKENS).prefix_len == 4
     cache.check()
 
@@ -96,7 +98,7 @@ def test_b8_b9_what_was_inserted_is_found(window, hole, is_eagle):
     as tokens; nodes that nobody could find and nobody had locked named the slots of a running request."""
     cache = make_swa_cache(window, 2, size=64, size_swa=64, is_eagle=is_eagle)
     for end in (4, 8):
-        cache.cache_finished_req(prefill(cache, TOKENS[: end + is_eagle]))
+        put(cache, TOKENS[: end + is_eagle])
     cache.evict(0, hole)
     for end in (5, 9, 12):
         request = prefill(cache, TOKENS[:end])
@@ -106,6 +108,7 @@ def test_b8_b9_what_was_inserted_is_found(window, hole, is_eagle):
         assert cache.match_prefix(TOKENS[:end]).prefix_len == expected
         cache.check()
         cache.cache_finished_req(request)
+    assert cache.total_size() == expected  # one path
 
 
 def test_b17_the_last_lock_given_back_makes_room():
