@@ -407,6 +407,7 @@ def test_models_that_keep_something_else_are_refused():
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "torch_bridge.transformers")
+    for loaded in ("transformers.cache_utils", "torch_bridge.transformers"):
+        monkeypatch.delitem(sys.modules, loaded)
     with pytest.raises(ModuleNotFoundError, match=r"jaxcache\[transformers\]"):
         importlib.import_module("torch_bridge.transformers")
