@@ -135,7 +135,7 @@ class MemoryManager:
 
         Raises:
           RequestStateError: It is running or done.
-          ArgumentError: It is longer than `max_context_len`.
+          ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with pages of another size.
         """
         if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
             raise RequestStateError(
@@ -144,6 +144,11 @@ class MemoryManager:
         if request.num_tokens > self.config.max_context_len:
             limit = self.config.max_context_len
             raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
+        if request.cpu_copy is not None and request.cpu_copy.page_size != self.page_size:
+            raise ArgumentError(
+                f"request {request.rid} has a host copy in pages of {request.cpu_copy.page_size}, here they have "
+                f"{self.page_size}: set its cpu_copy to None, and it is computed again"
+            )
         if not self.req_to_token_pool.available_size():
             return None
         cap = request.num_tokens - 1

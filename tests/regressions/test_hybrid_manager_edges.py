@@ -17,8 +17,8 @@ from jaxcache.request import Request
 PAGE, WINDOW = 4, 6
 
 
-def make_manager(num_window_tokens=None, num_states=None, **options):
-    side = {"page_size": PAGE, "dtype": jnp.float32, "layer_num": 1, "head_num": 1, "head_dim": 4}
+def make_manager(num_window_tokens=None, num_states=None, page_size=PAGE, **options):
+    side = {"page_size": page_size, "dtype": jnp.float32, "layer_num": 1, "head_num": 1, "head_dim": 4}
     kv = MHAConfig(size=64, **side)
     if num_window_tokens is not None:
         window = MHAConfig(size=num_window_tokens, **side)
@@ -40,8 +40,11 @@ def prefilled(manager, rid, tokens):
     return request
 
 
-def decode(manager, request):
+def sample(request):
     request.output_ids.append(request.num_tokens % 7)
+
+
+def decode(manager, request):
     manager.run(write_step, manager.decode([request]))
 
 
@@ -72,13 +75,14 @@ def test_coming_back_asks_for_no_window_pages_that_the_copy_does_not_need():
     manager = make_manager(num_window_tokens=24)
     request = prefilled(manager, "long", range(12))
     for _ in range(24):
+        sample(request)
         decode(manager, request)
     manager.retract(request, offload=True)
     for first in (100, 200):  # the tree holds every window page
         manager.finish(prefilled(manager, "other", range(first, first + 20)))
-    request.output_ids.append(5)
+    sample(request)
     assert manager.admit(request) == 36
-    manager.run(write_step, manager.decode([request]))
+    decode(manager, request)
     require_right(manager, request)
 
 
@@ -91,3 +95,16 @@ def test_one_state_and_a_cache_do_not_go_together():
         request = prefilled(manager, "alone", range(8))
         require_right(manager, request)
         manager.finish(request)
+
+
+def test_a_copy_in_pages_of_another_size_is_refused():
+    """Another manager loaded it into the slots that its pages would have had in the first one: wrong KV, unnoticed."""
+    first, second = make_manager(), make_manager(page_size=1)
+    request = prefilled(first, "moved", range(9))
+    sample(request)
+    first.retract(request, offload=True)
+    with pytest.raises(ArgumentError, match="pages of 4, here they have 1"):
+        second.admit(request)
+    second.check_memory()
+    request.cpu_copy = None
+    assert second.admit(request) == 0
