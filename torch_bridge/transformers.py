@@ -34,7 +34,7 @@ from torch_bridge.sequences import ShortageError as ShortageError
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
 except ModuleNotFoundError as error:
-    if error.name != "transformers":
+    if (error.name or "").partition(".")[0] != "transformers":
         raise
     message = "torch_bridge.transformers needs the extra `transformers`: pip install 'jaxcache[transformers]'"
     raise ModuleNotFoundError(message, name="transformers") from error
