@@ -22,6 +22,8 @@ class EvictionPolicy(ABC):
         its end, where the next request goes on, goes first.
     """
 
+    __slots__ = ("leaves_only",)
+
     def __init__(self, leaves_only: bool):
         self.leaves_only = leaves_only
 

@@ -76,7 +76,7 @@ class Node(Slot):
 
     __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority", "start")
 
-    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: Sequence[Slot]):
+    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: tuple[Slot, ...]):
         self.value = None
         self.locks = 0
         self.key = key

@@ -20,6 +20,8 @@ class LRU(EvictionPolicy):
     than all below it, so the oldest is always a leaf and nothing has to be searched.
     """
 
+    __slots__ = ("_order",)
+
     def __init__(self, leaves_only: bool):
         super().__init__(leaves_only)
         self._order: OrderedDict[Node, None] = OrderedDict()

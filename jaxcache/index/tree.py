@@ -206,8 +206,7 @@ class RadixTree:
             healed = self._heal(path, values, starts, begin // page_size, spare)
             if self._stops.state:
                 spare.insert(self._stops.state, NOTHING if present < length else self._save(node, values))
-            if present:
-                used = self._path_to(node) if begin else path  # what the lock covers need not be locked here
+            if used := self._path_to(node) if held is not None and any(held.since) else path:  # not all above is locked
                 for policy in self._policies[1:]:
                     policy.touch(used)
         if present < length:
@@ -233,10 +232,8 @@ class RadixTree:
         return 0, root, []
 
     def _refuse(self, key: RadixKey) -> None:
-        raise ArgumentError(
-            f"key: elements of this tree have {self.element_bytes} bytes, those of a {type(key).__name__} have "
-            f"{key.element_bytes}: use keys of one class"
-        )
+        sizes = f"{self.element_bytes} bytes an element, not {key.element_bytes}"
+        raise ArgumentError(f"key: this tree has {sizes}: use keys of one class, not a {type(key).__name__}")
 
     def _add_leaves(
         self, key: RadixKey, parent: Node, values: Sequence[np.ndarray], starts: list[int], page: int, priority: int
@@ -263,8 +260,10 @@ class RadixTree:
                     self.evictable[i] += end - page
                     self._policies[i].add(leaf)
             parent, page = leaf, end
-        if self._stops.state:
-            self._fill(self._stops.state, parent, values[self._stops.state][:1])
+        if i := self._stops.state:
+            parent.others[i - 1].value = owned(values[i][:1])
+            self.evictable[i] += 1
+            self._policies[i].add(parent)
         if len(added) > 1:
             self._policies[0].touch(added)
         return added
@@ -274,6 +273,9 @@ class RadixTree:
     ) -> list[Node]:
         """Fills the holes along `path`, cut where the offer begins; returns them. What is not needed is spare."""
         healed: list[Node] = []
+        if not path and max(starts) == first:
+            spare += [NOTHING] * len(self._stops.windows)
+            return healed
         page_size, present = self.page_size, first + len(spare[0])
         for i in self._stops.windows:
             start = starts[i]
@@ -295,7 +297,7 @@ class RadixTree:
     def _save(self, node: Node, values: Sequence[np.ndarray]) -> np.ndarray:
         """Gives the end of a key its state, if it has none yet; returns what was not needed."""
         state = values[self._stops.state][:1]
-        if not state.any():
+        if not len(state) or not state[0]:
             return NOTHING
         if node.parent is None or node.others[self._stops.state - 1].value is not None:
             return state
@@ -337,8 +339,8 @@ class RadixTree:
         self._version += 1
         return upper
 
-    def _new_slots(self) -> Sequence[Slot]:
-        return () if self._is_single else [Slot() for _ in self._stops.further]
+    def _new_slots(self) -> tuple[Slot, ...]:
+        return () if self._is_single else tuple([Slot() for _ in self._stops.further])
 
     def evict(self, amount: int, component: int = 0) -> Eviction:
         """Lets go of at least `amount` values of a component, unless fewer are evictable.
@@ -531,7 +533,7 @@ class RadixTree:
                     self.evictable[i] += count
                     self.protected[i] -= count
                 node = node.parent
-            for node in self._policies[i].in_order_of_use(freed[::-1]):
+            for node in reversed(freed) if i else freed:  # see `EvictionPolicy`
                 self._policies[i].add(node)
 
     # ---- looking at ------------------------------------------------------------------------------------------
