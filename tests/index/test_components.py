@@ -182,3 +182,18 @@ def test_a_component_reaches_at_least_a_token(wrong):
 def test_components_that_do_not_go_together(components):
     with pytest.raises(ArgumentError, match="components"):
         RadixTree(1, components)
+
+
+@pytest.mark.parametrize("component", [0, 1, 2])
+@pytest.mark.parametrize("policy", Policy)
+def test_eviction_of_any_component_costs_what_it_evicts_however_large_the_tree(policy, component):
+    def cost(siblings):
+        tree = RadixTree(1, (FULL, WINDOW, STATE), policy)
+        one = np.array([1], np.int32)
+        two = np.array([1, 2], np.int32)
+        for token in range(1, siblings):
+            tree.insert(RadixKey([0, token]), [two, two, one])
+        tree.evict(100, component)  # first ones, so that outdated entries of a heap are paid for
+        return count_calls(lambda: tree.evict(50, component))
+
+    assert cost(4000) <= 1.05 * cost(400)
