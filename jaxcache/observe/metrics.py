@@ -65,7 +65,7 @@ class CacheMetrics:
       registry: Where the metrics are registered; Prometheus' own by default. One registry takes one of these a prefix.
       labels: The same for all metrics, such as model_name and data_parallel_rank.
       prefix: What every name begins with.
-      components: Names of the tree's components, in its order.
+      components: Names of all of the tree's components, in its order.
 
     Raises:
       ArgumentError: The registry has metrics of these names, or a name is not one Prometheus accepts.
@@ -119,9 +119,9 @@ class CacheMetrics:
 
     def evicted(self, amounts: Sequence[int], seconds: float) -> None:
         """See `CacheObserver.evicted`."""
-        for counter, amount in zip(self._evicted, amounts, strict=True):
+        for i, amount in enumerate(amounts):
             if amount:
-                counter.inc(amount)
+                self._evicted[i].inc(amount)
         self._evict_s.observe(seconds)
 
     # ---- sizes, when they are scraped ----------------------------------------------------------------------------
