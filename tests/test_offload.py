@@ -177,6 +177,22 @@ def test_running_requests_give_up_windows_before_memory_is_short():
     assert_right(manager, *requests)
 
 
+def test_who_goes_on_from_a_cached_state_works_on_a_copy_of_it():
+    manager = new_manager("state")
+    finished(manager, list(range(17)))
+    for token in (50, 60):  # one after the other, and then both at once
+        request = Request("r", [*range(16), token, token], tag=1)
+        assert manager.admit(request) == 16
+        compute(manager, request)
+        assert_right(manager, request)
+        manager.finish(request)
+    twins = [Request(str(token), [*range(16), token, token], tag=1) for token in (70, 80)]
+    assert [manager.admit(twin) for twin in twins] == [16, 16]
+    for twin in twins:
+        compute(manager, twin)
+    assert_right(manager, *twins)
+
+
 # ---- where prompts stop ------------------------------------------------------------------------------------------
 
 
