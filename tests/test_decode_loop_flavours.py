@@ -90,7 +90,7 @@ def decoded(manager, requests, stop_at):
     replay = plan.replay(np.asarray(accepted), np.asarray(stopped))
     for request, count in zip(requests, np.asarray(accepted).sum(axis=0).tolist(), strict=False):
         for _ in range(count):
-            request.output_ids.append(int(next_token(request.output_ids[-1])))
+            request.output_ids.append(int(next_token(request.key.token_ids[-1])))
     manager.absorb(replay, read_device=True)
 
 
@@ -117,6 +117,19 @@ def test_every_layer_is_right_after_loops_with_stops(page_size, has_window, has_
     proof.verify(again, again.kv_len)
     proof.verify_state(again)
     assert proof.mismatched == 0
+
+
+def test_a_loop_may_be_the_first_step_after_a_hit():
+    manager = make_manager(4, False, True)
+    (first,) = prefilled(manager, (17,))
+    manager.finish(first)
+    again = Request("again", first.key.token_ids[:17], tag=0)
+    assert manager.admit(again) == 16
+    decoded(manager, [again], stop_at=(99,))
+    proof = Proof(manager)
+    proof.verify(again, again.kv_len)
+    proof.verify_state(again)
+    assert (again.kv_len, proof.mismatched) == (16 + STEPS, 0)
 
 
 def test_states_cannot_be_taken_back():

@@ -170,6 +170,18 @@ def test_what_happens_to_a_request_between_two_steps_is_seen():
         assert_contents(manager, [a, b, c])
 
 
+def test_a_step_of_others_between_two_of_a_batch_takes_it_no_further():
+    manager = small_manager()
+    batch = [prefilled(manager, [i] * 6, rid=str(i)) for i in range(2)]
+    other = Request("other", [9] * 16)
+    manager.admit(other)
+    for token in range(4):
+        sample(*batch, token=token)
+        manager.run(write_step, manager.decode(batch))
+        manager.run(write_step, manager.extend([(other, 4)]))
+        assert_contents(manager, [*batch, other])
+
+
 def test_a_plan_keeps_its_numbers_when_the_next_one_is_made():
     manager = small_manager()
     requests = [prefilled(manager, [i] * 4, rid=str(i)) for i in range(2)]
