@@ -73,7 +73,7 @@ class RadixTree:
             raise ArgumentError(f"policy must be a Policy, got {policy!r}: use Policy({policy!r})")
         if element_bytes not in (TOKEN_BYTES, BIGRAM_BYTES):
             raise ArgumentError(f"element_bytes: give that of a key class, such as BigramKey's; got {element_bytes!r}")
-        self.page_size = page_size
+        self.page_size = int(page_size)
         self.components = tuple(components)
         self.policy = policy
         self.with_hashes = with_hashes
