@@ -28,6 +28,7 @@ from jaxcache.request import RequestState as RequestState
 # ruff: isort: split
 from jaxcache.index.component import FULL as FULL
 from jaxcache.index.component import Component as Component
+from jaxcache.index.hashing import compute_node_hash as compute_node_hash
 from jaxcache.index.hashing import content_digest as content_digest
 from jaxcache.index.hashing import hash_bytes as hash_bytes
 from jaxcache.index.hashing import hash_to_int64 as hash_to_int64

@@ -438,7 +438,7 @@ class RadixCache(BasePrefixCache):
         return expand_pages(joined([node.value for node in self.tree.nodes()]), self.page_size)
 
     def take_events(self) -> list[KVCacheEvent]:
-        """Events since the last call, oldest first; empty unless they were enabled."""
+        """Events since the last call, oldest first; empty unless they were enabled. See `EventQueue.take`."""
         return self.events.take() if self.events is not None else []
 
     def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
