@@ -99,7 +99,7 @@ class ZmqEventPublisher:
         self._lock = threading.Lock()
         self._next_seq = time.time_ns() // 1000
         self._last_ts = 0.0
-        self._is_behind = False
+        self._is_behind = True  # it does not know yet what is cached
         self._pid = os.getpid()
         self.dropped = 0
         self.publish([AllBlocksCleared()])
@@ -148,7 +148,7 @@ class ZmqEventPublisher:
     def publish_from(self, queue: EventQueue) -> bool:
         """Publishes what waits in a cache's queue (`RadixCache.events`): call it once a step.
 
-        After a batch was dropped, the next one for which there is room says anew all that is cached.
+        The first time, and when there is room again after a batch was dropped, it says all that is cached.
 
         Returns:
           False if there was no room.
@@ -157,12 +157,12 @@ class ZmqEventPublisher:
           UnsupportedError: See `publish`.
         """
         events = queue.take()
-        if not self._is_behind:
-            return self.publish(events)
-        if self._sender.is_busy:
-            return False
-        self._is_behind = False
-        return self.publish(queue.snapshot())
+        if self._is_behind:
+            if self.dropped and self._sender.is_busy:
+                return False
+            self._is_behind = False
+            events = queue.snapshot()
+        return self.publish(events)
 
     def shutdown(self) -> None:
         """Sends what waits, for at most a second, and ends. The thread is joined and the addresses are free."""

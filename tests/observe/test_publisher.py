@@ -201,6 +201,27 @@ def test_nobody_waits_and_what_was_dropped_is_seen_and_made_up_for(monkeypatch):
         assert consumer.blocks() == {name for node in cache.tree.nodes() for name in node.hashes.names()}
 
 
+def test_what_was_cached_before_there_was_a_publisher_is_told():
+    cache = RadixCache(None, None, 1, enable_kv_cache_events=True)
+    cache.insert([1, 2])
+    cache.take_events()
+    with (
+        ZmqEventPublisher(config()) as publisher,
+        ZmqEventSubscriber(publisher.endpoint, publisher.replay_endpoint) as subscriber,
+    ):
+        cache.insert([1, 3])
+        assert publisher.publish_from(cache.events)
+        consumer = EventConsumer(subscriber.replay)
+        follow(publisher, consumer, subscriber)
+        assert consumer.is_complete
+        assert consumer.blocks() == {name for node in cache.tree.nodes() for name in node.hashes.names()}
+        cache.evict(1)
+        assert publisher.publish_from(cache.events)
+        assert publisher.publish_from(cache.events)  # nothing new is no batch
+        follow(publisher, consumer, subscriber)
+        assert len(consumer.blocks()) == 2
+
+
 def test_a_batch_larger_than_the_queue_is_taken_when_nothing_else_waits():
     with ZmqEventPublisher(config(max_queue_blocks=2)) as publisher:
         deadline = time.monotonic() + 10
