@@ -79,7 +79,7 @@ def test_names_of_the_tables_exist() -> None:
     tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("| "))
     tables = tables.partition("| what | case |")[0]
     names = set(re.findall(r"`([A-Z]\w+|[a-z_]+)`", tables)) - {"jaxcache", "ValueError"}
-    extras = {"cli", "viz", "torch", "transformers", "test", "dev", "triton", "torch_bridge"}
+    extras = {"cli", "viz", "torch", "transformers", "events", "metrics", "test", "dev", "triton", "torch_bridge"}
     extras |= set(re.findall(r" import (\w+) as \1\n", (ROOT / "torch_bridge" / "__init__.py").read_text()))
     assert {"RadixCache", "donating", "StalePoolError"} <= names
     assert sorted(name for name in names - extras if name not in vars(jaxcache)) == []
