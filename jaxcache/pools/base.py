@@ -94,7 +94,7 @@ class KVCache(LayerStack):
         self.require_live()
         self._require_one_shard()
         loc = self.checked_loc("loc", loc)
-        rows = _gather(self, loc, None if layer is None else self._layer_index(layer))
+        rows: Any = _gather(self, loc, None if layer is None else self._layer_index(layer))
         return rows if len(rows) > 1 else rows[0]
 
     def set_all_layers(self, loc: Int32[Array, " n"], *rows: Shaped[Array, "layers n *row"]) -> Self:

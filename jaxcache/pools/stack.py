@@ -295,7 +295,7 @@ class LayerStack(MemoryPool):
 
 
 @functools.partial(reading, static_argnames="mesh")
-def _read(pool: LayerStack, loc: jax.Array, *, mesh: Mesh | None) -> tuple[jax.Array, ...]:
+def _read(pool: LayerStack, loc: Any, *, mesh: Mesh | None) -> tuple[jax.Array, ...]:
     specs = pool.partition_specs()
     read = on_every_shard(lambda pool, loc: pool._gather_stored(loc), mesh, (specs, PartitionSpec()), specs.buffers)
     return read(pool, loc)
