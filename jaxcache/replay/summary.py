@@ -63,6 +63,7 @@ def figures(result: ReplayResult) -> dict[str, dict[str, str]]:
     return {
         "Proof": {
             "slots verified": number(result.verified_slots),
+            "states verified": number(result.verified_states),
             "slots wrong": number(result.mismatched_slots),
             "slots leaked": number(result.leaked_slots),
             "late compilations": number(result.recompiles_after_warmup),
@@ -99,6 +100,7 @@ def setup(result: ReplayResult) -> dict[str, str]:
         "pool": f"{result.pool}, {result.layers} layer{'s' * (result.layers != 1)} of {rows} {result.dtype}",
         "room": f"{result.device_tokens:,} tokens, {size(result.pool_bytes)}",
         "page size": f"{result.page_size} tokens",
+        "cache": result.cache,
         "policy": result.policy,
         "concurrency": f"{result.concurrency} requests, {result.chunk:,} tokens a chunk",
         "seed": str(result.seed),
