@@ -17,6 +17,6 @@ def test_tree_equals_the_oracle(part):
     drive(range(part * count, (part + 1) * count), OPS_PER_LIFE)
 
 
-def test_millions_of_operations_were_run():
+def test_ten_million_operations_were_run():
     operations, violations = add_up(RUNS)
-    assert operations >= 3_000_000 and violations == 0
+    assert operations >= 10_000_000 and violations == 0
