@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxcache.errors import BrokenInvariant
-from jaxcache.index.key import namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.node import Node, Root
 from jaxcache.index.recency import LRU
 from jaxcache.index.tree import RadixTree

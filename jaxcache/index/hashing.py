@@ -15,7 +15,6 @@ from typing import overload
 import numpy as np
 
 from jaxcache.errors import ArgumentError
-from jaxcache.index.key import namespace_seed, page_hashes
 from jaxcache.index.node import Node, Root
 
 DIGEST_BYTES = 32
@@ -90,6 +89,32 @@ class PageHashes(Sequence[bytes]):
 
     def __repr__(self) -> str:
         return f"PageHashes({self._pages} pages)"
+
+
+def page_hashes(packed: bytes, page_bytes: int, prior: bytes = b"") -> list[bytes]:
+    """One SHA-256 digest a whole page, each chained to the one before it.
+
+    Args:
+      packed: Packed elements; what is left after the last whole page is ignored.
+      page_bytes: Bytes of a page of elements.
+      prior: Digest of the page before, or `namespace_seed(...)` at the start of a sequence.
+
+    The digest of a page depends on every token before its end and on the namespace, never on node boundaries. With the
+    default namespace it equals SGLang's `get_hash_str` page by page (golden vector in the tests). A pair contributes
+    both its tokens, in order.
+
+    Source: SGLang 0.5.2 hicache_storage.py, get_hash_str.
+    """
+    digests = []
+    for start in range(0, len(packed) - page_bytes + 1, page_bytes):
+        prior = hashlib.sha256(prior + packed[start : start + page_bytes]).digest()
+        digests.append(prior)
+    return digests
+
+
+def namespace_seed(namespace: bytes) -> bytes:
+    """What the hash chain of a namespace starts from: nothing for the default namespace, else its digest."""
+    return hashlib.sha256(b"jaxcache/namespace/1" + namespace).digest() if namespace else b""
 
 
 def hash_token_ids(

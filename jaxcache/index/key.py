@@ -11,7 +11,6 @@ A tree knows elements only, and takes keys of one kind.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -312,29 +311,3 @@ def first_mismatch(ours: bytes, theirs: bytes, offset: int, length: int) -> int:
         start += TOKEN_BYTES * count
         window *= 4
     return length
-
-
-def page_hashes(packed: bytes, page_bytes: int, prior: bytes = b"") -> list[bytes]:
-    """One SHA-256 digest a whole page, each chained to the one before it.
-
-    Args:
-      packed: Packed elements; what is left after the last whole page is ignored.
-      page_bytes: Bytes of a page of elements.
-      prior: Digest of the page before, or `namespace_seed(...)` at the start of a sequence.
-
-    The digest of a page depends on every token before its end and on the namespace, never on node boundaries. With the
-    default namespace it equals SGLang's `get_hash_str` page by page (golden vector in the tests). A pair contributes
-    both its tokens, in order.
-
-    Source: SGLang 0.5.2 hicache_storage.py, get_hash_str.
-    """
-    digests = []
-    for start in range(0, len(packed) - page_bytes + 1, page_bytes):
-        prior = hashlib.sha256(prior + packed[start : start + page_bytes]).digest()
-        digests.append(prior)
-    return digests
-
-
-def namespace_seed(namespace: bytes) -> bytes:
-    """What the hash chain of a namespace starts from: nothing for the default namespace, else its digest."""
-    return hashlib.sha256(b"jaxcache/namespace/1" + namespace).digest() if namespace else b""

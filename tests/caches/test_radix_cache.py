@@ -7,7 +7,8 @@ import pytest
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, OwnershipError, ReceiptError
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
 from jaxcache.pages.base import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator

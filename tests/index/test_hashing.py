@@ -17,8 +17,10 @@ from jaxcache.index.hashing import (
     hash_bytes,
     hash_to_int64,
     hash_token_ids,
+    namespace_seed,
+    page_hashes,
 )
-from jaxcache.index.key import RadixKey, namespace_seed, page_hashes
+from jaxcache.index.key import RadixKey
 from jaxcache.index.tree import RadixTree
 
 H1 = "cf97adeedb59e05bfd73a2b4c2a8885708c4f4f70c84c64b27120e72ab733b72"

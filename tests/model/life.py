@@ -15,7 +15,8 @@ import numpy as np
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import CacheError, DoubleFreeError, OwnershipError, ReceiptError, SnapshotError
 from jaxcache.index.check import problems
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.node import Eviction, Match, Receipt
 from jaxcache.index.recency import Policy
 from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name

@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.event_consumer import EventConsumer
 from jaxcache.observe.events import EventBatch, EventQueue, block_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.index.key import namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.observe.event_consumer import EventConsumer
 from jaxcache.observe.events import BlockStored, EventBatch, EventQueue, block_name
 from tests.caches.test_content import WEIGHTS, RandomLife

@@ -8,7 +8,8 @@ import pytest
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.events import (
     AllBlocksCleared,

@@ -18,7 +18,8 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import DoubleFreeError, OwnershipError, ReceiptError, RequestStateError
 from jaxcache.index.check import check
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.tree import RadixTree
 from jaxcache.pages.base import PageState
 from jaxcache.request import Request
@@ -353,7 +354,7 @@ def test_b22_every_allocation_may_evict():
 def test_c1_names_do_not_depend_on_the_interpreter():
     """CVE-2025-25183: the builtin hash, whose collisions can be predicted, was the identity of a block."""
     program = (
-        "from jaxcache.index.key import *;"
+        "from jaxcache.index.hashing import *; from jaxcache.index.key import *;"
         "print(page_hashes(pack([1, 2, 3, 4]), 8, namespace_seed(Namespace(lora_id='x').encode()))[-1].hex())"
     )
     found = {

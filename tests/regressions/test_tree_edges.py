@@ -10,7 +10,8 @@ import pytest
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import BrokenInvariant, ReceiptError
 from jaxcache.index.check import draw
-from jaxcache.index.key import Namespace, RadixKey, namespace_seed, page_hashes
+from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.events import BlockRemoved, BlockStored
