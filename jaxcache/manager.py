@@ -224,7 +224,9 @@ class MemoryManager:
     def retract(self, request: Request, offload: bool = False) -> None:
         """Takes a running request's memory to make room; `admit` resumes it.
 
-        What it computed becomes evictable and is found again if it is still there.
+        What it computed becomes evictable and is found again if it is still there. Append the sampled token first: who
+        comes back has to have a token left to compute, so without it the last one is computed again, and a kept
+        recurrent state, which stands for all of them, is of no use.
 
         Args:
           request: A running request.
@@ -330,12 +332,13 @@ class MemoryManager:
         return out
 
     def cancel(self, plan: StepPlan) -> None:
-        """Gives the pages of a plan that will not run back; RequestStateError if all its requests have ended."""
+        """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended."""
         rows = plan.row.tolist()
         left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
         for request in left or plan.requests:
             self.planner.require_running(request)
         left_rows = np.array([request.req_pool_idx for request in left], np.intp)
+        self.req_to_token_pool.touch(left_rows)  # also where the plan took no pages
         self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
 
     def warm_up(self, step: Callable, *args: Any) -> None:

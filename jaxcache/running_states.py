@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache
+from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
@@ -28,7 +28,7 @@ class RunningStates:
     Args:
       table: Where each row's states are remembered.
       allocator: Owner of the states.
-      cache: What is evicted for them.
+      cache: What is evicted for them, and offered snapshots; a disabled one is offered none.
       runner: Makes the copies.
       interval: Tokens between the snapshots of a decoding request, rounded up to whole pages.
 
@@ -40,7 +40,7 @@ class RunningStates:
         self,
         table: HybridReqToTokenPool,
         allocator: StateAllocator,
-        cache: BasePrefixCache,
+        cache: RadixCache,
         runner: StepRunner,
         interval: int,
     ):
@@ -71,6 +71,8 @@ class RunningStates:
         A prompt is worth it wherever a chunk ends at a page boundary, a decoding request every `interval` tokens; only
         the last snapshot of a request is kept. A shortage of states means no snapshot, and is no reason not to go on.
         """
+        if self._cache.disable:
+            return
         every = self._table.page_size if plan.bucket.kind is StepKind.EXTEND else self._interval
         wanted = plan.seq_len % every == 0
         saved: list[tuple[int, int, int]] = []
@@ -88,8 +90,10 @@ class RunningStates:
         """Where a chunk that could reach `end` should stop, so that its state is found again.
 
         Where an earlier request went another way, else at the last page boundary that leaves a token: whoever comes
-        with the same prompt has to compute one.
+        with the same prompt has to compute one. At `end` where nothing is cached.
         """
+        if self._cache.disable:
+            return end
         if kv_len < branching_len <= end:
             return branching_len
         boundary = min(end, num_tokens - 1) // self._table.page_size * self._table.page_size

@@ -97,6 +97,21 @@ def test_one_state_and_a_cache_do_not_go_together():
         manager.finish(request)
 
 
+def test_where_nothing_is_cached_no_snapshot_is_taken():
+    """Each chunk that ended with a page was cut there, and its state copied to a second one, for nobody."""
+    manager = make_manager(num_states=2, disable_radix_cache=True)
+    request = Request("r", list(range(15)))
+    manager.admit(request)
+    assert manager.next_chunk(request, 8) == 8
+    manager.run(write_step, manager.extend([(request, 8)]))
+    assert manager.next_chunk(request, 16) == 7
+    manager.run(write_step, manager.extend([(request, 7)]))
+    sample(request)
+    decode(manager, request)
+    assert manager.states.available_size() == 1
+    require_right(manager, request)
+
+
 def test_a_copy_in_pages_of_another_size_is_refused():
     """Another manager loaded it into the slots that its pages would have had in the first one: wrong KV, unnoticed."""
     first, second = make_manager(), make_manager(page_size=1)

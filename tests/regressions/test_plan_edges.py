@@ -74,6 +74,22 @@ def test_a_plan_from_before_a_retraction_does_not_write_into_the_old_page():
     assert_contents(manager, [request])
 
 
+def test_a_cancelled_plan_that_took_no_pages_does_not_run_either():
+    """Nothing in the table told it from one that was not cancelled: it ran, beside the plan that came after it."""
+    manager = small_manager()
+    request = admitted(manager, list(range(6)))
+    compute(manager, request, 5)
+    for plan in (manager.extend([(request, 1)]), manager.decode([request])):
+        assert not len(plan.new_pages)
+        manager.cancel(plan)
+        with pytest.raises(RequestStateError, match="plan again"):
+            manager.run(write_step, plan)
+        assert request.kv_len == 5
+    manager.run(write_step, manager.decode([request]))
+    assert_contents(manager, [request])
+    manager.check_memory()
+
+
 def test_one_request_that_ends_does_not_strand_the_others_of_its_plan():
     """Neither run nor cancel took the plan any more, and the others could do nothing but end."""
     manager = small_manager()
