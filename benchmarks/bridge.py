@@ -36,6 +36,8 @@ BORROWS = 50
 """Calls in a sample."""
 STEPS = 12
 """The same for steps: few enough that no queue is full, for then the host would wait."""
+PAIRS = 43
+"""Samples of steps with and without sharing, which take turns."""
 
 
 def main() -> None:
@@ -61,17 +63,20 @@ def main() -> None:
     print(f"{len(report.rows)} rows in {report.path}  [{time.perf_counter() - began:.0f} s]")
 
 
-def time_host(call: Callable[[], Any], calls: int, before: Callable[[], Any] = settle) -> Time:
-    """Host time of one call, so many in a row; `before` each sample stands outside of it."""
-    samples = []
-    for _ in range(SAMPLES):
-        before()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - began) / calls * 1e6)
+def time_host(call: Callable[[], Any], calls: int) -> Time:
+    """Host time of one call, so many in a row."""
+    samples = [_sample(call, calls=calls) for _ in range(SAMPLES)]
     settle()
     return Time.of(samples[2:])
+
+
+def _sample(call: Callable[..., Any], *args: Any, calls: int = STEPS) -> float:
+    """Microseconds of one call of several, on a device that has nothing to do."""
+    settle()
+    began = time.perf_counter()
+    for _ in range(calls):
+        call(*args)
+    return (time.perf_counter() - began) / calls * 1e6
 
 
 def bench_borrow(report: Report, small: bool) -> None:
@@ -90,34 +95,28 @@ def bench_share(report: Report, small: bool) -> None:
     """What sharing a pool adds to a donated step of one row, with torch idle, and with an op of torch's before each.
 
     "JAX to torch" is an idle torch's: it waits for the step. "Both ways" is a step between ops of torch's, where JAX
-    waits as well. The same loops on a pool that is not shared, where nobody waits, are subtracted.
+    waits as well. The same loops on a pool that is not shared, where nobody waits, are subtracted: samples of the two
+    take turns, and what is reported as added is the median of their differences.
     """
     for kind in (MLATokenToKVPool, MHATokenToKVPool):
-        pools, cell = [fresh_pool(kind, 61, 1024 if small else 16_384)], torch.zeros(8, device=_torch_device())
+        alone, shared = ([fresh_pool(kind, 61, 1024 if small else 16_384)] for _ in range(2))
+        cell = torch.zeros(8, device=_torch_device())
 
-        def step(pools: list[Any] = pools) -> None:
+        def step(pools: list[Any]) -> None:
             pools[0] = touch(pools[0])
 
-        def op_and_step(pools: list[Any] = pools, cell: torch.Tensor = cell) -> None:
+        def op_and_step(pools: list[Any], cell: torch.Tensor = cell) -> None:
             cell.add_(1)
             pools[0] = touch(pools[0])
 
-        for name, loop in (("JAX to torch", step), ("both ways", op_and_step)):
-            for _ in range(3):
-                loop()
-            alone = time_host(loop, STEPS)
-            with share(pools[0]):
-                for _ in range(3):
-                    loop()
-                shared = time_host(loop, STEPS)
-            case = f"{kind.__name__}, 61 layers, {name}"
-            report.add("bridge_step", f"{case}, not shared", "jaxcache-host", alone)
-            report.add("bridge_step", f"{case}, shared", "jaxcache-host", shared)
-            report.add("bridge_share", case, "jaxcache-host", _added(shared, alone))
-
-
-def _added(time: Time, alone: Time) -> Time:
-    return Time(time.median_us - alone.median_us, time.min_us - alone.median_us, time.max_us - alone.median_us)
+        with share(shared[0]):
+            for name, loop in (("JAX to torch", step), ("both ways", op_and_step)):
+                pairs = [(_sample(loop, alone), _sample(loop, shared)) for _ in range(PAIRS)][3:]
+                case = f"{kind.__name__}, 61 layers, {name}"
+                rows = ("not shared", [a for a, _ in pairs]), ("shared", [b for _, b in pairs])
+                for how, samples in rows:
+                    report.add("bridge_step", f"{case}, {how}", "jaxcache-host", Time.of(samples))
+                report.add("bridge_share", case, "jaxcache-host", Time.of([b - a for a, b in pairs]))
 
 
 def _torch_device() -> str:

@@ -32,7 +32,7 @@ def test_one_address_in_every_dtype_and_shape(dtype, shape):
     assert (array.shape, array.dtype) == (shape, JAX_DTYPES[dtype])
     assert array.size == 0 or array.unsafe_buffer_pointer() == tensor.data_ptr()
     flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
-    np.testing.assert_array_equal(np.asarray(array).reshape(-1).view(np.uint8), flat.numpy())
+    np.testing.assert_array_equal(np.asarray(array).reshape(-1).view(np.uint8), flat.cpu().numpy())
 
 
 def test_parts_that_are_contiguous_and_aligned_are_adopted_where_they_are():
@@ -106,6 +106,7 @@ def test_a_device_that_jax_does_not_use_is_refused():
         adopt(torch.zeros(8).as_subclass(Elsewhere))
 
 
+@on_cpu
 def test_a_view_of_a_pool_is_refused():
     pool = numpy_pool.make_pool(numpy_pool.mha_config())
     with borrow(pool) as kv, pytest.raises(ArgumentError, match="a view of a pool, which JAX has already"):

@@ -22,6 +22,7 @@ from jaxcache import (
     UnsupportedError,
     init_memory_pool_and_cache,
 )
+from tests.torch_bridge.tensors import random
 from torch_bridge import borrow
 from torch_bridge.attention import Backend, PagedAttention, PagedLatentAttention, PageTable
 
@@ -46,14 +47,13 @@ def running(kv, lens=LENS, **options):
 
 
 def fill(kv, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for buffer in kv.buffers:
+    for i, buffer in enumerate(kv.buffers):
         if buffer.is_floating_point():
-            buffer[:, PAGE:] = torch.randn(buffer[:, PAGE:].shape, generator=generator).to(buffer.dtype)
+            buffer[:, PAGE:] = random(*buffer[:, PAGE:].shape, seed=seed + i).to(buffer.dtype)
 
 
 def queries(count, heads, dim, seed=1):
-    return torch.randn((count, heads, dim), generator=torch.Generator().manual_seed(seed))
+    return random(count, heads, dim, seed=seed)
 
 
 def reference(memory, requests, q, k, v, query_lens, scale, window=None):
@@ -67,7 +67,7 @@ def reference(memory, requests, q, k, v, query_lens, scale, window=None):
             seen = slots[first : position + 1]
             group = q.shape[1] // k.shape[1]
             keys, values = (x[seen].repeat(group, axis=1).astype(np.float32) for x in (k, v))
-            scores = np.einsum("hd,thd->ht", q[row].numpy(), keys) * scale
+            scores = np.einsum("hd,thd->ht", q[row].cpu().numpy(), keys) * scale
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             outs.append(np.einsum("ht,thd->hd", weights / weights.sum(axis=1, keepdims=True), values))
             row += 1
@@ -87,9 +87,9 @@ def test_sdpa_is_attention(v_head_dim, query_lens, window):
         assert attend.backend is Backend.SDPA
         attend.plan(PageTable.of(memory, requests), query_lens)
         for layer in range(3):
-            k, v = (buffer.numpy() for buffer in map(torch.clone, kv.get_kv_buffer(layer)))
+            k, v = (buffer.cpu().numpy() for buffer in map(torch.clone, kv.get_kv_buffer(layer)))
             expected = reference(memory, requests, q, k, v, counts, 8**-0.5, window)
-            np.testing.assert_allclose(attend(q, layer).numpy(), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(attend(q, layer).cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("query_lens", [None, (4, 3, 1)])
@@ -101,10 +101,10 @@ def test_sdpa_is_latent_attention(query_lens):
         fill(kv)
         attend = PagedLatentAttention(kv, 3, sm_scale=0.2)
         attend.plan(PageTable.of(memory, requests), query_lens)
-        rows = kv.get_key_buffer(1).clone().numpy()
+        rows = kv.get_key_buffer(1).clone().cpu().numpy()
         q = torch.cat([q_nope, q_rope], dim=-1)
         expected = reference(memory, requests, q, rows, rows[..., :8], counts, 0.2)
-        np.testing.assert_allclose(attend(q_nope, q_rope, 1).numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(attend(q_nope, q_rope, 1).cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_side_is_attended_through_its_own_pages():
@@ -121,9 +121,9 @@ def test_a_window_side_is_attended_through_its_own_pages():
         attend = PagedAttention(kv.window, 4, window=5)
         attend.plan(windows)
         by_full_slots = memory.allocator.translate_loc_from_full_to_swa(np.arange(64 + PAGE))
-        k, v = (buffer.clone().numpy()[by_full_slots] for buffer in kv.window.get_kv_buffer(0))
+        k, v = (buffer.clone().cpu().numpy()[by_full_slots] for buffer in kv.window.get_kv_buffer(0))
         expected = reference(memory, requests, q, k, v, (1, 1, 1), 8**-0.5, window=5)
-        np.testing.assert_allclose(attend(q, 0).numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(attend(q, 0).cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_page_tables_are_those_of_the_requests():

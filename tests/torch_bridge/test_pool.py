@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jaxcache import ArgumentError
 from tests.kernels.conftest import INTERPRETS
 from tests.pools import numpy_pool
-from tests.torch_bridge.tensors import bits, to_tensor
+from tests.torch_bridge.tensors import DEVICE, bits, to_tensor
 from torch_bridge import TorchMHAPool, TorchMLAPool, borrow, share
 
 MAKERS = numpy_pool.mha_config, numpy_pool.mla_config
@@ -85,7 +85,7 @@ def test_casts_round_as_jax_does(dtype):
     rows = np.random.default_rng(0).standard_normal((20, 2, 8)).astype(np.float32) * 10
     mine, theirs = (numpy_pool.make_pool(numpy_pool.mha_config(dtype, v_head_dim=8)) for _ in range(2))
     with borrow(mine) as kv:
-        kv.set_kv_buffer(1, torch.arange(4, 24), torch.from_numpy(rows), torch.from_numpy(rows), 4.0, 0.5)
+        kv.set_kv_buffer(1, torch.arange(4, 24), to_tensor(rows), to_tensor(rows), 4.0, 0.5)
     theirs = theirs.set_kv_buffer(1, np.arange(4, 24), rows, rows, np.float32(4.0), np.float32(0.5))
     for mine_rows, their_rows in zip(mine.gather(range(28)), theirs.gather(range(28)), strict=True):
         np.testing.assert_array_equal(numpy_pool.bits(mine_rows), numpy_pool.bits(their_rows))
@@ -141,7 +141,7 @@ def test_sizes_and_addresses_are_those_of_the_memory():
         assert kv.get_kv_size_bytes() == pool.get_kv_size_bytes()
         assert kv.size_bytes == pool.size_bytes
         assert kv.maybe_get_custom_mem_pool() is None
-        assert kv.device == torch.device("cpu")
+        assert kv.device == DEVICE
     latent = numpy_pool.make_pool(numpy_pool.mla_config())
     with borrow(latent) as kv:
         assert kv.get_kv_size_bytes() == latent.get_kv_size_bytes()
@@ -169,8 +169,8 @@ BAD = {
     "float slots": ({"loc": torch.zeros(2)}, r"loc must be one-dimensional int64 or int32; got torch.float32\[2\]"),
     "slots of two dimensions": ({"loc": torch.zeros(2, 1, dtype=torch.int64)}, "loc must be one-dimensional"),
     "NumPy slots": ({"loc": np.array([4, 5])}, "loc must be a torch tensor, got ndarray: use torch.as_tensor"),
-    "slots elsewhere": ({"loc": slots([4, 5]).to("meta")}, "loc must lie on cpu, where the pool is; got meta"),
-    "rows elsewhere": ({"cache_k": torch.zeros(2, 2, 8, device="meta")}, "k must lie on cpu"),
+    "slots elsewhere": ({"loc": slots([4, 5]).to("meta")}, f"loc must lie on {DEVICE}, where the pool is; got meta"),
+    "rows elsewhere": ({"cache_k": torch.zeros(2, 2, 8, device="meta")}, f"k must lie on {DEVICE}"),
     "rows of JAX": ({"cache_v": jnp.zeros((2, 2, 4))}, "v must be a torch tensor, got ArrayImpl"),
     "too few rows": ({"cache_k": torch.zeros(1, 2, 8)}, r"k must have shape \(2, 2, 8\); got \(1, 2, 8\)"),
     "values like keys": ({"cache_v": torch.zeros(2, 2, 8)}, r"v must have shape \(2, 2, 4\)"),

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from jaxcache import ArgumentError, Request, RequestStateError, SWAKVPool, UnsupportedError
 from jaxcache.pages.base import PageState
 from tests.torch_bridge.hf_models import MODELS, SIZES, VOCABULARY, make
+from tests.torch_bridge.tensors import DEVICE
 from torch_bridge.transformers import JaxPagedCache, ShortageError
 
 PAGE = 4
@@ -50,7 +51,9 @@ def cache_for(name: str = "llama", tokens: int = 256, **sizes) -> JaxPagedCache:
 
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, VOCABULARY, (1, length), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    ).to(DEVICE)
 
 
 def padded(*prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,18 +157,18 @@ def test_kv_is_in_the_pool(name):
     with torch.no_grad():
         model(ids, past_key_values=seen, use_cache=True)
     generated(cache, name, ids)
-    slots = cache.memory.cache.match_prefix(ids[0].numpy()).device_indices
+    slots = cache.memory.cache.match_prefix(ids[0].cpu().numpy()).device_indices
     assert len(slots) == 8
     for layer, other in enumerate(seen.layers):
         for mine, theirs in zip(cache.memory.pool.gather(slots, layer), (other.keys, other.values), strict=True):
-            theirs = theirs[0].transpose(0, 1).numpy()
+            theirs = theirs[0].transpose(0, 1).cpu().numpy()
             np.testing.assert_allclose(np.asarray(mine)[-len(theirs) :], theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_cached_is_not_written_though_others_of_the_batch_lack_it():
     cache, (a, b) = cache_for(), (prompt(13), prompt(13, seed=1))
     generated(cache, "llama", a)
-    slots = cache.memory.cache.match_prefix(a[0].numpy()).device_indices
+    slots = cache.memory.cache.match_prefix(a[0].cpu().numpy()).device_indices
     before = [np.asarray(rows) for layer in range(2) for rows in cache.memory.pool.gather(slots, layer)]
     with cache.session(torch.cat([a, b])) as past:
         assert past.get_seq_length() == 0
