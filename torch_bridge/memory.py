@@ -224,6 +224,12 @@ class _Address:
         self.__array_interface__ = self.__cuda_array_interface__ = {
             "shape": array.shape,
             "typestr": ARRAY_INTERFACE_TYPES[np.dtype(array.dtype)],
-            "data": (start, False),
+            "data": _place(start),
             "version": 3,
         }
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(start: int) -> tuple[int, bool]:
+    """An address that may be written to: one tuple each, for torch keeps a reference to every one that it is given."""
+    return start, False

@@ -201,12 +201,13 @@ class JaxPagedCache(Cache):
             raise RequestStateError("no session is open: `with cache.session(input_ids) as past:`, or cache.generate")
         return self._session
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Forgets the last `-tokens_to_remove` columns, which were generated. For assisted decoding.
 
         Raises:
           ArgumentError: The number is positive, or reaches into the prompts.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts on the device
         if tokens_to_remove > 0:
             raise ArgumentError(f"tokens_to_remove must be negative or 0, as in transformers, got {tokens_to_remove}")
         self.open_session.sequences.shrink(-tokens_to_remove)

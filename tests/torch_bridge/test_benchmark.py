@@ -28,4 +28,4 @@ def test_it_times_what_it_should(tmp_path: Path) -> None:
     benches = {row["bench"] for row in rows} - {"bridge_write_mla_kv_call"}  # which a GPU has besides
     assert benches == {"bridge_borrow", "bridge_share", "bridge_step", "bridge_write_mla_kv"}
     assert all(row["median_us"] > 0 for row in rows if row["bench"] != "bridge_share")
-    assert len(list(readme_table.rows_of(tmp_path / "bridge.jsonl"))) == 4
+    assert len(list(readme_table.rows_of(tmp_path / "bridge.jsonl"))) >= 4
