@@ -15,6 +15,7 @@ import numpy as np
 from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.keepers import FullKeeper, Keeper, StateKeeper, WindowKeeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
@@ -213,7 +214,11 @@ class RadixCache(BasePrefixCache):
         whatever nodes they are; what else is there stays, and is of use again once the hole is filled.
 
         Overshoots by less than one node. Cost: O(evicted).
+
+        Raises:
+          ArgumentError: A number is no integer, or negative.
         """
+        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         started = time.perf_counter() if self.observer is not None else 0.0
         size = self.page_size
         if self._others:
@@ -253,10 +258,11 @@ class RadixCache(BasePrefixCache):
           without_window: Of the pages, those that need no window page.
 
         Raises:
-          ArgumentError: States are asked of a cache that keeps none.
+          ArgumentError: States are asked of a cache that keeps none; or a number is no integer, or negative.
 
         Cost: O(evicted).
         """
+        require_amounts(pages=pages, states=states, without_window=without_window)
         if states and self._states is None:
             raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
         size = self.page_size
@@ -269,7 +275,7 @@ class RadixCache(BasePrefixCache):
         if short[0] * size > most[0] or short[1] * size > most[1] or short[2] > most[2]:
             return False
         if max(short) > 0:
-            self.evict(short[0] * size, short[1] * size, short[2])
+            self.evict(max(short[0], 0) * size, max(short[1], 0) * size, max(short[2], 0))
         return True
 
     def _free(self, gone: Eviction) -> None:

@@ -133,7 +133,10 @@ def hash_token_ids(
 
     Source: SGLang 0.5.2 hicache_storage.py, get_hash_str; pymllm base_prefix_cache, hash_token_ids.
     """
-    tokens = np.asarray(token_ids)
+    try:
+        tokens = np.asarray(token_ids)
+    except ValueError as error:  # a list of what has different lengths
+        raise ArgumentError("token_ids: all must be tokens, or all tuples of as many tokens") from error
     if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 2**32):
         raise ArgumentError("token_ids: every token must be an integer in [0, 2**32)")
     prior = _from_hex("prior_hash", prior_hash, DIGEST_BYTES) if prior_hash else b""
@@ -148,14 +151,20 @@ def hash_to_int64(hex_str: str) -> int:
 
     Source: pymllm base_prefix_cache, hash_to_int64.
     """
-    return int.from_bytes(_from_hex("hex_str", hex_str[:16], 8), "big", signed=True)
+    digits = hex_str[:16] if isinstance(hex_str, str) else hex_str
+    return int.from_bytes(_from_hex("hex_str", digits, 8), "big", signed=True)
 
 
 def hash_bytes(data: bytes) -> int:
     """The first 64 bits of the SHA-256 of `data`, unsigned. A short name: `content_digest` makes keys.
 
+    Raises:
+      ArgumentError: `data` is no bytes.
+
     Source: pymllm base_prefix_cache, hash_bytes.
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise ArgumentError(f"data must be bytes, got {type(data).__name__}: encode it first")
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
@@ -204,6 +213,8 @@ def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:
 
     Source: pymllm radix_cache, compute_node_hash.
     """
+    if not isinstance(node, Node):
+        raise ArgumentError(f"node must be a node of a tree, got {type(node).__name__}")
     path: list[Node] = []
     above = node
     while above.parent is not None:

@@ -144,6 +144,12 @@ class RadixKey:
         """The tokens, as a read-only view."""
         return np.frombuffer(self.packed, "<i4", self.length)
 
+    @property
+    def extra_key(self) -> str | bytes | Namespace | None:
+        """What separates it from equal tokens, as it would be given: None in the default namespace."""
+        space = Namespace.decode(self.namespace)
+        return space.extra_key if space == Namespace(extra_key=space.extra_key) else space
+
     def __len__(self) -> int:
         return self.length
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jaxcache.errors import ArgumentError
+from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import draw
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.hashing import compute_node_hash
@@ -140,6 +141,15 @@ class BasePrefixCache(ABC):
         return MatchResult(expand_pages(found.pages, self.page_size), found, found.length)
 
     @abstractmethod
+    def insert(
+        self,
+        key: RadixKey | np.ndarray | Sequence[int],
+        value: Int32[np.ndarray, " slots"] | None = None,
+        **kwargs: int,
+    ) -> InsertResult:
+        """Caches `key` under the slots in `value`, as far as it is not cached."""
+
+    @abstractmethod
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> EvictResult:
         """Lets go of at least so many tokens, in whole unlocked leaves, unless fewer are evictable.
 
@@ -147,7 +157,7 @@ class BasePrefixCache(ABC):
         `mamba_num` states, in whatever nodes they are. Cost: O(evicted).
 
         Raises:
-          ArgumentError: The cache keeps no windows, or no states, and is asked for some.
+          ArgumentError: The cache keeps no windows, or no states, and is asked for some; or a number is none.
         """
 
     def _evict(self, *amounts: int) -> list[int]:
@@ -197,6 +207,22 @@ class BasePrefixCache(ABC):
     def protected_size(self) -> int:
         """Cached tokens that a lock covers. O(1)."""
         return self.tree.protected[0] * self.page_size
+
+    def swa_evictable_size(self) -> int:
+        """Cached tokens with something for window layers that no lock covers; 0 without windows. O(1)."""
+        return 0
+
+    def swa_protected_size(self) -> int:
+        """Cached tokens with something for window layers that a lock covers; 0 without windows. O(1)."""
+        return 0
+
+    def mamba_evictable_size(self) -> int:
+        """Cached states that no lock covers; 0 without states. O(1)."""
+        return 0
+
+    def mamba_protected_size(self) -> int:
+        """Cached states that a lock covers; 0 without states. O(1)."""
+        return 0
 
     def total_size(self) -> int:
         """Cached tokens. O(1)."""
@@ -269,8 +295,10 @@ class RadixCache(BasePrefixCache):
           swa_evicted_seqlen: Tokens at the start for which the caller's slots have nothing for window layers any more.
 
         Raises:
-          ArgumentError: `value` is too short or not made of whole pages, or has nothing for window layers at its end.
+          ArgumentError: `value` is too short, not made of whole pages, or has nothing for window layers at its end, or
+            a length is none.
         """
+        require_amounts(prev_prefix_len=prev_prefix_len, swa_evicted_seqlen=swa_evicted_seqlen)
         key = as_key(key)
         pages = self._pages_of(key, value)
         if not self.supports_swa:
@@ -291,6 +319,7 @@ class RadixCache(BasePrefixCache):
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> EvictResult:
         """See `BasePrefixCache.evict`."""
+        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         if mamba_num or (swa_num_tokens and not self.supports_swa):
             raise ArgumentError("swa_num_tokens, mamba_num: this cache keeps neither windows nor states of that kind")
         amounts = (num_tokens, swa_num_tokens) if self.supports_swa else (num_tokens,)
@@ -303,11 +332,11 @@ class RadixCache(BasePrefixCache):
         super()._free(gone)
 
     def swa_evictable_size(self) -> int:
-        """Cached tokens with something for window layers that no lock covers; 0 without windows. O(1)."""
+        """See `BasePrefixCache.swa_evictable_size`."""
         return self.tree.evictable[1] * self.page_size if self.supports_swa else 0
 
     def swa_protected_size(self) -> int:
-        """Cached tokens with something for window layers that a lock covers; 0 without windows. O(1)."""
+        """See `BasePrefixCache.swa_protected_size`."""
         return self.tree.protected[1] * self.page_size if self.supports_swa else 0
 
 
@@ -370,6 +399,7 @@ class MambaRadixCache(BasePrefixCache):
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> EvictResult:
         """See `BasePrefixCache.evict`."""
+        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         if swa_num_tokens:
             raise ArgumentError("swa_num_tokens: this cache keeps no windows; states are counted by mamba_num")
         pages, states = self._evict(-(-num_tokens // self.page_size), mamba_num)
@@ -382,9 +412,9 @@ class MambaRadixCache(BasePrefixCache):
         super()._free(gone)
 
     def mamba_evictable_size(self) -> int:
-        """Cached states that no lock covers. O(1)."""
+        """See `BasePrefixCache.mamba_evictable_size`."""
         return self.tree.evictable[1]
 
     def mamba_protected_size(self) -> int:
-        """Cached states that a lock covers. O(1)."""
+        """See `BasePrefixCache.mamba_protected_size`."""
         return self.tree.protected[1]

@@ -25,7 +25,7 @@ def slots_to_pages(
     """Page ids of the first `num_pages` pages of `slots`.
 
     Raises:
-      ArgumentError: Not an integer vector, too short, or not made of whole pages.
+      ArgumentError: Not a vector of slots, too short, or not made of whole pages.
     """
     slots = np.asarray(slots)
     if slots.ndim != 1 or slots.dtype.kind not in "iu":
@@ -33,6 +33,8 @@ def slots_to_pages(
     if len(slots) < num_pages * page_size:
         raise ArgumentError(f"value: the key needs {num_pages * page_size} slots, got {len(slots)}")
     slots = slots[: num_pages * page_size]
+    if slots.size and not 0 <= slots.min() <= slots.max() < 2**31:
+        raise ArgumentError(f"value: a slot lies outside [0, 2**31), they go from {slots.min()} to {slots.max()}")
     if page_size == 1:
         return slots.astype(np.int32, copy=False)
     rows = slots.reshape(num_pages, page_size)

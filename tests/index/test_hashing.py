@@ -47,7 +47,7 @@ def test_any_form_of_the_same_tokens_has_the_same_hash():
 
 def test_tokens_are_unsigned_and_32_bits_wide():
     assert hash_token_ids([2**32 - 1]) == hashlib.sha256(b"\xff" * 4).hexdigest()
-    for tokens in ([-1], [2**32], [1.5], ["1"], [2**70]):
+    for tokens in ([-1], [2**32], [1.5], ["1"], [2**70], [(1, 2), 3], None):
         with pytest.raises(ArgumentError, match="token_ids"):
             hash_token_ids(tokens)
 
@@ -56,9 +56,16 @@ def test_a_prior_hash_must_be_a_digest():
     for prior in ("abc", H1[:-2], H1 + "00", "z" * 64, " ".join(H1), 7):
         with pytest.raises(ArgumentError, match="prior_hash"):
             hash_token_ids([1], prior)
-    for digits in ("", "12", "z" * 16):
+    for digits in ("", "12", "z" * 16, 7, None, b"ab" * 8):
         with pytest.raises(ArgumentError, match="hex_str"):
             hash_to_int64(digits)
+
+
+def test_only_bytes_are_hashed_as_bytes():
+    assert hash_bytes(bytearray(b"abc")) == hash_bytes(memoryview(b"abc")) == hash_bytes(b"abc")
+    for data in ("abc", None, 3, [1, 2]):
+        with pytest.raises(ArgumentError, match="data must be bytes"):
+            hash_bytes(data)
 
 
 def test_contents_never_run_together():
@@ -217,3 +224,5 @@ def test_a_node_that_has_left_its_tree_has_no_hash():
     for gone in (node, root):
         with pytest.raises(ArgumentError, match="match again"):
             compute_node_hash(gone, 4)
+    with pytest.raises(ArgumentError, match="must be a node"):
+        compute_node_hash(None, 4)

@@ -65,6 +65,16 @@ def test_pairs_are_never_equal_to_the_tokens_they_are_packed_like():
     assert pairs != BigramKey([1, 2, 3], Namespace(lora_id="x"))
 
 
+@pytest.mark.parametrize("extra_key", [None, "a", b"a", "", Namespace(lora_id="a"), Namespace("a", cache_salt="b")])
+def test_a_key_says_what_separates_it_as_it_was_told(extra_key):
+    for kind in (RadixKey, BigramKey):
+        key = kind([1, 2, 3], extra_key)
+        assert key.extra_key == extra_key == key[1:].extra_key
+        assert kind([1, 2, 3], key.extra_key) == key
+    assert RadixKey([1], Namespace("a")).extra_key == "a"
+    assert RadixKey([1], Namespace()).extra_key is None
+
+
 def test_repr_says_what_it_is():
     assert repr(BigramKey([1, 2, 3])) == "BigramKey([(1, 2), (2, 3)], length=2)"
     assert repr(RadixKey([1, 2, 3])[1:]) == "RadixKey([2, 3], length=2)"

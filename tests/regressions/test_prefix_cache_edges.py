@@ -51,6 +51,33 @@ def test_s46_keys_are_cut_to_whole_pages_and_no_prefix_is_longer_than_its_key(pa
         MambaRadixCache(page_size).insert(tokens, mamba_value=1)
 
 
+def test_s40_every_size_is_asked_of_every_cache_in_the_same_way():
+    """To ask a cache with states for its windows, as whoever drives either does, was an AttributeError."""
+    for cache in (*both(), MambaRadixCache()):
+        cache.insert([1, 2, 3], **({"mamba_value": 7} if isinstance(cache, MambaRadixCache) else {}))
+        cache.inc_lock_ref(cache.match_prefix([1, 2, 3]).last_node)
+        cache.insert([1, 2, 3, 4, 5], **({"mamba_value": 8} if isinstance(cache, MambaRadixCache) else {}))
+        windows = 1 if isinstance(cache, RadixCache) and cache.supports_swa else 0
+        states = 1 if isinstance(cache, MambaRadixCache) else 0
+        assert (cache.evictable_size(), cache.protected_size(), cache.total_size()) == (2, 3, 5)
+        assert (cache.swa_evictable_size(), cache.swa_protected_size()) == (2 * windows, 3 * windows)
+        assert (cache.mamba_evictable_size(), cache.mamba_protected_size()) == (states, states)
+
+
+@pytest.mark.parametrize("amount", [-1, 1.5, "1", None])
+def test_what_is_no_amount_is_refused(amount):
+    """1.5 tokens were evicted, and "1" was a TypeError."""
+    for cache in (*both(), MambaRadixCache()):
+        cache.insert([1, 2, 3], **({"mamba_value": 7} if isinstance(cache, MambaRadixCache) else {}))
+        for name in ("num_tokens", "swa_num_tokens", "mamba_num"):
+            with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+                cache.evict(**({"num_tokens": 0} | {name: amount}))
+        assert cache.total_size() == 3
+    for name in ("prev_prefix_len", "swa_evicted_seqlen"):
+        with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+            RadixCache(1, 4).insert([1, 2, 3], **{name: amount})
+
+
 def test_s47_one_signature_for_both_caches():
     for name in ("match_prefix", "evict", "inc_lock_ref", "dec_lock_ref", "reset"):
         plain, states = (inspect.signature(getattr(kind, name)) for kind in (RadixCache, MambaRadixCache))

@@ -63,6 +63,33 @@ def test_no_page_outside_the_pool_stands_for_one_inside(allocator, page):
 # ---- keys and namespaces -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("slot", [2**32 + 4, -4])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_slot_that_does_not_fit_is_not_taken_for_another(slot, page_size):
+    """With pages of one slot, 2**32 + 4 was cached as slot 4, which the request owned."""
+    allocator = PagedTokenToKVPoolAllocator(8, page_size) if page_size > 1 else TokenToKVPoolAllocator(8)
+    mine = allocator.alloc(8)
+    cache = RadixCache(None, allocator, page_size)
+    with pytest.raises(ArgumentError, match="outside"):
+        cache.insert(list(range(page_size)), np.arange(slot, slot + page_size))
+    assert (allocator.owner_of(mine // page_size) == PageState.PRIVATE).all()
+    assert cache.total_size() == 0
+
+
+@pytest.mark.parametrize("amount", [-1, 1.5, "1", None])
+def test_amounts_to_evict_are_integers(amount):
+    """1.5 tokens were evicted, and "1" was a TypeError."""
+    cache = RadixCache(None, None, 1)
+    cache.insert([1, 2, 3])
+    for name in ("num_tokens", "swa_num_tokens", "mamba_num"):
+        with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+            cache.evict(**({"num_tokens": 0} | {name: amount}))
+    for name in ("pages", "states", "without_window"):
+        with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+            cache.make_room(**({"pages": 0} | {name: amount}))
+    assert cache.total_size() == 3
+
+
 def test_a_key_is_not_packed_again_without_its_namespace():
     """A key is iterable, so packing it once more gave the same tokens in the default namespace: anybody's KV."""
     key = RadixKey([1, 2, 3], extra_key="tenant")
