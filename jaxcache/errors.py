@@ -29,7 +29,7 @@ class LockedError(CacheError):
 
 
 class SnapshotError(CacheError):
-    """An allocator snapshot cannot be restored any more."""
+    """A snapshot cannot be restored: one of an allocator any more, a saved cache not here or not at all."""
 
 
 class RequestStateError(CacheError):

@@ -17,18 +17,20 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 _LEAVES = {"errors"}
 _STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
 _STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "cursor", "planner"}
-_STACK |= {"offload", "running_states"}
+_STACK |= {"offload", "running_states", "columns", "contents"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": _LEAVES,
     "donation": _LEAVES,
     "mirror": _LEAVES,
-    "index": _LEAVES | {"config"},
+    "columns": _LEAVES,
+    "index": _LEAVES | {"columns", "config"},
     "kernels": _LEAVES | {"config"},
     "observe": _LEAVES | {"config", "index", "pages"},
-    "pages": _LEAVES | {"config", "kernels", "mirror"},
-    "pools": _LEAVES | {"config", "kernels", "donation", "mirror"},
+    "pages": _LEAVES | {"columns", "config", "kernels", "mirror"},
+    "pools": _LEAVES | {"columns", "config", "kernels", "donation", "mirror"},
+    "contents": {"pages", "pools"},
     "request": _LEAVES | {"config", "index"},
     "packing": _LEAVES,
     "step": _LEAVES | {"config", "kernels", "mirror", "packing", "pools", "request"},
@@ -46,15 +48,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": _LEAVES | {"caches", "cursor", "decode_loop", "index", "loop_plan", "pages", "pools", "request", "step"},
     "manager": _STACK | {"config"},
     "oplog": _STACK | {"config", "manager"},
+    "snapshot": _STACK | {"config", "manager"},
     "replay": _STACK | {"config", "manager"},
     "commands": _STACK | {"config", "manager", "replay"},
     "cli": {"errors", "commands"},
     "__main__": {"cli"},
-    "__init__": _STACK | {"config", "manager"},
+    "__init__": _STACK | {"config", "manager", "snapshot"},
     "torch_bridge": _STACK | {"config", "manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
-NO_JAX = {"errors", "index", "cli", "__main__"}
+NO_JAX = {"columns", "errors", "index", "cli", "__main__"}
 # Third parties that only some places may name: package -> (unit, end of the file's name).
 ONLY_IN = {
     "torch": {("torch_bridge", ".py"), ("kernels", "_torch.py")},
@@ -65,6 +68,7 @@ ONLY_IN = {
     "plotly": {("observe", "draw.py")},
     "msgspec": {("observe", "event_wire.py")},
     "zmq": {("observe", "publisher.py"), ("observe", "subscriber.py")},
+    "safetensors": {("snapshot", "parts.py")},
     "prometheus_client": {("observe", "metrics.py")},
     "transformers": {("torch_bridge", "transformers.py"), ("torch_bridge", "transformers_memory.py")},
     "flashinfer": {("torch_bridge", "attention.py")},

@@ -13,9 +13,12 @@ the youngest candidate are looked at. There is nothing to set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar
 
+import numpy as np
+
+from jaxcache.columns import Books, Columns
 from jaxcache.index.ghosts import Ghosts
 from jaxcache.index.node import Node
 from jaxcache.index.ranked import Candidates, Record, Recorded
@@ -35,6 +38,8 @@ class _Life(Record):
     """
 
     __slots__ = ("at", "seen")
+    counts: ClassVar[tuple[str, ...]] = (*Record.counts, "at")
+    amounts: ClassVar[tuple[str, ...]] = ("seen",)
 
     def __init__(self, born: int, tokens: int, hits: int, at: int, seen: float):
         super().__init__(born, tokens, hits)
@@ -48,6 +53,8 @@ class Adaptive(Recorded):
     Source: Gittins, Bandit processes and dynamic allocation indices, 1979; hit density as in Beckmann, Chen and Cidon,
     LHD: improving cache hit rate by maximizing hit density, NSDI 2018; ghosts as in Megiddo and Modha, ARC, FAST 2003.
     """
+
+    record_type = _Life
 
     def __init__(self, leaves_only: bool):
         super().__init__(leaves_only)
@@ -126,6 +133,31 @@ class Adaptive(Recorded):
         while (ghost := self._ghosts.expire(_GHOST_SHARE * self._shadow.capacity)) is not None:
             tokens, (hits, at, _) = ghost
             self._model.lost(hits, self._now - at, tokens)
+
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """See `EvictionPolicy.saved_books`."""
+        hits, at, seen = zip(*self._ghosts.notes(), strict=True) if len(self._ghosts) else ((), (), ())
+        ghosts = {
+            "ghost_hits": np.array(hits, np.int64),
+            "ghost_at": np.array(at, np.int64),
+            "ghost_seen": np.array(seen),
+        }
+        learned = self._model.saved_books() | self._shadow.saved_books() | {"levels": np.array(self._levels).ravel()}
+        times = {"times": np.array([self._now, self._next_lesson])}
+        return super().saved_books(number) | self._ghosts.saved_books() | ghosts | learned | times
+
+    def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
+        def notes(count: int) -> list[tuple[int, int, float]]:
+            hits, at = (books.ints(name, count).tolist() for name in ("ghost_hits", "ghost_at"))
+            return list(zip(hits, at, books.floats("ghost_seen", count).tolist(), strict=True))
+
+        self._ghosts.restore_books(books, notes)
+        self._model.restore_books(books)
+        self._shadow.restore_books(books)
+        levels = np.array(self._levels)
+        self._levels = books.floats("levels", levels.size).reshape(levels.shape).tolist()
+        self._now, self._next_lesson = books.ints("times", 2).tolist()
+        self._tokens = sum(record.tokens for record in self._records.values())
 
     def problems(self, cached: Set[Node]) -> Iterator[str]:
         """See `EvictionPolicy.problems`."""

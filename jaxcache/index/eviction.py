@@ -8,8 +8,9 @@ found by a lookup (`hit`), which were divided (`split`) and which became leaves 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
+from jaxcache.columns import Books, Columns
 from jaxcache.index.node import Node
 
 
@@ -66,6 +67,18 @@ class EvictionPolicy(ABC):
     def problems(self, cached: Set[Node]) -> Iterator[str]:
         """What is wrong with the policy's books, one sentence each; `cached` are all nodes with a value. O(cached)."""
         yield from ()
+
+    @abstractmethod
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """All that it knows, with numbers for nodes, none of which may be locked. O(nodes)."""
+
+    @abstractmethod
+    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """Knows what the policy with these books knew, of the nodes with these numbers. It must be new. O(nodes).
+
+        Raises:
+          SnapshotError: These are no books of such a policy.
+        """
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
+
+from jaxcache.columns import Books, Columns
 from jaxcache.index.node import Node
 
 _FINGERPRINT_BYTES = 64
@@ -49,9 +54,28 @@ class Ghosts(Generic[_Note]):
         self.tokens -= found[0]
         return found
 
+    def notes(self) -> list[_Note]:
+        """The notes, oldest first."""
+        return [note for _, note in self._notes.values()]
+
+    def saved_books(self) -> Books:
+        """What is remembered but for the notes, oldest first. O(ghosts)."""
+        places = np.array(list(self._notes), np.int64).reshape(-1, 2)
+        tokens = np.array([tokens for tokens, _ in self._notes.values()], np.int64)
+        return {"ghost_start": places[:, 0].copy(), "ghost_print": places[:, 1].copy(), "ghost_tokens": tokens}
+
+    def restore_books(self, books: Columns, notes: Callable[[int], Sequence[_Note]]) -> None:
+        """Remembers what the ghosts with these books did; `notes` gives as many notes as there are. O(ghosts)."""
+        starts = books.ints("ghost_start")
+        count = len(starts)
+        prints, tokens = books.ints("ghost_print", count), books.ints("ghost_tokens", count)
+        places = zip(starts.tolist(), prints.tolist(), strict=True)
+        self._notes = OrderedDict(zip(places, zip(tokens.tolist(), notes(count), strict=True), strict=True))
+        self.tokens = sum(tokens for tokens, _ in self._notes.values())
+
     def __len__(self) -> int:
         return len(self._notes)
 
 
 def _fingerprint(node: Node) -> tuple[int, int]:
-    return node.start, hash(node.key[:_FINGERPRINT_BYTES])
+    return node.start, zlib.crc32(node.key[:_FINGERPRINT_BYTES])  # the same in every process, unlike `hash`

@@ -13,7 +13,7 @@ counted in elements of the key: tokens, or pairs of them for `BigramKey`; the wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +115,16 @@ class Root(Node):
     def __init__(self, namespace: bytes):
         super().__init__(b"", 0, 0, None, ())
         self.namespace = namespace
+
+
+def below(roots: Iterable[Node]) -> Iterator[Node]:
+    """Every node below `roots`, parents first."""
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        todo.extend(node.children.values())
+        if node.parent is not None:
+            yield node
 
 
 class Match:

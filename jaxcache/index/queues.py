@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar
 
+import numpy as np
+
+from jaxcache.columns import Books, Columns
 from jaxcache.index.ghosts import Ghosts
 from jaxcache.index.node import Node
 from jaxcache.index.ranked import Candidates, Ranked, Record, Recorded
@@ -72,6 +75,17 @@ class SLRU(Ranked):
             del self._protected[node]
             self._protected_tokens -= tokens
 
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """See `EvictionPolicy.saved_books`."""
+        protected = np.array([number[node] for node in self._protected], np.int64)
+        return super().saved_books(number) | {"protected": protected}
+
+    def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
+        protected = [nodes[i] for i in books.distinct("protected", len(nodes) - 1).tolist()]
+        self._protected.update(dict.fromkeys(protected))
+        self._protected_tokens = sum(self._records[node].tokens for node in protected if node in self._records)
+        self._tokens = sum(record.tokens for record in self._records.values())
+
     def problems(self, cached: Set[Node]) -> Iterator[str]:
         """See `EvictionPolicy.problems`."""
         yield from super().problems(cached)
@@ -92,6 +106,7 @@ class _Queued(Record):
     """
 
     __slots__ = ("chances", "is_small")
+    counts: ClassVar[tuple[str, ...]] = (*Record.counts, "chances", "is_small")
 
     def __init__(self, born: int, tokens: int, is_small: bool):
         super().__init__(born, tokens)
@@ -108,6 +123,8 @@ class S3FIFO(Recorded):
 
     Source: Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023.
     """
+
+    record_type = _Queued
 
     def __init__(self, leaves_only: bool):
         super().__init__(leaves_only)
@@ -185,6 +202,15 @@ class S3FIFO(Recorded):
             self._ghosts.put(node, record.tokens, None)
         while self._ghosts.expire(self._tokens):
             pass
+
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """See `EvictionPolicy.saved_books`."""
+        return super().saved_books(number) | self._ghosts.saved_books()
+
+    def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
+        self._ghosts.restore_books(books, lambda count: [None] * count)
+        self._tokens = sum(record.tokens for record in self._records.values())
+        self._small_tokens = sum(record.tokens for record in self._records.values() if record.is_small)
 
     def problems(self, cached: Set[Node]) -> Iterator[str]:
         """See `EvictionPolicy.problems`."""

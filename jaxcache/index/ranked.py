@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import heapq
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar, Self
 
+import numpy as np
+
+from jaxcache.columns import Books, Columns
 from jaxcache.index.eviction import EvictionPolicy
 from jaxcache.index.node import Node
 
@@ -26,12 +29,22 @@ class Record:
     """
 
     __slots__ = ("born", "hits", "tokens", "used")
+    counts: ClassVar[tuple[str, ...]] = ("born", "hits", "tokens", "used")  # attributes that are whole numbers
+    amounts: ClassVar[tuple[str, ...]] = ()  # those that are not
 
     def __init__(self, born: int, tokens: int, hits: int = 0):
         self.born = born
         self.tokens = tokens
         self.used = born
         self.hits = hits
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """A record with these attributes."""
+        record = cls.__new__(cls)
+        for name in cls.counts + cls.amounts:
+            setattr(record, name, values[name])
+        return record
 
 
 class Candidates:
@@ -68,6 +81,8 @@ class Candidates:
 
 class Recorded(EvictionPolicy):
     """Keeps the records. A subclass says what a use does (`_used`) and where a node waits to be chosen (`_enter`)."""
+
+    record_type: ClassVar[type[Record]] = Record
 
     def __init__(self, leaves_only: bool):
         super().__init__(leaves_only)
@@ -157,6 +172,32 @@ class Recorded(EvictionPolicy):
         if node not in self._evictable or (self.leaves_only and node.children):
             return False
         return self._records[node].used == used
+
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """See `EvictionPolicy.saved_books`."""
+        records = [self._records[node] for node in self._evictable]
+        books = {"order": np.array([number[node] for node in self._evictable], np.int64)}
+        for names, dtype in ((self.record_type.counts, np.int64), (self.record_type.amounts, np.float64)):
+            books |= {name: np.array([getattr(record, name) for record in records], dtype) for name in names}
+        return books | {"clock": np.array([self._clock])}
+
+    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """See `EvictionPolicy.restore_books`."""
+        order = books.distinct("order", len(nodes) - 1).tolist()
+        self._clock = books.number("clock")
+        columns = {name: books.ints(name, len(order)).tolist() for name in self.record_type.counts}
+        columns |= {name: books.floats(name, len(order)).tolist() for name in self.record_type.amounts}
+        books.ints("used", len(order), high=self._clock)
+        for i, values in zip(order, zip(*columns.values(), strict=True), strict=True):
+            self._records[nodes[i]] = self.record_type.of(dict(zip(columns, values, strict=True)))
+            self._evictable[nodes[i]] = None
+        self._restore_more(books, nodes)
+        for node, record in self._records.items():
+            if not (self.leaves_only and node.children):
+                self._enter(node, record)
+
+    def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """What a subclass knows besides, before the nodes are entered."""
 
     def hits(self, node: Node) -> int:
         """Lookups that found `node`, which has a value here."""

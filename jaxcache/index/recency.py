@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
+from jaxcache.columns import Books, Columns
 from jaxcache.index.adaptive import Adaptive
 from jaxcache.index.eviction import EvictionPolicy
 from jaxcache.index.node import Node
@@ -55,6 +58,14 @@ class LRU(EvictionPolicy):
         for node in self._order:
             return node
         return None
+
+    def saved_books(self, number: Mapping[Node, int]) -> Books:
+        """See `EvictionPolicy.saved_books`."""
+        return {"order": np.array([number[node] for node in self._order], np.int64)}
+
+    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """See `EvictionPolicy.restore_books`."""
+        self._order.update({nodes[i]: None for i in books.distinct("order", len(nodes) - 1).tolist()})
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._order)

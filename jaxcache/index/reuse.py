@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxcache.columns import Books, Columns
+
 CLASSES = 6
 _BINS = 32
 _FINEST = 6  # ages below 2^6 tokens are one bin, every further bin is an octave
@@ -59,6 +61,16 @@ class ReuseModel:
         self._found *= _FADE
         self._lost *= _FADE
         return np.floor(np.log2(np.maximum(index, _LEAST_LEVEL)) / margin).tolist()
+
+    def saved_books(self) -> Books:
+        """What was counted."""
+        return {"found": self._found.ravel().copy(), "lost": self._lost.ravel().copy()}
+
+    def restore_books(self, books: Columns) -> None:
+        """Has counted what the model with these books did."""
+        self._found, self._lost = (
+            books.floats(name, CLASSES * _BINS).reshape(CLASSES, _BINS) for name in ("found", "lost")
+        )
 
     def _with_prior(self) -> tuple[np.ndarray, np.ndarray]:
         """What was counted, and a little of the class below: a class of which nothing is known is like that."""
@@ -118,3 +130,14 @@ class ShadowLRU:
                 self._calm = 0
         self._ours *= _SHADOW_FADE
         self._its *= _SHADOW_FADE
+
+    def saved_books(self) -> Books:
+        """All it knows."""
+        measured = np.array([self.now, self._ours, self._its])
+        return {"shadow_seen": measured, "shadow_counts": np.array([self.capacity, self._step, self._calm])}
+
+    def restore_books(self, books: Columns) -> None:
+        """Knows what the shadow with these books did."""
+        self.now, self._ours, self._its = books.floats("shadow_seen", 3).tolist()
+        self.capacity, step, self._calm = books.ints("shadow_counts", 3).tolist()
+        self._step = min(step, len(_MARGINS) - 1)

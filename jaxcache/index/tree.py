@@ -29,7 +29,7 @@ from jaxcache.index.component import FULL, Component
 from jaxcache.index.explain import Graves
 from jaxcache.index.hashing import PageHashes
 from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch
-from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, joined, owned
+from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, below, joined, owned
 from jaxcache.index.offer import as_priority, offered_from, require_prefix
 from jaxcache.index.recency import Policy
 from jaxcache.index.stops import Stops
@@ -382,7 +382,7 @@ class RadixTree:
         if root is not None:
             if any(child.locks for child in root.children.values()):
                 raise LockedError("namespace: a lock covers some of it: end what uses it, then drop it")
-            for node in reversed(list(_below([root]))):
+            for node in reversed(list(below([root]))):
                 self._unlink(node, freed, nodes, is_drop=True)
             del self._roots[namespace]
         return Eviction(tuple([joined(part) for part in freed]), nodes)
@@ -434,6 +434,15 @@ class RadixTree:
         self.protected = [0] * len(self.components)
         self._has_priorities = False
         self._epoch += 1
+        self._version += 1
+
+    def adopt(self, roots: dict[bytes, Root]) -> None:
+        """Takes over the nodes below `roots`, unlocked, without their places in the policies. It must be empty."""
+        self._roots = roots
+        for node in below(roots.values()):
+            self._has_priorities |= node.priority != 0
+            for i, slot in enumerate((node, *node.others)):
+                self.evictable[i] += 0 if slot.value is None else len(slot.value)
         self._version += 1
 
     # ---- protecting ------------------------------------------------------------------------------------------
@@ -575,7 +584,7 @@ class RadixTree:
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents first. O(nodes)."""
-        return _below(self._roots.values())
+        return below(self._roots.values())
 
     def __len__(self) -> int:
         """Pages cached for the first component. O(1)."""
@@ -587,13 +596,3 @@ class RadixTree:
             path.append(node)
             node = node.parent
         return path[::-1]
-
-
-def _below(roots: Iterable[Node]) -> Iterator[Node]:
-    """Every node below `roots`, parents first."""
-    todo = list(roots)
-    while todo:
-        node = todo.pop()
-        todo.extend(node.children.values())
-        if node.parent is not None:
-            yield node

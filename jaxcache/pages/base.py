@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcache.columns import Books, Columns
 from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.arguments import MAX_SLOTS, as_count, int32_array, require_rows
 from jaxcache.pages.batch import batch_last_loc, batch_lengths
@@ -34,6 +35,9 @@ from jaxcache.pages.ring import PageRing
 
 if TYPE_CHECKING:
     from jaxtyping import Int32, UInt8
+
+
+_KEPT = (PageState.FREE, PageState.TREE, PageState.QUARANTINED, PageState.SINK)  # what survives its process
 
 
 class FreeOrder(enum.Enum):
@@ -395,6 +399,41 @@ class BaseTokenToKVPoolAllocator(abc.ABC):
                 f"{self._owners.describe(int(moved[0]))}: free what was allocated since instead"
             )
         return taken
+
+    # Snapshots of the whole cache.
+
+    def saved_books(self) -> Books:
+        """Who owns which page, and the order in which free ones will be taken. O(num_pages).
+
+        Raises:
+          SnapshotError: if a page is somebody's who will not be there to free it: PRIVATE, IN_FLIGHT or PENDING.
+        """
+        theirs = np.flatnonzero(~np.isin(self.states, _KEPT))
+        if len(theirs):
+            raise SnapshotError(
+                f"{len(theirs)} pages are neither free nor the tree's: {self._owners.describe(int(theirs[0]))}, for "
+                "one; free them first"
+            )
+        return {"states": self.states.copy(), "free": self.free_pages, "released": self.release_pages}
+
+    def restore_books(self, books: Columns) -> None:
+        """Makes a new allocator what the one with these books was. O(num_pages log num_pages).
+
+        Raises:
+          SnapshotError: if these are no books of an allocator of this size. The allocator is of no use then.
+        """
+        states = books.ints("states", self.num_pages + 1, high=PageState.SINK)
+        free, released = books.ints("free", high=self.num_pages), books.ints("released", high=self.num_pages)
+        are_free = np.flatnonzero(states == PageState.FREE)
+        is_kept = states[0] == PageState.SINK and np.isin(states[1:], _KEPT[:-1]).all()
+        if not is_kept or not np.array_equal(np.sort(np.concatenate([free, released])), are_free):
+            raise SnapshotError(
+                "states, free: every page must be the tree's, withheld, or once in the list of free ones"
+            )
+        self._owners.assign(np.arange(self.num_pages + 1), states)
+        self._free.reset(free)
+        self._released = [released.astype(np.int32)] if len(released) else []
+        self._num_available = len(are_free)
 
     # Sorting.
 

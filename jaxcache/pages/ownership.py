@@ -53,8 +53,8 @@ class PageOwners:
         self._states.fill(PageState.FREE)
         self._states[0] = PageState.SINK
 
-    def assign(self, pages: np.ndarray, state: PageState) -> None:
-        """Puts pages (or the rows that `require` returned), which have been checked, into `state`."""
+    def assign(self, pages: np.ndarray, state: PageState | np.ndarray) -> None:
+        """Puts pages (or the rows that `require` returned), which have been checked, into `state`, or each into its."""
         self._states[pages] = state
 
     def describe(self, page: int) -> str:

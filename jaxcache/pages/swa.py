@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.errors import ArgumentError, BrokenInvariant, DoubleFreeError, OwnershipError
+from jaxcache.columns import Books, Columns, prefixed
+from jaxcache.errors import ArgumentError, BrokenInvariant, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.mirror import ChangeLog, TableChanges
 from jaxcache.pages.arguments import as_count, int32_array, require_same_length
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, CpuCopyable, FreeOrder, Snapshot
@@ -196,6 +197,11 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """At most `limit` changed entries of the map, for `SWAKVPool.with_window_map`; they count as sent."""
         return self._changes.take(limit)
 
+    def send_all(self) -> None:
+        """The device's copy of the map is a new one, of zeros: every entry waits that is not."""
+        self._changes.forget()
+        self._changes.mark(np.flatnonzero(self._full_to_window).astype(np.int32))
+
     def give_back(self, changes: TableChanges) -> None:
         """Changes that were taken and did not reach the device wait again."""
         self._changes.give_back(changes)
@@ -338,6 +344,23 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
             self.window.restore_state(snapshot.window)
         super().restore_state(snapshot)
         self._unmap(taken, self._full_to_window[taken])
+
+    def saved_books(self) -> Books:
+        """The books of both sides, and the map. As in the base class."""
+        both = super().saved_books() | prefixed("window", self.window.saved_books())
+        return both | {"full_to_window": self._full_to_window.copy()}
+
+    def restore_books(self, books: Columns) -> None:
+        """Makes a new allocator what the one with these books was; the device is yet to be told of the map."""
+        super().restore_books(books)
+        self.window.restore_books(books.part("window"))
+        windows = books.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
+        full = np.flatnonzero(windows)
+        self._map(full.astype(np.int32), windows[full].astype(np.int32))
+        try:
+            self.check()
+        except BrokenInvariant as problem:
+            raise SnapshotError(f"full_to_window: {problem}") from problem
 
     def merge_and_sort_free(self) -> None:
         """Merges and sorts the free lists of both sides, as in the base class."""

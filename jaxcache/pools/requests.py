@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxcache.columns import Books, Columns
 from jaxcache.errors import ArgumentError, DoubleFreeError
 from jaxcache.mirror import ChangeLog, TableChanges
 from jaxcache.pools.base import DevicePool
@@ -292,6 +293,21 @@ class ReqToTokenPool:
         view = self._pages.view()
         view.setflags(write=False)
         return view
+
+    def saved_books(self) -> Books:
+        """The free rows, in the order in which they will be handed out. What is in rows is not kept."""
+        return {"free_rows": np.array(self._free, np.int64)}
+
+    def restore_books(self, books: Columns) -> None:
+        """Hands out rows as the table with these books would have; a larger one, those it has more after them.
+
+        Raises:
+          SnapshotError: These are no books of a table without running requests.
+        """
+        order = books.distinct("free_rows", high=2**31 - 1).tolist()
+        known = set(order)
+        self._free = deque(row for row in order if row < self.size)
+        self._free.extend(row for row in range(self.size) if row not in known)
 
     def num_changed(self) -> int:
         """Entries waiting to be sent to the device."""
