@@ -32,12 +32,19 @@ from torch_bridge.sequences import Sequences
 from torch_bridge.sequences import ShortageError as ShortageError
 
 try:
+    import transformers
     from transformers.cache_utils import Cache, CacheLayerMixin
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "transformers":
         raise
     message = "torch_bridge.transformers needs the extra `transformers`: pip install 'jaxcache[transformers]'"
     raise ModuleNotFoundError(message, name="transformers") from error
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+    raise ImportError(
+        f"torch_bridge.transformers needs transformers 5.23 or newer, got {transformers.__version__}, whose prompt lookup "
+        "would give wrong tokens: pip install 'jaxcache[transformers]'"
+    )
 
 # ruff: isort: split
 from torch_bridge.transformers_memory import memory_config_for

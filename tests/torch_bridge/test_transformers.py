@@ -414,3 +414,10 @@ def test_the_missing_extra_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, loaded)
     with pytest.raises(ModuleNotFoundError, match=r"jaxcache\[transformers\]"):
         importlib.import_module("torch_bridge.transformers")
+
+
+def test_an_old_release_is_refused(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    monkeypatch.delitem(sys.modules, "torch_bridge.transformers")
+    with pytest.raises(ImportError, match="5.23 or newer, got 5.17.0"):
+        importlib.import_module("torch_bridge.transformers")
