@@ -42,8 +42,8 @@ except ModuleNotFoundError as error:
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
     raise ImportError(
-        f"torch_bridge.transformers needs transformers 5.23 or newer, got {transformers.__version__}, whose prompt lookup "
-        "would give wrong tokens: pip install 'jaxcache[transformers]'"
+        f"torch_bridge.transformers needs transformers 5.23 or newer, got {transformers.__version__}, with which prompt "
+        "lookup would give wrong tokens: pip install 'jaxcache[transformers]'"
     )
 
 # ruff: isort: split

@@ -419,5 +419,5 @@ def test_the_missing_extra_is_named(monkeypatch):
 def test_an_old_release_is_refused(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
     monkeypatch.delitem(sys.modules, "torch_bridge.transformers")
-    with pytest.raises(ImportError, match="5.23 or newer, got 5.17.0"):
+    with pytest.raises(ImportError, match=r"5\.23 or newer, got 5\.17\.0"):
         importlib.import_module("torch_bridge.transformers")
