@@ -224,6 +224,39 @@ class LayerStack(MemoryPool):
             pool = _load(pool, pad_to(chunk, self.rows_per_copy), *rows, mesh=mesh)
         return pool
 
+    def start_copy(self, rows: Int32[np.ndarray, " n"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
+        """Starts to copy `n` rows of every layer to page-locked host memory, in storage dtype; waits for nothing.
+
+        For parts of one size: each `n` compiles once. `np.asarray` of what it returns waits for the copy; of a pool on
+        one GPU it is that memory itself. A step that is dispatched next may overwrite the rows.
+
+        Raises:
+          StalePoolError: if the pool was consumed.
+          ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
+
+        Cost: `n` rows of every layer over the host link, and room for them on the device meanwhile.
+        """
+        copies = _read(self, rows, mesh=self.mesh)
+        return tuple(jax.device_put(copy, copy.sharding.with_memory_kind("pinned_host")) for copy in copies)
+
+    def placed(self, *values: Shaped[np.ndarray, "layers n *row"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
+        """Rows of every layer, as `start_copy` gives them, where `with_rows` takes them: beside the pool."""
+        where = self.buffers[0].sharding
+        stored = (value.view(buffer.dtype) for value, buffer in zip(values, self.buffers, strict=True))
+        pinned = [jax.device_put(value, where.with_memory_kind("pinned_host")) for value in stored]
+        return tuple(jax.device_put(value, where) for value in pinned)
+
+    def with_rows(self, rows: Int32[np.ndarray, " n"], *values: Shaped[Array, "layers n *row"]) -> Self:
+        """Writes what `placed` returned to rows of every layer, distinct but for 0. Each `n` compiles once.
+
+        Returns:
+          The updated pool; this one is consumed.
+
+        Raises:
+          StalePoolError, BorrowedError: if this pool cannot be donated.
+        """
+        return _load(self, rows, *values, mesh=self.mesh)
+
     def require_loadable(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Int32[np.ndarray, " n"]:
         """Refuses what `load_cpu_copy` would refuse, and returns the rows as int32."""
         require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
@@ -302,7 +335,7 @@ def _read(pool: LayerStack, loc: Any, *, mesh: Mesh | None) -> tuple[jax.Array, 
 
 
 @functools.partial(donating, static_argnames="mesh")
-def _load(pool: PoolT, loc: jax.Array, *rows: jax.Array, mesh: Mesh | None) -> PoolT:
+def _load(pool: PoolT, loc: Any, *rows: jax.Array, mesh: Mesh | None) -> PoolT:
     specs = pool.partition_specs()
     in_specs = specs, PartitionSpec(), *specs.buffers
     return on_every_shard(lambda pool, loc, *rows: pool._scatter_stored(loc, *rows), mesh, in_specs, specs)(

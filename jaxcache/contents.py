@@ -1,0 +1,59 @@
+"""Which rows of a pool hold something: those of pages and states that are not free.
+
+pool                 stacks of layers               rows in use, by the books of
+MHA, MLA             kv                             the allocator
+SWAKVPool            full, window                   the allocator and its window side
+HybridKVPool         those of its KV, states        and the allocator of states
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.expand import page_slots
+from jaxcache.pages.states import StateAllocator
+from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.pools.stack import LayerStack, MemoryPool
+from jaxcache.pools.swa import SWAKVPool
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+def layer_stacks(pool: MemoryPool) -> dict[str, LayerStack]:
+    """The stacks of layers that a pool consists of, by name."""
+    if isinstance(pool, HybridKVPool):
+        return layer_stacks(pool.kv) | {"states": pool.states}
+    if isinstance(pool, SWAKVPool):
+        return {"full": pool.full, "window": pool.window}
+    return {"kv": pool} if isinstance(pool, LayerStack) else {}
+
+
+def with_layer_stacks(pool: MemoryPool, stacks: Mapping[str, Any]) -> MemoryPool:
+    """The pool with these stacks, which are updates of its own."""
+    if isinstance(pool, HybridKVPool):
+        return pool.with_kv(with_layer_stacks(pool.kv, stacks)).with_states(stacks["states"])
+    if isinstance(pool, SWAKVPool):
+        return pool.replaced(full=stacks["full"], window=stacks["window"])
+    return stacks["kv"]
+
+
+def rows_in_use(
+    allocator: BaseTokenToKVPoolAllocator, states: StateAllocator | None
+) -> dict[str, Int32[np.ndarray, " rows"]]:
+    """The rows of each stack that are not free, ascending. O(pages)."""
+    if isinstance(allocator, SWATokenToKVPoolAllocator):
+        rows = {"full": _rows(allocator), "window": _rows(allocator.window)}
+    else:
+        rows = {"kv": _rows(allocator)}
+    return rows if states is None else rows | {"states": _rows(states)}
+
+
+def _rows(allocator: BaseTokenToKVPoolAllocator) -> np.ndarray:
+    used = np.flatnonzero(~np.isin(allocator.states, (PageState.FREE, PageState.SINK)))
+    return page_slots(used.astype(np.int32), allocator.page_size)

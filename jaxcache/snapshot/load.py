@@ -1,0 +1,140 @@
+"""Loading a whole cache: into a manager made anew, on one device or on any mesh.
+
+Nothing is taken from a file before its checksum was compared, and nothing given to anybody before all of it was. A
+cache that runs meanwhile is not touched: there is a new manager, or an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcache.contents import layer_stacks, rows_in_use, with_layer_stacks
+from jaxcache.errors import SnapshotError
+from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.memory_config import MemoryConfig
+from jaxcache.pools.stack import LayerStack, pad_to
+from jaxcache.snapshot.books import most_bytes, restore_books
+from jaxcache.snapshot.folder import locked
+from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
+from jaxcache.snapshot.parts import Part, read_part
+from jaxcache.snapshot.save import array_names, part_path, parts_of, thread_count
+
+
+def load_snapshot(
+    path: str | os.PathLike,
+    config: MemoryConfig,
+    *,
+    model: str,
+    mesh: Mesh | None = None,
+    threads: int | None = None,
+) -> MemoryManager:
+    """`init_memory_pool_and_cache`, of a manager whose cache goes on where the saved one stopped.
+
+    It finds what that one would have found, and evicts in the order in which that one would have. Of what was let go
+    before, `explain` knows nothing.
+
+    Args:
+      path: As for `save_snapshot`.
+      config: As it was then; axis and shards, `max_running`, `max_context_len`, `chunk` and `state_interval` may
+        differ, and events may be on or off.
+      model: As it was then.
+      mesh: Where a sharded pool lies, as for `init_memory_pool_and_cache`; any mesh that it fits on.
+      threads: That read and checksum files; by default as many as there are processors, up to 16.
+
+    Raises:
+      SnapshotError: There is no snapshot, it is damaged or of another version, it was made with another model or
+        config, or another process is about to replace it.
+      ArgumentError: An argument is no such thing.
+      UnsupportedError: The extra `snapshot` is not installed.
+      OSError: as the file system says.
+
+    Cost: what was saved, from disk and over the host link at the same time; a check of the tree, which takes some
+    seconds for a million nodes.
+    """
+    path, count = Path(path), thread_count(threads)
+    mine = fingerprint(model, config)
+    with locked(path, exclusive=False):
+        manifest = Manifest.read(path)
+        require_same(path, manifest.fingerprint, mine)
+        folder = path / manifest.folder
+        books = _read_books(folder, manifest, config)
+        manager = init_memory_pool_and_cache(config, mesh=mesh)
+        restore_books(manager, books)
+        rows = rows_in_use(manager.allocator, manager.states)
+        stacks = layer_stacks(manager.pool)
+        for stack, pool in stacks.items():
+            _require_parts(manifest, stack, pool, rows[stack])
+        for stack, pool in stacks.items():
+            stacks[stack] = _read_rows(folder, manifest, stack, pool, rows[stack], count)
+        manager.pool = with_layer_stacks(manager.pool, stacks)
+    return manager
+
+
+def _read_books(folder: Path, manifest: Manifest, config: MemoryConfig) -> dict[str, np.ndarray]:
+    parts = manifest.parts.get("books", [])
+    most = most_bytes(config)
+    if len(parts) != 1 or parts[0].num_bytes > most:
+        raise SnapshotError(f"{folder}: it must have one file of books of at most {most} bytes, got {parts[:2]}")
+    return read_part(folder / "books.safetensors", parts[0])
+
+
+def _require_parts(manifest: Manifest, stack: str, pool: LayerStack, rows: np.ndarray) -> None:
+    size = manifest.rows_per_part.get(stack, 0)
+    if not 0 < size <= pool.config.rows:
+        raise SnapshotError(f"rows_per_part of {stack} must be in [1, {pool.config.rows}], got {size}")
+    needed, given = -(-len(rows) // size), len(manifest.parts.get(stack, []))
+    if needed != given:
+        raise SnapshotError(f"parts of {stack} must be {needed}, for {len(rows)} rows, got {given}")
+
+
+def _read_rows(
+    folder: Path, manifest: Manifest, stack: str, pool: LayerStack, rows: np.ndarray, threads: int
+) -> LayerStack:
+    """The stack of layers, consumed, with these rows from files; threads read some parts ahead."""
+    size = manifest.rows_per_part[stack]
+    parts = list(parts_of(rows, size))
+    where = pool
+
+    def read(i: int) -> tuple[Any, ...]:
+        values = _rows_of(part_path(folder, stack, i), manifest.parts[stack][i], where, len(parts[i]))
+        return where.placed(*[pad_to(value, size, axis=1) if len(parts[i]) < size else value for value in values])
+
+    with ThreadPoolExecutor(threads) as workers:
+        for part, values in zip(parts, _ahead(workers, read, len(parts), threads + 1), strict=True):
+            pool = pool.with_rows(pad_to(part, size), *values)
+    return pool
+
+
+def _ahead(workers: ThreadPoolExecutor, call: Any, count: int, most: int) -> Iterator[Any]:
+    """`call(0)`, `call(1)`, ... in order, of which up to `most` are under way."""
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for i in range(count):
+            waiting.append(workers.submit(call, i))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _rows_of(path: Path, part: Part, pool: LayerStack, count: int) -> list[np.ndarray]:
+    """The arrays of a file with `count` rows of every layer, as they must be for this pool."""
+    arrays = read_part(path, part)
+    values: list[np.ndarray] = []
+    for name, row, buffer in zip(array_names(pool), pool.config.row_shapes, pool.buffers, strict=True):
+        value, shape = arrays.pop(name, None), (pool.config.layer_num, count, *row)
+        if value is None or value.shape != shape or value.dtype.itemsize != buffer.dtype.itemsize:
+            raise SnapshotError(f"{path}: {name} must be {shape} of {buffer.dtype.itemsize} bytes each, but is not")
+        values.append(value)
+    return values
