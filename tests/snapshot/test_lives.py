@@ -1,0 +1,153 @@
+"""What a snapshot brings back is the cache that was saved: books, order of eviction, rows; and it goes on alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcache
+from jaxcache.errors import ArgumentError, LockedError, RequestStateError, SnapshotError
+from jaxcache.index.key import Namespace
+from jaxcache.index.recency import Policy
+from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.oplog import fingerprint
+from jaxcache.pools.mha import MHAConfig
+from jaxcache.pools.mla import MLAConfig
+from jaxcache.request import Request
+from jaxcache.snapshot import save
+from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
+from tests.test_oplog import FLAVOURS, make_config
+
+GO_ON = """
+import sys
+from jaxcache.index.recency import Policy
+from jaxcache.oplog import fingerprint
+from jaxcache.snapshot.load import load_snapshot
+from tests.snapshot.caches import MODEL, gone_on, lived
+
+path, policy = sys.argv[1], Policy(sys.argv[2])
+life = lived(3, "full", policy)
+life = gone_on(life, load_snapshot(path, life.config, model=MODEL))
+print(fingerprint(life.run(80).memory))
+"""
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_restored_cache_lives_on_as_the_saved_one_does(flavour, policy, tmp_path):
+    life = lived(7, flavour, policy)
+    jaxcache.save_snapshot(tmp_path / "s", life.memory, model=MODEL)
+    restored = jaxcache.load_snapshot(tmp_path / "s", life.config, model=MODEL)
+    assert_same(life.memory, restored)
+    twin = gone_on(life, restored)
+    life.rng = random.Random(1)
+    for _ in range(80):
+        life.act()
+        twin.act()
+        assert fingerprint(twin.memory) == fingerprint(life.memory)
+
+
+@pytest.mark.parametrize("policy", [Policy.ADAPTIVE, Policy.S3FIFO])
+def test_it_lives_on_in_another_process(policy, tmp_path):
+    """What a policy remembers of nodes let go must not hang on how one process hashes."""
+    life = lived(3, "full", policy)
+    jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL)
+    command = [sys.executable, "-c", GO_ON, str(tmp_path), policy.value]
+    environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    life.rng = random.Random(1)
+    assert done.stdout.split()[-1] == fingerprint(life.run(80).memory)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_saving_changes_nothing_and_many_parts_are_one_snapshot(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "PART_BYTES", 40)
+    life = lived(seed, "both", Policy.ADAPTIVE, calls=60)
+    before = fingerprint(life.memory)
+    manifest = jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL, threads=2)
+    assert fingerprint(life.memory) == before
+    assert sum(map(len, manifest.parts.values())) > 5
+    assert_same(life.memory, jaxcache.load_snapshot(tmp_path, life.config, model=MODEL, threads=1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8, jnp.float32])
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_pools_of_every_dtype(kind, dtype, tmp_path):
+    side = {"size": 64, "page_size": 4, "dtype": dtype, "layer_num": 2, "start_layer": 3}
+    row = (
+        {"head_num": 2, "head_dim": 3, "v_head_dim": 5} if kind == "mha" else {"kv_lora_rank": 6, "qk_rope_head_dim": 2}
+    )
+    config = MemoryConfig((MHAConfig if kind == "mha" else MLAConfig)(**side, **row), max_running=2, max_context_len=32)
+    memory = init_memory_pool_and_cache(config)
+    fill(memory, 5)
+    for i in range(3):
+        memory.cache.insert_pages(np.arange(12) + i, memory.allocator.alloc_pages(3))
+    jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
+    assert_same(memory, jaxcache.load_snapshot(tmp_path, config, model=MODEL))
+
+
+def test_namespaces_hashes_priorities_and_pairs_come_back(tmp_path):
+    config = make_config(policy=Policy.PRIORITY, is_eagle=True, enable_kv_cache_events=True)
+    memory = init_memory_pool_and_cache(config)
+    spaces = [None, "a", Namespace(lora_id=b"x", cache_salt="secret", media=(b"m" * 32, b"n"))]
+    for i, space in enumerate(spaces):
+        request = Request(f"r{i}", list(range(13)), space, priority=i - 1)
+        memory.admit(request)
+        memory.run(lambda pool, batch: (pool, None), memory.extend([(request, 13)]))
+        memory.finish(request)
+    jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
+    restored = jaxcache.load_snapshot(tmp_path, config, model=MODEL)
+    assert_same(memory, restored)
+    assert sorted(restored.cache.tree.roots) == sorted(Request("", [1], space).key.namespace for space in spaces)
+    mine, theirs = ([list(node.hashes) for node in m.cache.tree.nodes()] for m in (memory, restored))
+    assert mine == theirs and len(mine) == 3
+
+
+def test_an_empty_cache_comes_back_empty(tmp_path):
+    config = make_config("both")
+    memory = init_memory_pool_and_cache(config)
+    jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
+    assert_same(memory, jaxcache.load_snapshot(tmp_path, config, model=MODEL))
+
+
+def test_a_table_with_more_rows_hands_out_the_old_ones_first(tmp_path):
+    life = lived(4)
+    jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL)
+    order = life.memory.req_to_token_pool.free_rows
+    for rows in (2, 3, 5):
+        other = jaxcache.load_snapshot(tmp_path, dataclasses.replace(life.config, max_running=rows), model=MODEL)
+        assert other.req_to_token_pool.free_rows == [*[r for r in order if r < rows], *range(3, rows)]
+
+
+def test_what_somebody_still_owns_is_refused_and_nothing_is_written(tmp_path):
+    memory = lived(5).memory
+    request = Request("r", list(range(9)))
+    memory.admit(request)
+    with pytest.raises(RequestStateError, match="1 requests are running: finish, retract or abort"):
+        jaxcache.save_snapshot(tmp_path / "s", memory, model=MODEL)
+    memory.retract(request)
+    pages = memory.allocator.alloc_pages(1)
+    with pytest.raises(SnapshotError, match="is PRIVATE"):
+        jaxcache.save_snapshot(tmp_path / "s", memory, model=MODEL)
+    memory.cache.insert_pages(np.array([90, 91, 92, 93]), pages)
+    receipt = memory.cache.inc_lock_ref(memory.cache.match_prefix(np.array([90, 91, 92, 93])))
+    with pytest.raises(LockedError, match="give every receipt back"):
+        jaxcache.save_snapshot(tmp_path / "s", memory, model=MODEL)
+    memory.cache.dec_lock_ref(receipt)
+    with pytest.raises(ArgumentError, match="model must name the weights"):
+        jaxcache.save_snapshot(tmp_path / "s", memory, model="")
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match="path must be a folder"):
+        jaxcache.save_snapshot(tmp_path / "file", memory, model=MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    jaxcache.save_snapshot(tmp_path / "s", memory, model=MODEL)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
