@@ -68,7 +68,7 @@ def adopt_pool(config: KVCacheConfig, *tensors: torch.Tensor) -> KVCache:
     Args:
       config: Sizes of the pool, on one device.
       *tensors: `(layers, size + page_size, *row)` for each array of the pool, in its dtype: keys and values, or latent
-        rows. Page 0 is the sink, and is zeroed.
+        rows; page-major, as `config.placement.dims` says. Page 0 is the sink, and is zeroed.
 
     Raises:
       ArgumentError: on a wrong number, shape or dtype of tensors, or a sharded config.
@@ -79,7 +79,7 @@ def adopt_pool(config: KVCacheConfig, *tensors: torch.Tensor) -> KVCache:
     require(len(tensors) == len(shapes), "tensors", f"must be {len(shapes)}, one an array of the pool", len(tensors))
     for i, (tensor, row, dtype) in enumerate(zip(tensors, shapes, config.row_dtypes, strict=True)):
         _require_adoptable(tensor)
-        shape = config.layer_num, config.rows, *row
+        shape = *config.placement.dims, *row
         require(tuple(tensor.shape) == shape, f"tensors[{i}]", f"must have shape {shape}", tuple(tensor.shape))
         wanted = torch_dtype("config", dtype)
         require(tensor.dtype == wanted, f"tensors[{i}]", f"must be {wanted}, as the config says", tensor.dtype)
@@ -87,8 +87,9 @@ def adopt_pool(config: KVCacheConfig, *tensors: torch.Tensor) -> KVCache:
     stored = [TORCH_DTYPES[storage_dtype(dtype, platform)] for dtype in config.row_dtypes]
     views = [tensor.view(dtype) for tensor, dtype in zip(tensors, stored, strict=True)]
     arrays = [adopt(view, donatable=True) for view in views]
+    sink = config.page_size * config.layer_num // config.placement.dims[0]
     for view in views:
-        view[:, : config.page_size] = 0
+        view[:, :sink] = 0
     return config.pool_type(config, *arrays)  # pyright: ignore[reportReturnType]
 
 

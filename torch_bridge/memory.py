@@ -96,6 +96,7 @@ class PoolMemory:
     def end(self, why: str) -> None:
         """From now on using a tensor of this memory raises, and says `why`."""
         self._why_dead = why
+        self.pool.remove_view(self)
         for storage in filter(None, (ref() for ref in self._storages)):
             # What torch itself does to the outputs of a CUDA graph that has been replayed.
             torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)

@@ -14,7 +14,7 @@ from torch_bridge.pool import Layer, TorchKVPool, torch_pool
 
 @torch_pool.register(MHATokenToKVPool)
 class TorchMHAPool(TorchKVPool):
-    """Keys and values, `(layers, slots, heads, dim)` each."""
+    """Keys and values, `(layers, slots, heads, dim)` each, or page-major."""
 
     config: MHAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -56,13 +56,13 @@ class TorchMHAPool(TorchKVPool):
         Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
         """
         self._memory.require_alive()
-        index = self._index(layer if layer_id_override is None else layer_id_override)
         self.check_loc("loc", loc)
+        index, where = self._locate(layer if layer_id_override is None else layer_id_override, loc)
         k_shape, v_shape = ((len(loc), *row) for row in self.config.row_shapes)
         k = self._stored("k", cache_k, k_shape, k_scale)
         v = self._stored("v", cache_v, v_shape, v_scale)
         k_pool, v_pool = self._tensors
-        writes.write_kv(k_pool, v_pool, index, self._on_device(index), loc, k, v)
+        writes.write_kv(k_pool, v_pool, index, self._on_device(index), where, k, v)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of the keys and of the values, the sink page included."""

@@ -17,7 +17,7 @@ from torch_bridge.pool import Layer, TorchKVPool, torch_pool
 
 @torch_pool.register(MLATokenToKVPool)
 class TorchMLAPool(TorchKVPool):
-    """Latent rows, `(layers, slots, rank + rope)`. Getters give them a head of their own, as SGLang does."""
+    """Latent rows, `(layers, slots, rank + rope)`, or page-major. Getters give them a head each, as SGLang does."""
 
     config: MLAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -52,11 +52,11 @@ class TorchMLAPool(TorchKVPool):
         Cost: on a GPU one kernel, and one for each cast; on a CPU reads and writes `n` rows twice.
         """
         self._memory.require_alive()
-        index = self._index(layer)
         self.check_loc("loc", loc)
+        index, where = self._locate(layer, loc)
         nope = self._stored("cache_k_nope", _flat(cache_k_nope), (len(loc), self.config.kv_lora_rank))
         rope = self._stored("cache_k_rope", _flat(cache_k_rope), (len(loc), self.config.qk_rope_head_dim))
-        writes.write_mla_kv(self._tensors[0], index, self._on_device(index), loc, nope, rope)
+        writes.write_mla_kv(self._tensors[0], index, self._on_device(index), where, nope, rope)
 
     def set_kv_buffer(
         self, layer: Layer, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor | None = None

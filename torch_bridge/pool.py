@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from jaxcache.donation import DevicePool
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.pools.base import CpuCopy, KVCache
 from jaxcache.pools.config import require
+from jaxcache.pools.layout import Layout
 from torch_bridge import writes
 from torch_bridge.dtypes import torch_dtype
 from torch_bridge.memory import PoolMemory
@@ -155,11 +156,15 @@ class TorchKVPool(TorchPool):
         self._layer_ids: tuple[torch.Tensor, ...] | None = None
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
-        """Keys of a layer, `(slots, heads, dim)`: a view."""
+        """Keys of a layer, `(slots, heads, dim)`: a view.
+
+        Raises:
+          UnsupportedError: if the pool is page-major: no view has a layer's slots in one dimension.
+        """
         return self._layer(0, layer_id)
 
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
-        """Values of a layer, `(slots, heads, dim)`: a view."""
+        """Values of a layer, `(slots, heads, dim)`: a view, as of `get_key_buffer`."""
         return self._layer(1, layer_id)
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +173,20 @@ class TorchKVPool(TorchPool):
 
     def get_paged_buffers(self, layer_id: int) -> tuple[torch.Tensor, ...]:
         """Each array of a layer as `(pages, page_size, *row)`, what FlashInfer calls NHD: views."""
-        pages = -1, self.config.page_size
-        return tuple(self._layer(i, layer_id).unflatten(0, pages) for i in range(len(self._tensors)))
+        index, page_size = self._index(layer_id), self.config.page_size
+        if self._is_page_major:
+            by_page = (tensor[0].unflatten(0, (-1, self.config.layer_num, page_size)) for tensor in self._tensors)
+            return tuple(self._lent(pages[:, index]) for pages in by_page)
+        return tuple(self._lent(tensor[index].unflatten(0, (-1, page_size))) for tensor in self._tensors)
+
+    def set_kv_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Refused for kinds of pools that torch has no setter for.
+
+        Raises:
+          UnsupportedError: always; the classes that have a setter override this.
+        """
+        kind = type(self._memory.pool).__name__
+        raise UnsupportedError(f"torch has no setter for a {kind}: write with its own set_kv_buffer, from JAX")
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Copies slot `src_loc[i]` to slot `tgt_loc[i]` in every layer, all at the same instant: the lists may overlap.
@@ -182,17 +199,22 @@ class TorchKVPool(TorchPool):
         self.check_loc("tgt_loc", tgt_loc)
         self.check_loc("src_loc", src_loc)
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", f"must be as many as src_loc, {len(src_loc)}", len(tgt_loc))
+        targets, sources = self._locate_all(tgt_loc), self._locate_all(src_loc)
         for tensor in self._tensors:
-            writes.move_rows(tensor, tgt_loc, src_loc)
+            writes.move_rows(tensor, targets, sources)
 
     def get_contiguous_buf_infos(self) -> BufferInfos:
-        """Address, bytes and bytes of a page: of each layer of the first array, then of the second."""
+        """Address, bytes and bytes of a page: of each layer of the first array, then of the second.
+
+        Page-major, of each array; a page is then one of all layers.
+        """
         self._memory.require_alive()
-        layers = [layer for tensor in self._tensors for layer in tensor.unbind(0)]
+        pieces = [piece for tensor in self._tensors for piece in tensor.unbind(0)]
+        pages = self.config.rows // self.config.page_size
         return BufferInfos(
-            [layer.data_ptr() for layer in layers],
-            [layer.nbytes for layer in layers],
-            [layer[: self.config.page_size].nbytes for layer in layers],
+            [piece.data_ptr() for piece in pieces],
+            [piece.nbytes for piece in pieces],
+            [piece.nbytes // pages for piece in pieces],
         )
 
     @property
@@ -215,8 +237,29 @@ class TorchKVPool(TorchPool):
     def maybe_get_custom_mem_pool(self) -> None:
         """None. Kept for callers of SGLang's name."""
 
+    @property
+    def _is_page_major(self) -> bool:
+        return self.config.layout is Layout.PAGE_MAJOR
+
     def _layer(self, array: int, layer: Layer) -> torch.Tensor:
-        return self._lent(self._tensors[array][self._index(layer)])
+        index = self._index(layer)
+        if self._is_page_major:
+            raise UnsupportedError(
+                "a layer of a page-major pool lies in pieces, one a page: use get_paged_buffers(layer), or make the "
+                "pool with Layout.LAYER_MAJOR"
+            )
+        return self._lent(self._tensors[array][index])
+
+    def _locate(self, layer: Layer, loc: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Where the slots of a layer lie in the tensors."""
+        return self.config.placement.locate(self._index(layer), loc)
+
+    def _locate_all(self, loc: torch.Tensor) -> torch.Tensor:
+        """Where the slots of all layers lie in the tensors."""
+        if not self._is_page_major:
+            return loc
+        every_layer = torch.arange(self.config.layer_num, dtype=torch.int32, device=self.device)
+        return self.config.placement.locate(every_layer[:, None], loc)[1].flatten()
 
     def _index(self, layer: Layer) -> int:
         """The index into the stack of a global layer id."""

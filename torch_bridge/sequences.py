@@ -39,6 +39,7 @@ class Sequences:
       tokens: `(batch, columns)` prompts.
       is_token: bool, likewise; False for padding, which comes first.
       extra_key: Namespace of the prompts.
+      reuse: Whether columns that are cached need not be computed. Without it they all are, and what is cached is read.
 
     Attributes:
       prompt: As `tokens`.
@@ -61,6 +62,7 @@ class Sequences:
         tokens: np.ndarray,
         is_token: np.ndarray,
         extra_key: str | bytes | Namespace | None = None,
+        reuse: bool = True,
     ):
         _require_prompts(memory, tokens, is_token)
         self._memory, self._device = memory, device
@@ -78,7 +80,7 @@ class Sequences:
             undo.pop_all()
         self._rows = np.array([request.req_pool_idx for request in self._requests], np.int32)
         self._cached = np.array([request.kv_len for request in self._requests], np.int64)
-        self.length = self.reused = int((self._padding + self._cached).min())
+        self.length = self.reused = int((self._padding + self._cached).min()) if reuse else 0
         self.slots = slots_to_torch(self._slots_of(0, self.reused), device)
         self.fresh = self.slots[:, :0]
 

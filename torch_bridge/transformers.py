@@ -10,7 +10,7 @@ transformers computes as ever. `DynamicCache` copies as much, when it appends.
 A prefix is known by its token ids. So a cache is for one model; what else KV depends on, such as an adapter, goes into
 `extra_key`; and inputs other than tokens (`inputs_embeds`, images) must not be used with it.
 
-Written for transformers 5.23, whose caches are lists of layers that say themselves how long they are.
+Written for transformers 5.17 to 5.23, whose caches are lists of layers that say themselves how long they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.index.key import Namespace
 from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from torch_bridge.lend import share
@@ -40,10 +41,10 @@ except ModuleNotFoundError as error:
     message = "torch_bridge.transformers needs the extra `transformers`: pip install 'jaxcache[transformers]'"
     raise ModuleNotFoundError(message, name="transformers") from error
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
     raise ImportError(
-        f"torch_bridge.transformers needs transformers 5.23 or newer, got {transformers.__version__}, with which prompt "
-        "lookup would give wrong tokens: pip install 'jaxcache[transformers]'"
+        "torch_bridge.transformers needs transformers 5.17 or newer, whose caches know how long they are, got "
+        f"{transformers.__version__}: pip install 'jaxcache[transformers]'"
     )
 
 # ruff: isort: split
@@ -78,6 +79,11 @@ class JaxPagedCache(Cache):
         kv = memory.config.kv
         if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.states is not None:
             raise UnsupportedError(f"memory: need one for keys and values, an MHAConfig or SWAConfig, got {kv}")
+        sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
+        if any(side.layout is Layout.PAGE_MAJOR for side in sides):
+            raise UnsupportedError(
+                "memory: need Layout.LAYER_MAJOR, for `generate()` reads whole layers; got page-major"
+            )
         num_layers = len(kv.full_layers) + len(kv.window_layers) if isinstance(kv, SWAConfig) else kv.layer_num
         if len(windows) != num_layers:
             raise ArgumentError(f"windows must be one for each of the {num_layers} layers, got {len(windows)}")
@@ -141,10 +147,11 @@ class JaxPagedCache(Cache):
           ShortageError: Memory is short, though all that can be is evicted.
           UnsupportedError: The options ask for what a `JaxPagedCache` cannot do.
 
-        After an error nothing is held; the prompt stays cached as far as it was computed.
+        After an error nothing is held; the prompt stays cached as far as it was computed. Where `generate` guesses
+        tokens (prompt lookup, an assistant), it gives the model whole prompts, and they are computed.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with self.session(input_ids, mask, extra_key=extra_key):
+        with self.session(input_ids, mask, extra_key=extra_key, reuse=not _guesses(model, options)):
             output = model.generate(input_ids, attention_mask=mask, past_key_values=self, **options)
             self.keep(output if isinstance(output, torch.Tensor) else output.sequences)
         return output
@@ -156,6 +163,7 @@ class JaxPagedCache(Cache):
         attention_mask: torch.Tensor | None = None,
         *,
         extra_key: str | bytes | Namespace | None = None,
+        reuse: bool = True,
     ) -> Iterator[Self]:
         """What `generate` does around the model, for a loop of your own.
 
@@ -168,6 +176,7 @@ class JaxPagedCache(Cache):
 
         Args:
           input_ids, attention_mask, extra_key: As for `generate`.
+          reuse: False if the model will be given whole prompts, whatever is cached of them.
 
         Raises:
           RequestStateError: A session is open already.
@@ -179,7 +188,7 @@ class JaxPagedCache(Cache):
         is_token = np.ones_like(tokens, bool) if attention_mask is None else attention_mask.cpu().numpy() != 0
         with contextlib.ExitStack() as stack:
             view = stack.enter_context(share(self.memory.pool))
-            sequences = Sequences(self.memory, view.device, tokens, is_token, extra_key)
+            sequences = Sequences(self.memory, view.device, tokens, is_token, extra_key, reuse)
             stack.callback(sequences.close)
             for layer in self._paged:
                 layer.length = sequences.reused
@@ -298,6 +307,11 @@ class PagedLayer(CacheLayerMixin):
         if key_states.requires_grad or value_states.requires_grad:
             raise UnsupportedError("no gradient flows through a pool: run the model under torch.no_grad()")
         if self.length == sequences.length:
+            if 0 < sequences.reused == sequences.length and columns >= sequences.prompt.shape[1]:
+                raise UnsupportedError(
+                    f"the model is given {columns} columns, the whole prompt, though {sequences.reused} of them are "
+                    "there: give it what comes after get_seq_length(), or open the session with reuse=False"
+                )
             sequences.grow(columns)
         if self.length + columns != sequences.length or columns != sequences.fresh.shape[1]:
             raise UnsupportedError(
@@ -345,6 +359,16 @@ class PagedLayer(CacheLayerMixin):
     def prefetch(self) -> NoReturn:
         """Refused, as `JaxPagedCache.prefetch`."""
         self._cache.prefetch(self._index)
+
+
+def _guesses(model: Any, options: dict[str, Any]) -> bool:
+    """Whether `generate` guesses tokens, which it then gives the model behind the whole prompt, cached or not."""
+    config = options.get("generation_config") or model.generation_config
+    asked = [
+        options.get(name, vars(config).get(name))
+        for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model")
+    ]
+    return any(option is not None for option in asked)
 
 
 class _Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ from jaxcache import (
     DeadViewError,
     HybridConfig,
     HybridKVPool,
+    Layout,
     MambaConfig,
     MHATokenToKVPool,
     ReqToTokenPool,
     ShardingError,
     StalePoolError,
+    UnsupportedError,
     donating,
 )
 from jaxcache.donation import DevicePool
@@ -32,6 +35,7 @@ from torch_bridge import TorchMHAPool, TorchMLAPool, borrow
 from torch_bridge.dtypes import ARRAY_INTERFACE_TYPES, TORCH_DTYPES, torch_dtype
 
 CONFIGS = [make(dtype) for dtype in numpy_pool.DTYPES for make in (numpy_pool.mha_config, numpy_pool.mla_config)]
+CONFIGS += [dataclasses.replace(config, layout=Layout.PAGE_MAJOR) for config in CONFIGS[2:6]]
 
 
 @jax.tree_util.register_dataclass
@@ -51,20 +55,30 @@ def bump(pool):
     return jax.tree.map(lambda values: values + 1, pool)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.dtype}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.dtype}-{c.layout.value}")
 def test_one_address_whole_by_layer_and_by_page(config):
     pool, oracle = numpy_pool.filled_pool(config)
+    is_page_major = config.layout is Layout.PAGE_MAJOR
     with borrow(pool) as kv:
         assert isinstance(kv, (TorchMHAPool, TorchMLAPool))
         for i, (tensor, buffer) in enumerate(zip(kv.buffers, pool.buffers, strict=True)):
             address = buffer.unsafe_buffer_pointer()
             assert tensor.data_ptr() == address
             assert (tensor.dtype, tensor.shape) == (torch_dtype("pool", np.dtype(config.dtype)), buffer.shape)
-            np.testing.assert_array_equal(bits(tensor), numpy_pool.bits(oracle.arrays[i]).view(np.uint8).reshape(-1))
+            lying = oracle.as_they_lie()[i]
+            np.testing.assert_array_equal(bits(tensor), numpy_pool.bits(lying).view(np.uint8).reshape(-1))
+            of_a_layer = tensor[0, : config.page_size].nbytes if is_page_major else tensor[0].nbytes
             for layer in range(config.layer_num):
                 pages = kv.get_paged_buffers(layer)[i]
-                assert pages.data_ptr() == address + layer * tensor[0].nbytes
+                assert pages.data_ptr() == address + layer * of_a_layer
                 assert pages.shape == (config.rows // config.page_size, config.page_size, *buffer.shape[2:])
+                expected = numpy_pool.bits(oracle.arrays[i][layer]).view(np.uint8)
+                np.testing.assert_array_equal(bits(pages), expected.reshape(-1))
+        if is_page_major:
+            for get in (kv.get_key_buffer, kv.get_value_buffer, kv.get_kv_buffer):
+                with pytest.raises(UnsupportedError, match=r"use get_paged_buffers\(layer\)"):
+                    get(1)
+        else:
             assert kv.get_key_buffer(1).data_ptr() == kv.buffers[0].data_ptr() + kv.buffers[0][0].nbytes
 
 

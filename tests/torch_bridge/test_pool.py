@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcache import ArgumentError
+from jaxcache import ArgumentError, Layout, UnsupportedError
 from tests.kernels.conftest import INTERPRETS
 from tests.pools import numpy_pool
 from tests.torch_bridge.tensors import DEVICE, bits, to_tensor
@@ -20,6 +21,7 @@ from torch_bridge import TorchMHAPool, TorchMLAPool, borrow, share
 
 MAKERS = numpy_pool.mha_config, numpy_pool.mla_config
 CONFIGS = [make(dtype) for dtype in numpy_pool.DTYPES for make in MAKERS]
+CONFIGS += [dataclasses.replace(config, layout=Layout.PAGE_MAJOR) for config in CONFIGS[2:6]]
 
 
 def slots(values) -> torch.Tensor:
@@ -36,7 +38,7 @@ def write(kv, layer, loc, rows) -> None:
         kv.set_mla_kv_buffer(layer, loc, tensors[0][:, :rank], tensors[0][:, rank:])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.dtype}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.dtype}-{c.layout.value}")
 @settings(max_examples=15)
 @given(data=st.data())
 def test_writes_and_moves_against_numpy(config, data):
@@ -57,11 +59,23 @@ def test_writes_and_moves_against_numpy(config, data):
     oracle.expect(pool)
 
 
-def test_targets_outside_are_dropped_and_sources_outside_are_zeros():
-    pool, oracle = numpy_pool.filled_pool(numpy_pool.mha_config(np.float32))
+@pytest.mark.parametrize("make_config", [numpy_pool.mha_config, numpy_pool.page_major(numpy_pool.mha_config)])
+def test_targets_outside_are_dropped_and_sources_outside_are_zeros(make_config):
+    pool, oracle = numpy_pool.filled_pool(make_config(np.float32))
     with borrow(pool) as kv:
         kv.move_kv_cache(slots([5, -1, 100, 6, 2**40]), slots([9, 5, 5, 2**40, 5]))
     oracle.move([5, 6], [9, 0])
+    oracle.expect(pool)
+
+
+def test_a_pool_that_torch_has_no_setter_for_says_so():
+    pool, oracle = numpy_pool.filled_pool(numpy_pool.double_sparse_config(np.float32))
+    with borrow(pool) as kv:
+        assert [tensor.shape[3] for tensor in kv.buffers] == [8, 4, 3]
+        with pytest.raises(UnsupportedError, match="no setter for a DoubleSparseTokenToKVPool: write with its own"):
+            kv.set_kv_buffer(0, slots([4]), *(torch.zeros(1, *row) for row in pool.config.row_shapes))
+        kv.move_kv_cache(slots([5]), slots([9]))
+    oracle.move([5], [9])
     oracle.expect(pool)
 
 
@@ -128,8 +142,9 @@ def test_an_mla_pool_has_sglangs_shapes_and_takes_both():
             assert kv.kv[layer, 4].tolist() == [1.0] * 12 + [2.0] * 5
 
 
-def test_sizes_and_addresses_are_those_of_the_memory():
-    config = numpy_pool.mha_config(jnp.bfloat16)
+@pytest.mark.parametrize("make_config", [numpy_pool.mha_config, numpy_pool.page_major(numpy_pool.mha_config)])
+def test_sizes_and_addresses_are_those_of_the_memory(make_config):
+    config = make_config(jnp.bfloat16)
     pool = numpy_pool.make_pool(config)
     with borrow(pool) as kv:
         infos = kv.get_contiguous_buf_infos()
