@@ -24,6 +24,7 @@ from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.result import ReplayResult
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
+from tests.replay.shared import share_steps
 
 TOKEN_BYTES = 4
 
@@ -226,7 +227,12 @@ class Simulator:
 def simulate(config: ReplayConfig, requests: list[TraceRequest] | None = None) -> tuple[ReplayResult, Simulator]:
     """A replay, and the simulator that watched it."""
     watching: list[Simulator] = []
-    result = run_replay(config, requests=requests, observe=lambda manager: watching.append(Simulator(manager)))
+
+    def watch(manager: MemoryManager) -> None:
+        share_steps(manager)
+        watching.append(Simulator(manager))
+
+    result = run_replay(config, requests=requests, observe=watch)
     return result, watching[0]
 
 

@@ -7,13 +7,15 @@ import pytest
 from jaxcache.errors import ArgumentError
 from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
+from tests.replay.shared import share_steps
 from tests.replay.test_replay import CHAT, assert_clean, long_answers
 
 SHARING = [kind for kind in CacheKind if kind is not CacheKind.CHUNK]
 
 
 def replay(cache, requests=None, **options):
-    return run_replay(ReplayConfig(**CHAT | {"cache": cache, "window": 100} | options), requests=requests)
+    config = ReplayConfig(**CHAT | {"cache": cache, "window": 100} | options)
+    return run_replay(config, requests=requests, observe=share_steps)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])

@@ -11,6 +11,7 @@ from jaxcache.index.recency import Policy
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
+from tests.replay.shared import share_steps
 from tests.replay.simulator import simulate
 
 CHAT = {"requests": 60, "concurrency": 8, "chunk": 2048, "device_tokens": 24_000, "policy": Policy.LRU}
@@ -69,7 +70,7 @@ def test_tight_memory_retracts_and_loses_nothing(page_size, policy):
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault not in (Fault.STALE_STATE, Fault.WRONG_WINDOW)])
 def test_every_planted_fault_is_seen(fault):
     config = ReplayConfig(**CHAT | {"requests": 40}, plant=fault)
-    result = run_replay(config)
+    result = run_replay(config, observe=share_steps)
     assert not result.is_clean
     where_it_shows = {
         Fault.WRONG_NAMESPACE: result.mismatched_slots,
