@@ -14,6 +14,7 @@ from jaxcache.errors import LockedError as LockedError
 from jaxcache.errors import NotInPlaceError as NotInPlaceError
 from jaxcache.errors import OwnershipError as OwnershipError
 from jaxcache.errors import ReceiptError as ReceiptError
+from jaxcache.errors import ReleasedError as ReleasedError
 from jaxcache.errors import RequestStateError as RequestStateError
 from jaxcache.errors import ShardingError as ShardingError
 from jaxcache.errors import SnapshotError as SnapshotError
@@ -44,6 +45,7 @@ from jaxcache.index.tree import RadixTree as RadixTree
 # ruff: isort: split
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
 from jaxcache.pages.base import PageState as PageState
+from jaxcache.pages.paged import AscendPagedTokenToKVPoolAllocator as AscendPagedTokenToKVPoolAllocator
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator as PagedTokenToKVPoolAllocator
 from jaxcache.pages.state import PageAllocatorState as PageAllocatorState
 from jaxcache.pages.states import StateAllocator as StateAllocator
@@ -55,10 +57,15 @@ from jaxcache.donation import donating as donating
 from jaxcache.donation import reading as reading
 from jaxcache.kernels.in_place import assert_in_place as assert_in_place
 from jaxcache.kernels.in_place import prove_in_place as prove_in_place
+from jaxcache.pools.ascend import AscendMLAPagedTokenToKVPool as AscendMLAPagedTokenToKVPool
+from jaxcache.pools.ascend import AscendTokenToKVPool as AscendTokenToKVPool
 from jaxcache.pools.base import KVCache as KVCache
+from jaxcache.pools.double_sparse import DoubleSparseConfig as DoubleSparseConfig
+from jaxcache.pools.double_sparse import DoubleSparseTokenToKVPool as DoubleSparseTokenToKVPool
 from jaxcache.pools.hybrid import HybridConfig as HybridConfig
 from jaxcache.pools.hybrid import HybridKVPool as HybridKVPool
 from jaxcache.pools.hybrid_requests import HybridReqToTokenPool as HybridReqToTokenPool
+from jaxcache.pools.layout import Layout as Layout
 from jaxcache.pools.mamba import MambaConfig as MambaConfig
 from jaxcache.pools.mamba import MambaPool as MambaPool
 from jaxcache.pools.mha import MHAConfig as MHAConfig
@@ -80,6 +87,7 @@ from jaxcache.caches.lora_radix import LoRARadixCache as LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache as MambaRadixCache
 from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache as RadixCache
+from jaxcache.caches.radix import RadixCache as RadixCacheCpp  # noqa: F401  what that name promises is the speed
 from jaxcache.caches.swa_radix import SWARadixCache as SWARadixCache
 from jaxcache.observe.event_consumer import EventConsumer as EventConsumer
 from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared

@@ -26,6 +26,7 @@ from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.index.key import Namespace
 from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from torch_bridge.lend import share
@@ -79,6 +80,9 @@ class JaxPagedCache(Cache):
         kv = memory.config.kv
         if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.states is not None:
             raise UnsupportedError(f"memory: need one for keys and values, an MHAConfig or SWAConfig, got {kv}")
+        sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
+        if any(side.layout is Layout.PAGE_MAJOR for side in sides):
+            raise UnsupportedError("memory: need Layout.LAYER_MAJOR, since layers are read whole; got page-major")
         sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
         if any(side.layout is Layout.PAGE_MAJOR for side in sides):
             raise UnsupportedError(

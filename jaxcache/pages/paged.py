@@ -26,3 +26,7 @@ class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     @property
     def free_order(self) -> FreeOrder:
         return FreeOrder.LIFO
+
+
+AscendPagedTokenToKVPoolAllocator = PagedTokenToKVPoolAllocator
+"""SGLang's allocator without a kernel. No allocator here has one: the host decides, for whatever device."""

@@ -1,7 +1,8 @@
 """What the KV pools have in common: rows are tokens, and everything that treats the rows of all layers alike.
 
-The arrays are `(layers, size + page_size, *row)`; the page beyond `size` is page 0, the sink of padding. What holds of
-every pool stands in `jaxcache.pools.stack`.
+The arrays are `(layers, size + page_size, *row)`; the page beyond `size` is page 0, the sink of padding. In the other
+order (`jaxcache.pools.layout`) a page of all layers is one piece. What holds of every pool stands in
+`jaxcache.pools.stack`.
 
 Source: SGLang 0.5.2 memory_pool.py, KVCache.
 """
@@ -20,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxcache.donation import DevicePool, donating, reading
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
-from jaxcache.pools.layout import BufferInfo, layer_infos
+from jaxcache.pools.layout import BufferInfo, buffer_infos
 from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ class KVCache(LayerStack):
           ArgumentError: on lists of different lengths, slots outside the pool, or a target named twice.
           ShardingError: if this pool is sharded and this is not one shard of it.
 
-        Cost: `n` rows of every layer are read and written twice, through a temporary of that size.
+        Cost: `n` rows of every layer are read and written once by a kernel, if it can hold them, else twice, through a
+        temporary of that size; see `jaxcache.kernels.copy_kv.move_rows`. Page-major, the rows of all layers count.
         Source: SGLang 0.5.2 memory_pool.py, MHATokenToKVPool.move_kv_cache and copy_all_layer_kv_cache.
         """
         self._require_one_shard()
@@ -149,7 +151,7 @@ class KVCache(LayerStack):
     def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:
         """Where each layer of each array lies: all layers of the first array, then of the second.
 
-        Of a sharded pool this is one device's share, and the same on all of them.
+        Page-major, where each array lies. Of a sharded pool this is one device's share, and the same on all of them.
 
         Source: SGLang 0.5.2 memory_pool.py, get_contiguous_buf_infos, which returns pointers, sizes and bytes per page.
         """
@@ -157,7 +159,7 @@ class KVCache(LayerStack):
         return tuple(
             info
             for (path, buffer), row in zip(paths, self.config.shard_row_shapes, strict=True)
-            for info in layer_infos(self.config, path[0].name, row, buffer.dtype.itemsize)
+            for info in buffer_infos(self.config, path[0].name, row, buffer.dtype.itemsize)
         )
 
     def maybe_get_custom_mem_pool(self) -> None:
@@ -181,8 +183,7 @@ class KVCache(LayerStack):
 
 @reading
 def _layer(pool: KVCache, buffer: jax.Array, layer: Any) -> jax.Array:
-    rows = buffer.at[layer].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return from_storage(rows, pool.config.dtype)
+    return from_storage(pool.config.placement.whole_layer(buffer, layer), pool.config.dtype)
 
 
 @reading
@@ -197,4 +198,5 @@ def _set_all_layers(pool: PoolT, loc: jax.Array, *rows: ArrayLike) -> PoolT:
 
 @donating
 def _move(pool: PoolT, tgt_loc: Any, src_loc: Any) -> PoolT:
-    return pool.with_buffers(*(move_rows(buffer, tgt_loc, src_loc) for buffer in pool.buffers))
+    targets, sources = map(pool.config.placement.locate_all, (tgt_loc, src_loc))
+    return pool.with_buffers(*(move_rows(buffer, targets, sources) for buffer in pool.buffers))

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcache.errors import ArgumentError
+from jaxcache.pools.layout import LayerMajor, Layout, PageMajor
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Shaped
@@ -59,7 +60,7 @@ def _bitcast(rows: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig(abc.ABC):
-    """Sizes of a pool of arrays `(layers, rows, *row)`: the static part of its pytree.
+    """Sizes of a pool of arrays that hold `rows` rows for each layer: the static part of its pytree.
 
     Attributes:
       layer_num: Layers that have rows here.
@@ -121,15 +122,20 @@ class PoolConfig(abc.ABC):
         return tuple((first // self.shards, *rest) for first, *rest in self.row_shapes)
 
     @property
+    def placement(self) -> LayerMajor:
+        """Where the rows of all layers lie in the arrays."""
+        return LayerMajor(self.layer_num, self.rows)
+
+    @property
     def partition_spec(self) -> PartitionSpec:
-        """How each array of the pool lies on a mesh."""
+        """How each array of the pool lies on a mesh, and rows of all layers, `(layers, n, *row)`."""
         is_cut = self.cuts_rows and self.axis_name is not None
         return PartitionSpec(None, None, self.axis_name) if is_cut else PartitionSpec()
 
     def abstract_buffers(self, platform: str) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and storage dtypes of the pool's arrays on `platform`."""
         return tuple(
-            jax.ShapeDtypeStruct((self.layer_num, self.rows, *row), storage_dtype(dtype, platform))
+            jax.ShapeDtypeStruct((*self.placement.dims, *row), storage_dtype(dtype, platform))
             for row, dtype in zip(self.row_shapes, self.row_dtypes, strict=True)
         )
 
@@ -143,20 +149,25 @@ class KVCacheConfig(PoolConfig):
       page_size: Tokens in a page.
       dtype: What rows are to the caller: a float of 32, 16 or 8 bits, or int8 / uint8 for payload that the caller
         quantised.
+      layout: Where the rows of all layers lie: layer after layer, or page after page.
 
     Raises:
-      ArgumentError: on sizes that do not fit together, or more than 2**31 slots.
+      ArgumentError: on sizes that do not fit together, or 2**31 slots and more, page-major in all layers together.
     """
 
     size: int
     page_size: int
     dtype: DTypeLike
+    layout: Layout = Layout.LAYER_MAJOR
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "size", "page_size")
         require(self.size % self.page_size == 0, "size", f"must be a multiple of page_size {self.page_size}", self.size)
+        require(isinstance(self.layout, Layout), "layout", "must be a jaxcache.Layout", repr(self.layout))
         require(self.rows < 2**31, "size", "must leave int32 slots, below 2**31 with the sink page", self.size)
+        rule = f"must leave int32 rows in all {self.layer_num} layers together, or take Layout.LAYER_MAJOR"
+        require(self.placement.dims[1] < 2**31, "size", rule, self.size)
         object.__setattr__(self, "dtype", pool_dtype("dtype", self.dtype))
 
     @property
@@ -168,6 +179,11 @@ class KVCacheConfig(PoolConfig):
     def row_dtypes(self) -> tuple[np.dtype, ...]:
         """One dtype for all."""
         return (np.dtype(self.dtype),) * len(self.row_shapes)
+
+    @property
+    def placement(self) -> LayerMajor:
+        is_page_major = self.layout is Layout.PAGE_MAJOR
+        return PageMajor(self.layer_num, self.rows, self.page_size) if is_page_major else super().placement
 
 
 def pool_dtype(name: str, dtype: DTypeLike) -> np.dtype:

@@ -1,33 +1,126 @@
-"""Where the rows of a pool lie, for those who move its memory by themselves.
+"""Where the rows of a pool lie in its arrays: layer after layer, or page after page.
 
-Source: SGLang 0.5.2 memory_pool.py, get_contiguous_buf_infos, which returns pointers, sizes and bytes per page.
+    LAYER_MAJOR   (layers, slots, *row)                        a scan over layers carries it
+    PAGE_MAJOR    (1, pages * layers * page_size, *row)        a page of all layers is one piece of memory
+
+The second is a stack of one layer, so that the kernels take both as they are; `locate` says in which of its rows a slot
+lies, and nothing else knows the order. A dimension each for pages, layers and slots would be easier to read, but XLA
+copies such an array when a loop carries it, if one of its dimensions is 1.
+
+Source: SGLang 0.5.2 memory_pool.py (AscendTokenToKVPool; get_contiguous_buf_infos, which returns pointers).
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from jaxcache.pools.config import KVCacheConfig
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Shaped
+
+    from jaxcache.pools.config import KVCacheConfig
+
+
+class Layout(enum.Enum):
+    """How the rows of all layers lie in the arrays of a KV pool. The methods of a pool are the same for both.
+
+    In both orders `array.reshape(-1, page_size, *row)` is free, and what attention reads: page `p` of layer `i` is page
+    `i * pages + p` there, or page-major `p * layers + i`. Layers count from 0 on, and the sink page is a page.
+    """
+
+    LAYER_MAJOR = "layer_major"
+    """Layer after layer: `(layers, slots, *row)`."""
+    PAGE_MAJOR = "page_major"
+    """Page after page, each with its rows of all layers: `(1, pages * layers * page_size, *row)`. A page is copied in
+    one piece: `kernels.copy_pages.gather_pages(array, pages, page_size=layers * page_size)`."""
+
+
+@dataclass(frozen=True)
+class LayerMajor:
+    """Rows layer after layer.
+
+    Attributes:
+      layers: Layers of the pool.
+      rows: Rows of each layer, the sink included.
+    """
+
+    layers: int
+    rows: int
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Dimensions of an array in front of those of a row: layers and rows of the stack that kernels see."""
+        return self.layers, self.rows
+
+    def locate(self, layer: Any, loc: Any) -> tuple[Any, Any]:
+        """The layer and row of that stack where row `loc` of layer `layer` lies, counted from 0 on.
+
+        For integers and arrays of NumPy, JAX and torch. The sink, and what is outside the pool, stays so.
+        """
+        return layer, loc
+
+    def locate_all(self, loc: Any) -> Any:
+        """The rows of each layer of that stack where the rows `loc` of all layers lie, layer after layer."""
+        return loc
+
+    def whole_layer(self, array: Shaped[Array, "stack_layers stack_rows *row"], layer: Any) -> jax.Array:
+        """The rows of one layer, as a copy; zeros if there is no such layer."""
+        return array.at[layer].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+@dataclass(frozen=True)
+class PageMajor(LayerMajor):
+    """Rows page after page.
+
+    Attributes:
+      page_size: Rows of a layer in a page.
+    """
+
+    page_size: int
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return 1, self.layers * self.rows
+
+    def locate(self, layer: Any, loc: Any) -> tuple[Any, Any]:
+        is_inside = (loc > 0) & (loc < self.rows) & (layer >= 0) & (layer < self.layers)
+        row = (loc // self.page_size * self.layers + layer) * self.page_size + loc % self.page_size
+        return 0, is_inside * row  # row 0 is the sink: what goes there is dropped, and it reads as zeros
+
+    def locate_all(self, loc: Any) -> Any:
+        every_layer = np.arange(self.layers, dtype=np.int32)
+        return self.locate(every_layer[:, None], loc)[1].reshape(-1)
+
+    def whole_layer(self, array: Shaped[Array, "stack_layers stack_rows *row"], layer: Any) -> jax.Array:
+        by_page = array.reshape(-1, self.layers, self.page_size, *array.shape[2:])
+        rows = by_page.at[:, layer].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return rows.reshape(self.rows, *array.shape[2:])
 
 
 @dataclass(frozen=True)
 class BufferInfo:
-    """Where the rows of one layer lie, for transfer engines. No pointer: one that outlives its pool would go unnoticed.
+    """Where rows lie in one piece, for transfer engines. No pointer: one that outlives its pool would go unnoticed.
+
+    Page `p` is the `page_bytes` from `offset_bytes + p * page_bytes` on.
 
     Attributes:
-      name: Field of the pool that holds the stacked array.
-      layer_id: Global layer.
-      shape: `(size + page_size, *row)`.
+      name: Field of the pool that holds the array.
+      layer_ids: Global layers: one, or all of them if the pool is page-major.
+      shape: `(size + page_size, *row)`; page-major, `(pages, layers, page_size, *row)`.
       strides_bytes: Bytes from one element to the next, by dimension.
-      offset_bytes: Where the layer begins in the stacked array.
-      size_bytes: Bytes of the layer.
-      page_bytes: Bytes of one page.
+      offset_bytes: Where the piece begins in the array.
+      size_bytes: Bytes of the piece.
+      page_bytes: Bytes of one page in it.
     """
 
     name: str
-    layer_id: int
+    layer_ids: tuple[int, ...]
     shape: tuple[int, ...]
     strides_bytes: tuple[int, ...]
     offset_bytes: int
@@ -35,11 +128,15 @@ class BufferInfo:
     page_bytes: int
 
 
-def layer_infos(config: KVCacheConfig, name: str, row: tuple[int, ...], itemsize: int) -> Iterator[BufferInfo]:
-    """One info a layer, for the array `name` whose rows have the shape `row` on this device."""
-    shape = (config.rows, *row)
+def buffer_infos(config: KVCacheConfig, name: str, row: tuple[int, ...], itemsize: int) -> Iterator[BufferInfo]:
+    """An info for each piece of the array `name`, whose rows have the shape `row` on this device."""
+    ids = range(config.start_layer, config.start_layer + config.layer_num)
+    if config.layout is Layout.LAYER_MAJOR:
+        pieces, shape = [(layer_id,) for layer_id in ids], (config.rows, *row)
+    else:
+        pieces, shape = [tuple(ids)], (config.rows // config.page_size, config.layer_num, config.page_size, *row)
     strides = tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
     size_bytes = itemsize * math.prod(shape)
-    for i in range(config.layer_num):
-        layer_id, page_bytes = config.start_layer + i, config.page_size * strides[0]
-        yield BufferInfo(name, layer_id, shape, strides, i * size_bytes, size_bytes, page_bytes)
+    page_bytes = size_bytes * config.page_size // config.rows
+    for i, layer_ids in enumerate(pieces):
+        yield BufferInfo(name, layer_ids, shape, strides, i * size_bytes, size_bytes, page_bytes)

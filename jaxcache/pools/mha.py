@@ -2,6 +2,7 @@
 
 `pool.k.reshape(layers * pages, page_size, heads, dim)` is free: attention reads the stack with page ids offset by
 `layer * pages`, the NHD layout of FlashInfer and the BTNH layout of cuDNN. Slicing a layer out of the stack copies it.
+Page-major (`jaxcache.pools.layout`), page `p` of a layer is `p * layers + layer` there.
 
 Source: SGLang 0.5.2 memory_pool.py, MHATokenToKVPool.
 """
@@ -30,8 +31,8 @@ PoolT = TypeVar("PoolT", bound="MHATokenToKVPool")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHAConfig(KVCacheConfig):
-    """Sizes of an `MHATokenToKVPool`; see `KVCacheConfig` for the fields that are not listed here.
+class HeadsConfig(KVCacheConfig):
+    """Sizes of a pool of keys and values; see `KVCacheConfig` for the fields that are not listed here.
 
     Attributes:
       head_num: KV heads, over all shards: a multiple of `shards`. Each device holds as many consecutive ones.
@@ -54,14 +55,19 @@ class MHAConfig(KVCacheConfig):
         require(self.head_num % self.shards == 0, "head_num", rule, self.head_num)
 
     @property
-    def pool_type(self) -> type[MHATokenToKVPool]:
-        return MHATokenToKVPool
-
-    @property
-    def row_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def row_shapes(self) -> tuple[tuple[int, int], ...]:
         """A key and a value, `(heads, dim)` each."""
         v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
         return (self.head_num, self.head_dim), (self.head_num, v_head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHAConfig(HeadsConfig):
+    """Sizes of an `MHATokenToKVPool`; see `HeadsConfig` for the fields."""
+
+    @property
+    def pool_type(self) -> type[MHATokenToKVPool]:
+        return MHATokenToKVPool
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("config",))
@@ -148,4 +154,5 @@ class MHATokenToKVPool(KVCache):
 @donating
 def _write(pool: PoolT, index: Any, loc: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> PoolT:
     rows = pool._stored(k, k_scale), pool._stored(v, v_scale)
+    index, loc = pool.config.placement.locate(index, loc)
     return pool.with_buffers(*write_kv(pool.k, pool.v, index, loc, *rows))

@@ -132,4 +132,5 @@ class MLATokenToKVPool(KVCache):
 
 @donating
 def _write(pool: PoolT, index: Any, loc: Any, nope: Any, rope: Any) -> PoolT:
+    index, loc = pool.config.placement.locate(index, loc)
     return pool.with_buffers(write_mla_kv(pool.kv, index, loc, pool._stored(nope), pool._stored(rope)))

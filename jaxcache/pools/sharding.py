@@ -95,7 +95,7 @@ def require_one_shard(config: PoolConfig, arrays: tuple[jax.Array, ...]) -> None
             "with the mesh that the pool was created on"
         )
     for array, row in zip(arrays, config.shard_row_shapes, strict=True):
-        shape = (config.layer_num, config.rows, *row)
+        shape = (*config.placement.dims, *row)
         if array.shape != shape:
             raise ShardingError(f"a shard of the pool must have shape {shape}, got {array.shape}: {remedy}")
 

@@ -1,9 +1,10 @@
 """What all pools have in common: how they are made, where they lie, how rows are named, and copies to the host.
 
-A pool is a frozen dataclass pytree. The arrays of a `LayerStack` are stacked over layers, `(layers, rows, *row)`; row 0
-of each layer is the sink of padding, which is never handed out, never written and stays zero. An update returns the new
-pool and consumes the old one. Inside a jitted step that owns the pool (donated, or carried by a loop) an update is in
-place; outside, every method is itself such a step (see `jaxcache.donation`).
+A pool is a frozen dataclass pytree. The arrays of a `LayerStack` hold as many rows for each layer, by default stacked
+as `(layers, rows, *row)`; `jaxcache.pools.layout` says what else there is. Row 0 of each layer is the sink of padding,
+which is never handed out, never written and stays zero. An update returns the new pool and consumes the old one. Inside
+a jitted step that owns the pool (donated, or carried by a loop) an update is in place; outside, every method is itself
+such a step (see `jaxcache.donation`).
 
 A pool never decides who owns a row (`jaxcache.pages` does) and never looks at what a row holds.
 """
@@ -282,6 +283,8 @@ class LayerStack(MemoryPool):
             require(first <= layer < first + count, "layer", f"must be in [{first}, {first + count})", layer)
             return np.int32(layer - first)
         require_array("layer", layer)
+        is_id = layer.shape == () and layer.dtype == np.int32
+        require(is_id, "layer", "must be an int or an int32 scalar", f"{layer.dtype}{list(layer.shape)}")
         return layer - first
 
     def checked_loc(self, name: str, loc: Any) -> Any:
@@ -316,15 +319,21 @@ class LayerStack(MemoryPool):
         return self.checked_loc(name, np.asarray(indices))
 
     def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
-        """Rows in storage dtype, of all layers or of one index into the stack."""
+        """Rows in storage dtype, of all layers or of the layer with this index."""
+        placement, layers, n = self.config.placement, self.config.layer_num, loc.shape[0]
         if layer is None:
-            return tuple(gather_rows(buffer, loc) for buffer in self.buffers)
-        return tuple(
-            buffer.at[layer, loc].get(mode="fill", fill_value=0, wrap_negative_indices=False) for buffer in self.buffers
-        )
+            loc = placement.locate_all(loc)
+            return tuple(gather_rows(b, loc).reshape(layers, n, *b.shape[2:]) for b in self.buffers)
+        at = placement.locate(layer, loc)
+        return tuple(b.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False) for b in self.buffers)
 
     def _scatter_stored(self, loc: Any, *rows: jax.Array) -> Self:
-        return self.with_buffers(*(scatter_rows(b, loc, r) for b, r in zip(self.buffers, rows, strict=True)))
+        """Rows in storage dtype to all layers."""
+        loc = self.config.placement.locate_all(loc)
+        pairs = zip(self.buffers, rows, strict=True)
+        return self.with_buffers(
+            *(scatter_rows(b, loc, r.reshape(b.shape[0], *loc.shape, *b.shape[2:])) for b, r in pairs)
+        )
 
 
 @functools.partial(reading, static_argnames="mesh")

@@ -366,7 +366,7 @@ class SWAKVPool(MemoryPool):
             ("window", self.window, self.config.window_layers),
         )
         return tuple(
-            dataclasses.replace(info, name=f"{name}.{info.name}", layer_id=layers[info.layer_id])
+            dataclasses.replace(info, name=f"{name}.{info.name}", layer_ids=tuple(layers[i] for i in info.layer_ids))
             for name, side, layers in sides
             for info in side.get_contiguous_buf_infos()
         )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.pools.base import KVCache, KVCacheConfig
-from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
-from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
+from jaxcache.pools.double_sparse import DoubleSparseConfig
+from jaxcache.pools.layout import Layout
+from jaxcache.pools.mha import MHAConfig
+from jaxcache.pools.mla import MLAConfig
 
 FLOATS = tuple(map(np.dtype, (np.float32, jnp.bfloat16, np.float16, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 DTYPES = (*FLOATS, np.dtype(np.int8), np.dtype(np.uint8))
@@ -28,9 +32,29 @@ def mla_config(dtype=np.float32, **sizes) -> MLAConfig:
     return MLAConfig(dtype=dtype, **sizes)
 
 
-def make_pool(config: KVCacheConfig) -> KVCache:
+def double_sparse_config(dtype=np.float32, **sizes) -> DoubleSparseConfig:
+    """Keys, values and labels of three widths."""
+    sizes = {"size": 24, "page_size": 4, "layer_num": 3, "head_num": 2, "head_dim": 8, "v_head_dim": 4} | sizes
+    return DoubleSparseConfig(dtype=dtype, **{"heavy_channel_num": 3} | sizes)
+
+
+def page_major(make_config: Callable[..., KVCacheConfig]) -> Callable[..., Any]:
+    """What makes the page-major configurations of a kind."""
+
+    @functools.wraps(make_config)
+    def make(dtype=np.float32, **sizes):
+        return make_config(dtype, layout=Layout.PAGE_MAJOR, **sizes)
+
+    make.__name__ = f"page_major_{make_config.__name__}"
+    return make
+
+
+CONFIGS = (mha_config, mla_config, double_sparse_config, page_major(mha_config), page_major(mla_config))
+
+
+def make_pool(config: KVCacheConfig) -> Any:
     """A pool of zeros of the kind that the configuration belongs to."""
-    return MHATokenToKVPool.create(config) if isinstance(config, MHAConfig) else MLATokenToKVPool.create(config)
+    return config.pool_type.create(config)
 
 
 def random_rows(rng: np.random.Generator, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
@@ -72,6 +96,13 @@ class NumpyPool:
             for target, source in zip(targets, sources, strict=True):
                 if target != 0:
                     array[:, target] = old[:, source]
+
+    def as_they_lie(self) -> list[np.ndarray]:
+        """The arrays in the order of the layout: pages of all layers one after another, or as they are."""
+        if self.config.layout is Layout.LAYER_MAJOR:
+            return self.arrays
+        by_page = (np.split(array, array.shape[1] // self.config.page_size, axis=1) for array in self.arrays)
+        return [np.concatenate(list(map(np.concatenate, pages)))[None] for pages in by_page]
 
     def expect(self, pool: KVCache) -> None:
         """Fails unless the pool holds the same bits in every slot of every layer, the sink included."""

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcache.pools.double_sparse import DoubleSparseTokenToKVPool
 from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.pools.mla import MLATokenToKVPool
-from tests.pools.numpy_pool import mha_config, mla_config
+from tests.pools.numpy_pool import double_sparse_config, mha_config, mla_config, page_major
 
 LAYERS, TOKENS = 4, 16
 SIZES = {"size": 4096, "page_size": 16, "layer_num": LAYERS, "start_layer": 2}
-KINDS = [(MHATokenToKVPool, mha_config), (MLATokenToKVPool, mla_config)]
+KINDS = [
+    pytest.param(MHATokenToKVPool, mha_config, id="mha"),
+    pytest.param(MLATokenToKVPool, mla_config, id="mla"),
+    pytest.param(MHATokenToKVPool, page_major(mha_config), id="page-major-mha"),
+    pytest.param(MLATokenToKVPool, page_major(mla_config), id="page-major-mla"),
+    pytest.param(DoubleSparseTokenToKVPool, double_sparse_config, id="double-sparse"),
+]
+BY_KIND = pytest.mark.parametrize(("kind", "make_config"), KINDS)
 
 
 def set_layer(pool, layer, loc, rows):
-    if isinstance(pool, MHATokenToKVPool):
-        return pool.set_kv_buffer(layer, loc, *rows)
-    return pool.set_kv_buffer(layer, loc, rows[0])
+    return pool.set_kv_buffer(layer, loc, *rows)
 
 
 def one_layer(pool, loc, rows, all_rows):

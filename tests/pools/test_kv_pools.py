@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,26 +13,28 @@ from hypothesis import strategies as st
 
 from jaxcache.errors import ArgumentError, StalePoolError
 from jaxcache.pools.base import COPY_BUCKET_TOKENS, from_storage, storage_dtype, to_storage
-from jaxcache.pools.mha import MHATokenToKVPool
+from jaxcache.pools.layout import Layout
+from jaxcache.pools.mha import HeadsConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLATokenToKVPool
 from tests.pools.numpy_pool import (
+    CONFIGS,
     DTYPES,
     FLOATS,
     NumpyPool,
     bits,
+    double_sparse_config,
     filled_pool,
     make_pool,
     mha_config,
     mla_config,
+    page_major,
     random_rows,
 )
-
-CONFIGS = (mha_config, mla_config)
 
 
 def set_layer(pool, layer, loc, rows):
     """One write, through whatever the pool's setter is called."""
-    if isinstance(pool, MHATokenToKVPool):
+    if not isinstance(pool, MLATokenToKVPool):
         return pool.set_kv_buffer(layer, loc, *rows)
     rank = pool.config.kv_lora_rank
     return pool.set_mla_kv_buffer(layer, loc, rows[0][..., :rank], rows[0][..., rank:])
@@ -40,8 +44,11 @@ def layer_rows(rng, config, n):
     return [random_rows(rng, config.dtype, (n, *row)) for row in config.row_shapes]
 
 
-@pytest.mark.parametrize("make_config", CONFIGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("make_config", "dtype"),
+    [*product(CONFIGS, DTYPES[:2]), *product((mha_config, page_major(mla_config)), DTYPES[2:])],
+    ids=lambda part: part.__name__ if callable(part) else str(part),
+)
 def test_a_write_lands_in_its_layer_and_slots_and_nowhere_else(make_config, dtype):
     config = make_config(dtype)
     pool, oracle = filled_pool(config)
@@ -127,6 +134,17 @@ def test_a_traced_layer_outside_the_pool_writes_nothing(make_config):
     oracle.expect(pool)
 
 
+@pytest.mark.parametrize("make_config", [mha_config, page_major(mha_config)])
+@pytest.mark.parametrize("layer", [jnp.zeros(2, jnp.int32), jnp.float32(0), np.zeros((), np.int8)])
+def test_a_traced_layer_of_another_shape_or_dtype_is_refused(make_config, layer):
+    pool, oracle = filled_pool(make_config())
+    rows = layer_rows(np.random.default_rng(3), pool.config, 2)
+    for call in (lambda: pool.set_kv_buffer(layer, [4, 5], *rows), lambda: pool.gather([4, 5], layer)):
+        with pytest.raises(ArgumentError, match="layer must be an int or an int32 scalar; got"):
+            call()
+    oracle.expect(pool)
+
+
 @pytest.mark.parametrize("make_config", CONFIGS)
 def test_gather_reads_slots_in_the_order_asked_and_repeats_them(make_config):
     config = make_config(jnp.float8_e5m2, start_layer=3)
@@ -138,8 +156,9 @@ def test_gather_reads_slots_in_the_order_asked_and_repeats_them(make_config):
         np.testing.assert_array_equal(bits(rows), bits(expected[1, loc]))
 
 
-def test_mha_getters_return_one_layer_in_the_logical_dtype():
-    pool, oracle = filled_pool(mha_config(jnp.bfloat16, start_layer=1))
+@pytest.mark.parametrize("make_config", [mha_config, page_major(mha_config)])
+def test_mha_getters_return_one_layer_in_the_logical_dtype(make_config):
+    pool, oracle = filled_pool(make_config(jnp.bfloat16, start_layer=1))
     k, v = pool.get_kv_buffer(2)
     np.testing.assert_array_equal(bits(k), bits(oracle.arrays[0][1]))
     np.testing.assert_array_equal(bits(v), bits(oracle.arrays[1][1]))
@@ -148,8 +167,9 @@ def test_mha_getters_return_one_layer_in_the_logical_dtype():
     assert pool.get_value_buffer(2).shape == (28, 2, 4)
 
 
-def test_the_mla_value_is_the_latent_part_of_the_key():
-    pool, oracle = filled_pool(mla_config(jnp.bfloat16))
+@pytest.mark.parametrize("make_config", [mla_config, page_major(mla_config)])
+def test_the_mla_value_is_the_latent_part_of_the_key(make_config):
+    pool, oracle = filled_pool(make_config(jnp.bfloat16))
     k, v = pool.get_kv_buffer(2)
     np.testing.assert_array_equal(bits(k), bits(oracle.arrays[0][2]))
     np.testing.assert_array_equal(bits(v), bits(oracle.arrays[0][2][:, :12]))
@@ -238,6 +258,16 @@ def test_a_cpu_copy_outlives_its_pool():
     oracle.expect(wiped.load_cpu_copy(copy, [5, 6]))
 
 
+@pytest.mark.parametrize("make_config", [mha_config, mla_config])
+def test_cpu_copies_pass_between_layouts(make_config):
+    layers_first, oracle = filled_pool(make_config(jnp.bfloat16))
+    pages_first = make_pool(page_major(make_config)(jnp.bfloat16))
+    everything = np.arange(28)
+    pages_first = pages_first.load_cpu_copy(layers_first.get_cpu_copy(everything), everything)
+    oracle.expect(pages_first)
+    oracle.expect(make_pool(oracle.config).load_cpu_copy(pages_first.get_cpu_copy(everything), everything))
+
+
 def test_copies_of_different_lengths_compile_once():
     compiled = []
 
@@ -260,21 +290,37 @@ def test_copies_of_different_lengths_compile_once():
 @pytest.mark.parametrize("make_config", CONFIGS)
 def test_buffer_infos_locate_every_page_of_the_stack(make_config):
     config = make_config(jnp.bfloat16, start_layer=4)
-    pool, _ = filled_pool(config)
+    pool, oracle = filled_pool(config)
     infos = pool.get_contiguous_buf_infos()
-    names = ["k", "v"] if make_config is mha_config else ["kv"]
-    assert [(i.name, i.layer_id) for i in infos] == [(name, layer) for name in names for layer in (4, 5, 6)]
+    names = ["k", "v", "label"][: len(pool.buffers)] if isinstance(config, HeadsConfig) else ["kv"]
+    layers = [(4,), (5,), (6,)] if config.layout is Layout.LAYER_MAJOR else [(4, 5, 6)]
+    assert [(i.name, i.layer_ids) for i in infos] == [(name, ids) for name in names for ids in layers]
     for info in infos:
         memory = np.asarray(getattr(pool, info.name)).tobytes()
         page = memory[info.offset_bytes + 2 * info.page_bytes :][: info.page_bytes]
-        rows = pool.buffers[names.index(info.name)][info.layer_id - 4, 8:12]
-        assert page == np.asarray(rows).tobytes()
-        assert info.shape == pool.buffers[names.index(info.name)].shape[1:]
+        rows = oracle.arrays[names.index(info.name)][[layer - 4 for layer in info.layer_ids], 8:12]
+        assert page == rows.tobytes()
+        assert info.shape[:1] == ((28,) if len(info.layer_ids) == 1 else (7,))
         assert info.strides_bytes == np.empty(info.shape, rows.dtype).strides
-        assert info.size_bytes == np.empty(info.shape, rows.dtype).nbytes
+        assert info.size_bytes == np.empty(info.shape, rows.dtype).nbytes == 7 * info.page_bytes
+
+
+@pytest.mark.parametrize("make_config", CONFIGS)
+def test_arrays_lie_in_the_order_of_the_layout(make_config):
+    """Page-major, the bytes of a page of all layers follow on each other."""
+    pool, oracle = filled_pool(make_config(jnp.bfloat16))
+    for buffer, array, lying in zip(pool.buffers, oracle.arrays, oracle.as_they_lie(), strict=True):
+        np.testing.assert_array_equal(bits(buffer), bits(lying))
+        page = array[:, 8:12].tobytes()  # of all three layers
+        found = np.asarray(buffer).tobytes().find(page)
+        assert found == (2 * len(page) if pool.config.layout is Layout.PAGE_MAJOR else -1)
 
 
 def test_sizes_count_the_sink_page():
+    sparse = make_pool(double_sparse_config(jnp.bfloat16))
+    assert sparse.get_kv_size_bytes() == (3 * 28 * 2 * 8 * 2, 3 * 28 * 2 * 4 * 2, 3 * 28 * 2 * 3 * 2)
+    page_major_mha = make_pool(page_major(mha_config)(jnp.bfloat16))
+    assert page_major_mha.get_kv_size_bytes() == (3 * 28 * 2 * 8 * 2, 3 * 28 * 2 * 4 * 2)
     mha, mla = make_pool(mha_config(jnp.bfloat16)), make_pool(mla_config(jnp.bfloat16))
     assert mha.get_kv_size_bytes() == (3 * 28 * 2 * 8 * 2, 3 * 28 * 2 * 4 * 2)
     assert mla.get_kv_size_bytes() == 3 * 28 * 17 * 2
@@ -359,6 +405,11 @@ def test_a_consumed_pool_cannot_be_read(call):
         ({"size": 2**31 - 4}, "int32"),
         ({"dtype": np.float64}, "dtype must be one of"),
         ({"dtype": np.int32}, "dtype must be one of"),
+        ({"layout": "page_major"}, r"layout must be a jaxcache\.Layout; got 'page_major'"),
+        (
+            {"layout": Layout.PAGE_MAJOR, "size": 2**30, "layer_num": 2},
+            r"size must leave int32 rows in all 2 layers together, or take Layout\.LAYER_MAJOR",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):

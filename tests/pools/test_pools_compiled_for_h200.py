@@ -10,12 +10,12 @@ import pytest
 
 from jaxcache.kernels.in_place import inspect_compiled
 from jaxcache.pools.mha import MHATokenToKVPool
+from jaxcache.pools.mla import MLATokenToKVPool
 from tests.kernels import h200
-from tests.pools.numpy_pool import DTYPES
-from tests.pools.steps import KINDS, OPS, SHAPES, SIZES, abstract_args, on_mesh, pool_a_layer
+from tests.pools.numpy_pool import DTYPES, mha_config
+from tests.pools.steps import BY_KIND, OPS, SHAPES, SIZES, abstract_args, on_mesh, pool_a_layer
 
 pytestmark = pytest.mark.h200
-BY_KIND = pytest.mark.parametrize(("kind", "make_config"), KINDS, ids=["mha", "mla"])
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)")
 
 
@@ -56,20 +56,19 @@ def test_a_list_of_pools_is_in_place(kind, make_config):
 @pytest.mark.parametrize("shards", [1, 2, 8])
 @pytest.mark.parametrize("step", [*OPS, *SHAPES])
 def test_every_shard_is_in_place_and_stays_where_it_is(kind, make_config, shards, step):
-    sizes = SIZES | {"axis_name": "tp", "shards": shards} | ({"head_num": 8} if kind is MHATokenToKVPool else {})
+    sizes = SIZES | {"axis_name": "tp", "shards": shards} | ({} if kind is MLATokenToKVPool else {"head_num": 8})
     config, mesh = make_config(jnp.bfloat16, **sizes), h200.h200_mesh(shards, "tp")
     pool, *args = abstract_args(kind, config, "gpu", mesh)
     sharded_step = on_mesh(step, config, mesh, pool.partition_specs())
     compiled = h200.compile_for_h200(sharded_step, pool, *args, donate=(0,), mesh=mesh)
-    check(compiled, pool.size_bytes // (shards if kind is MHATokenToKVPool else 1))
+    check(compiled, pool.size_bytes // (1 if kind is MLATokenToKVPool else shards))
 
 
 def test_a_sharded_pool_under_a_plain_jit_would_be_gathered_whole():
     """What the ops refuse, done behind their back: it must be seen here, or the test above sees nothing."""
     sizes = SIZES | {"axis_name": "tp", "shards": 8, "head_num": 8}
-    kind, make_config = KINDS[0]
     mesh = h200.h200_mesh(8, "tp")
-    pool, loc, rows, _ = abstract_args(kind, make_config(jnp.bfloat16, **sizes), "gpu", mesh)
+    pool, loc, rows, _ = abstract_args(MHATokenToKVPool, mha_config(jnp.bfloat16, **sizes), "gpu", mesh)
 
     def step(k_pool, v_pool, loc, k, v):
         from jaxcache.kernels.write_kv import write_kv

@@ -253,8 +253,8 @@ def test_sizes_and_places_are_those_of_both_sides(make_config):
     sizes = pool.get_kv_size_bytes()
     assert sum(sizes if isinstance(sizes, tuple) else (sizes,)) == sum(whole)
     infos = pool.get_contiguous_buf_infos()
-    assert [info.layer_id for info in infos] == [
-        layer
+    assert [info.layer_ids for info in infos] == [
+        (layer,)
         for layers in (config.full_layers, config.window_layers)
         for _ in config.full.row_shapes
         for layer in layers
@@ -263,7 +263,7 @@ def test_sizes_and_places_are_those_of_both_sides(make_config):
         f"{side}.{name}": array for side in ("full", "window") for name, array in vars(getattr(pool, side)).items()
     }
     for info in infos:
-        side, index = oracle.side_of(info.layer_id)
+        side, index = oracle.side_of(info.layer_ids[0])
         array = arrays[info.name]
         assert info.shape == array.shape[1:]
         assert info.offset_bytes == index * info.size_bytes == index * array[0].nbytes
