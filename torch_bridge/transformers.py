@@ -26,7 +26,6 @@ from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.index.key import Namespace
 from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
-from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from torch_bridge.lend import share
@@ -83,11 +82,6 @@ class JaxPagedCache(Cache):
         sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
         if any(side.layout is Layout.PAGE_MAJOR for side in sides):
             raise UnsupportedError("memory: need Layout.LAYER_MAJOR, since layers are read whole; got page-major")
-        sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
-        if any(side.layout is Layout.PAGE_MAJOR for side in sides):
-            raise UnsupportedError(
-                "memory: need Layout.LAYER_MAJOR, for `generate()` reads whole layers; got page-major"
-            )
         num_layers = len(kv.full_layers) + len(kv.window_layers) if isinstance(kv, SWAConfig) else kv.layer_num
         if len(windows) != num_layers:
             raise ArgumentError(f"windows must be one for each of the {num_layers} layers, got {len(windows)}")
