@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,13 @@ from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
+from jaxcache.runner import CompiledSteps
 from jaxcache.step import Batch
 
 WINDOW, STEPS = 6, 8
+
+_compiled = functools.cache(lambda page_size: CompiledSteps())
+"""What is compiled for pages of a size, by any test; JAX tells the pools apart."""
 
 
 def make_manager(page_size, has_window, has_states):
@@ -26,7 +32,7 @@ def make_manager(page_size, has_window, has_states):
     if has_window:
         kv = SWAConfig(full=kv, window=MHAConfig(size=160, **side), full_layers=(0, 2), window_layers=(1, 3))
     shapes = {"conv_shape": (3, 2), "temporal_shape": (2, 4), "conv_dtype": jnp.float32, "temporal_dtype": jnp.float32}
-    return init_memory_pool_and_cache(
+    manager = init_memory_pool_and_cache(
         MemoryConfig(
             kv,
             max_running=4,
@@ -36,6 +42,8 @@ def make_manager(page_size, has_window, has_states):
             states=MambaConfig(num_states=12, layer_num=2, **shapes) if has_states else None,
         )
     )
+    manager.runner.compiled = _compiled(page_size)
+    return manager
 
 
 def next_token(tokens):
