@@ -1,4 +1,4 @@
-"""Which rows of a pool hold something: those of pages and states that are not free.
+"""Which rows of a pool hold something: those of pages and states that are not free; and how they are taken in parts.
 
 pool                 stacks of layers               rows in use, by the books of
 MHA, MLA             kv                             the allocator
@@ -8,7 +8,7 @@ HybridKVPool         those of its KV, states        and the allocator of states
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,10 @@ from jaxcache.pools.swa import SWAKVPool
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
+
+
+PART_BYTES = 64 << 20
+"""Most bytes of a part, but for a row that is longer."""
 
 
 def layer_stacks(pool: MemoryPool) -> dict[str, LayerStack]:
@@ -57,3 +61,14 @@ def rows_in_use(
 def _rows(allocator: BaseTokenToKVPoolAllocator) -> np.ndarray:
     used = np.flatnonzero(~np.isin(allocator.states, (PageState.FREE, PageState.SINK)))
     return page_slots(used.astype(np.int32), allocator.page_size)
+
+
+def rows_per_part(pool: LayerStack) -> int:
+    """Rows of every layer in one part, but for the last one."""
+    row_bytes = -(-pool.size_bytes // pool.config.rows)
+    return max(1, min(PART_BYTES // row_bytes, pool.config.rows))
+
+
+def parts_of(rows: Int32[np.ndarray, " rows"], size: int) -> Iterator[Int32[np.ndarray, " part"]]:
+    """The rows, so many at a time."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))

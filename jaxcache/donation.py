@@ -110,6 +110,20 @@ class DevicePool:
         kept = tuple(ref for ref in self.views if ref() is not None) if self.views else ()
         object.__setattr__(self, "views", (*kept, weakref.ref(view)))
 
+    def remove_view(self, view: PoolView) -> None:
+        """`view` has ended: it is told of nothing any more."""
+        kept = tuple(ref for ref in self.views if ref() not in (None, view))
+        object.__setattr__(self, "views", kept)
+
+    def require_unshared(self) -> None:
+        """Raises unless nobody would miss the memory: as `require_donatable`, or BorrowedError if somebody looks in."""
+        self.require_donatable()
+        if _views_of(self.with_parts()):
+            raise BorrowedError(
+                f"this {type(self).__name__} is shared with another framework, whose tensors would lie in memory that "
+                "is gone: close the share first, and share the pool anew afterwards"
+            )
+
     def mark_borrowed(self) -> None:
         """Forbids donating this pool until `unmark_borrowed` was called as often. O(1)."""
         for pool in self.with_parts():

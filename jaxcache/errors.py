@@ -40,8 +40,12 @@ class StalePoolError(CacheError):
     """A pool was used after a donated step consumed it."""
 
 
+class ReleasedError(CacheError):
+    """Something needs the pool, whose device memory was released and not resumed yet."""
+
+
 class BorrowedError(CacheError):
-    """A pool was to be donated while another framework holds a view of it."""
+    """A pool was to be donated, or its memory released, while another framework holds a view of it."""
 
 
 class DeadViewError(CacheError):

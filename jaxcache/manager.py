@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from jaxcache.audit import check_device_map, check_device_table, check_owners
 from jaxcache.caches.radix import RadixCache
+from jaxcache.contents import rows_in_use
 from jaxcache.decode_loop import LoopShape
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.node import NOTHING
@@ -110,7 +111,11 @@ class MemoryManager:
 
     @property
     def pool(self) -> MemoryPool:
-        """The KV pool. Replaced by every `run`: never keep it across one."""
+        """The KV pool. Replaced by every `run`: never keep it across one.
+
+        Raises:
+          ReleasedError: Its memory was released.
+        """
         return self.runner.pool
 
     @pool.setter
@@ -135,6 +140,7 @@ class MemoryManager:
 
         Raises:
           RequestStateError: It is running or done.
+          ReleasedError: The pool's memory was released.
           ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with pages of another size.
         """
         if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
@@ -149,6 +155,7 @@ class MemoryManager:
                 f"request {request.rid} has a host copy in pages of {request.cpu_copy.page_size}, here they have "
                 f"{self.page_size}: set its cpu_copy to None, and it is computed again"
             )
+        self.runner.require_resumed()
         if not self.req_to_token_pool.available_size():
             return None
         cap = request.num_tokens - 1
@@ -447,13 +454,58 @@ class MemoryManager:
         Raises:
           RequestStateError: Requests are running. Nothing has changed.
         """
+        self._require_idle()
+        self._forget()
+
+    def _require_idle(self) -> None:
         if self.running:
             raise RequestStateError(f"{len(self.running)} requests are running: finish, retract or abort them first")
+
+    def _forget(self) -> None:
         self.cache.reset()
         self.allocator.clear()
         if self.states is not None:
             self.states.clear()
         self.req_to_token_pool.clear()
+
+    def release_memory(self, *, keep: bool = False) -> None:
+        """Frees the pool's device memory until `resume_memory`: for other arrays of this process, such as training's.
+
+        What needs the pool meanwhile raises ReleasedError: `pool`, `admit`, the steps, copies to the host. Request
+        table and compiled steps stay. JAX keeps freed memory for itself unless it was told to allocate from the driver
+        (`XLA_PYTHON_CLIENT_ALLOCATOR=platform`).
+
+        Args:
+          keep: Keep pages and states in use, in page-locked host memory. Requests may be running, and run on after
+            `resume_memory`. If False, all is forgotten as by `reset`.
+
+        Raises: (and nothing has changed)
+          ReleasedError: It was released before.
+          RequestStateError: Requests are running, and nothing is to be kept.
+          BorrowedError: Another framework has borrowed or shares the pool: its tensors would lie in memory that is
+            gone, and JAX may put the pool elsewhere when it comes back.
+          StalePoolError: A donated step consumed the pool behind the manager's back.
+
+        Cost: waits for the steps in flight; then what is kept, over the host link.
+        Source: SGLang 0.5.2 scheduler, release_memory_occupation.
+        """
+        if keep:
+            self.runner.release(rows_in_use(self.allocator, self.states))
+            return
+        self._require_idle()
+        self.runner.release(None)
+        self._forget()
+
+    def resume_memory(self) -> None:
+        """Brings the pool's device memory back, with what was kept; at other addresses, perhaps: share it anew.
+
+        Raises:
+          ReleasedError: It was not released.
+          jax.errors.JaxRuntimeError: The device has no room. It stays released, with what was kept: try again.
+
+        Source: SGLang 0.5.2 scheduler, resume_memory_occupation.
+        """
+        self.runner.resume()
 
     def get_token_info(self) -> tuple[int, float, int, int]:
         """(used, usage, available, evictable): tokens, and used as a fraction. Locked cached tokens count as used.

@@ -53,6 +53,8 @@ class OpKind(enum.Enum):
     EVICT = enum.auto()
     DROP = enum.auto()
     RESET = enum.auto()
+    RELEASE = enum.auto()
+    RESUME = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,14 @@ class RecordedManager(MemoryManager):
     def reset(self) -> None:
         """See `MemoryManager.reset`."""
         self._tell(OpKind.RESET, (), (), super().reset)
+
+    def release_memory(self, *, keep: bool = False) -> None:
+        """See `MemoryManager.release_memory`."""
+        self._tell(OpKind.RELEASE, (), (keep,), partial(super().release_memory, keep=keep))
+
+    def resume_memory(self) -> None:
+        """See `MemoryManager.resume_memory`."""
+        self._tell(OpKind.RESUME, (), (), super().resume_memory)
 
     def _tell_of(self, kind: OpKind, plan: StepPlan | LoopPlan, args: tuple, call: Callable[[], Any]) -> Any:
         """A call about a plan. One that is over, or of padding, changes nothing and is not written down."""
@@ -366,6 +376,8 @@ _CALLS: dict[OpKind, Callable[..., Any]] = {
     OpKind.EVICT: lambda memory, batch, plans, *amounts: memory.cache.evict(*amounts),
     OpKind.DROP: lambda memory, batch, plans, space: memory.cache.drop(Namespace.decode(space)),
     OpKind.RESET: lambda memory, batch, plans: memory.reset(),
+    OpKind.RELEASE: lambda memory, batch, plans, keep: memory.release_memory(keep=keep),
+    OpKind.RESUME: lambda memory, batch, plans: memory.resume_memory(),
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from jaxcache.decode_loop import LoopShape, unpack_loop
 from jaxcache.donation import DonatingStep, donating, is_update
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.loop_plan import LoopPlan
 from jaxcache.mirror import TableChanges
 from jaxcache.packing import NOWHERE
@@ -28,6 +28,7 @@ from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.requests import ReqToTokenPool, RequestTable
 from jaxcache.pools.stack import MemoryPool
+from jaxcache.released import ReleasedPool
 from jaxcache.step import NO_CHANGES, Bucket, StepPlan, unpack
 from jaxcache.upload import Uploads, fetched
 
@@ -117,13 +118,13 @@ class StepRunner:
       windows: What the pool's map to window pages follows, if it has one.
 
     Attributes:
-      pool: The KV pool. Replaced by every step: never keep it across one.
       table: Device twin of the request table; likewise replaced.
       compiled: The jitted steps. Managers of equal sizes may share them.
     """
 
     def __init__(self, pool: MemoryPool, host_table: ReqToTokenPool, windows: SWATokenToKVPoolAllocator | None = None):
-        self.pool: Any = pool
+        self._pool: Any = pool
+        self._released: ReleasedPool | None = None
         self.table: RequestTable = host_table.device_table(pool.mesh)
         self._everywhere: Sharding
         if pool.mesh is None:
@@ -132,7 +133,7 @@ class StepRunner:
             # Arrays that are bound to no device compile apart from those that are, as uploads must be.
             self.table = jax.device_put(self.table, device)
             if not pool.is_shared:  # this makes another pool of the same memory, of which nobody's view would know
-                self.pool = jax.device_put(pool, device)
+                self._pool = jax.device_put(pool, device)
         else:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
         self.compiled = CompiledSteps()
@@ -141,6 +142,44 @@ class StepRunner:
         self._uploads: dict[int, Uploads] = {}
         self._patch = donating(RequestTable.patched)
         self._patch_map = donating(with_window_map)
+
+    @property
+    def pool(self) -> Any:
+        """The KV pool. Replaced by every step: never keep it across one.
+
+        Raises:
+          ReleasedError: Its memory was released.
+        """
+        if self._released is not None:
+            self.require_resumed()
+        return self._pool
+
+    @pool.setter
+    def pool(self, pool: MemoryPool) -> None:
+        self.require_resumed()
+        self._pool = pool
+
+    def require_resumed(self) -> None:
+        """Raises ReleasedError while the pool has no memory."""
+        if self._released is not None:
+            raise ReleasedError("pool: its device memory was released: call resume_memory first")
+
+    def release(self, kept: Mapping[str, np.ndarray] | None) -> None:
+        """Frees the pool's memory; see `ReleasedPool`. Table and compiled steps stay."""
+        self._released = ReleasedPool(self.pool, kept)
+        self._pool = None
+
+    def resume(self) -> None:
+        """Brings the pool back, with the rows that were kept. If that fails, it is released as before.
+
+        Raises:
+          ReleasedError: It was not released.
+        """
+        if self._released is None:
+            raise ReleasedError("pool: its device memory is there: call release_memory first")
+        self._pool, self._released = self._released.resumed(), None
+        if self._windows is not None:
+            self._windows.send_all()
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""

@@ -17,7 +17,7 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 _LEAVES = {"errors"}
 _STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
 _STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "cursor", "planner"}
-_STACK |= {"offload", "running_states", "columns", "contents"}
+_STACK |= {"offload", "running_states", "columns", "contents", "released"}
 # A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode_loop": _LEAVES | {"config", "kernels", "packing", "pages", "pools"},
     "loop_plan": _LEAVES | {"config", "decode_loop", "packing", "pages", "pools", "request"},
     "upload": set(),
+    "released": {"contents", "pools"},
     "runner": _LEAVES
-    | {"decode_loop", "donation", "loop_plan", "mirror", "packing", "pages", "pools", "step", "upload"},
+    | {"decode_loop", "donation", "loop_plan", "mirror", "packing", "pages", "pools", "released", "step", "upload"},
     "running_states": _LEAVES | {"caches", "pages", "pools", "runner", "step"},
     "offload": _LEAVES | {"caches", "pages", "pools"},
     "audit": _LEAVES | {"config", "pages", "pools", "request"},

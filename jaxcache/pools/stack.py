@@ -240,11 +240,10 @@ class LayerStack(MemoryPool):
         copies = _read(self, rows, mesh=self.mesh)
         return tuple(jax.device_put(copy, copy.sharding.with_memory_kind("pinned_host")) for copy in copies)
 
-    def placed(self, *values: Shaped[np.ndarray, "layers n *row"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
-        """Rows of every layer, as `start_copy` gives them, where `with_rows` takes them: beside the pool."""
+    def placed(self, *values: Shaped[ArrayLike, "layers n *row"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
+        """Rows of every layer from host memory, in storage dtype, on the devices of the pool. Threads may call it."""
         where = self.buffers[0].sharding
-        stored = (value.view(buffer.dtype) for value, buffer in zip(values, self.buffers, strict=True))
-        pinned = [jax.device_put(value, where.with_memory_kind("pinned_host")) for value in stored]
+        pinned = [jax.device_put(value, where.with_memory_kind("pinned_host")) for value in values]
         return tuple(jax.device_put(value, where) for value in pinned)
 
     def with_rows(self, rows: Int32[np.ndarray, " n"], *values: Shaped[Array, "layers n *row"]) -> Self:

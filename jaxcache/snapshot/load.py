@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.contents import layer_stacks, rows_in_use, with_layer_stacks
+from jaxcache.contents import layer_stacks, parts_of, rows_in_use, with_layer_stacks
 from jaxcache.errors import SnapshotError
 from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.memory_config import MemoryConfig
@@ -25,7 +25,7 @@ from jaxcache.snapshot.books import most_bytes, restore_books
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
 from jaxcache.snapshot.parts import Part, read_part
-from jaxcache.snapshot.save import array_names, part_path, parts_of, thread_count
+from jaxcache.snapshot.save import array_names, part_path, thread_count
 
 
 def load_snapshot(
@@ -136,5 +136,5 @@ def _rows_of(path: Path, part: Part, pool: LayerStack, count: int) -> list[np.nd
         value, shape = arrays.pop(name, None), (pool.config.layer_num, count, *row)
         if value is None or value.shape != shape or value.dtype.itemsize != buffer.dtype.itemsize:
             raise SnapshotError(f"{path}: {name} must be {shape} of {buffer.dtype.itemsize} bytes each, but is not")
-        values.append(value)
+        values.append(value.view(buffer.dtype))
     return values

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcache.contents import layer_stacks, rows_in_use
+from jaxcache.contents import layer_stacks, parts_of, rows_in_use, rows_per_part
 from jaxcache.errors import RequestStateError
 from jaxcache.manager import MemoryManager
 from jaxcache.pages.arguments import as_count
@@ -29,9 +28,6 @@ from jaxcache.snapshot.books import saved_books
 from jaxcache.snapshot.folder import new_folder, publish
 from jaxcache.snapshot.manifest import Manifest, fingerprint
 from jaxcache.snapshot.parts import Part, write_part
-
-PART_BYTES = 64 << 20
-"""Most bytes of rows in one file, but for a row that is longer."""
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # what rows are in a file, whatever they are to the caller
 
@@ -113,17 +109,6 @@ def _write_copies(path: Path, pool: LayerStack, copies: tuple[Any, ...], count: 
 def thread_count(threads: int | None) -> int:
     """As asked for, or as many as there are processors, up to 16."""
     return max(1, as_count("threads", threads)) if threads is not None else min(16, os.cpu_count() or 1)
-
-
-def rows_per_part(pool: LayerStack) -> int:
-    """Rows of every layer in one file."""
-    row_bytes = -(-pool.size_bytes // pool.config.rows)
-    return max(1, min(PART_BYTES // row_bytes, pool.config.rows))
-
-
-def parts_of(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The rows, so many at a time."""
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def part_path(folder: Path, stack: str, i: int) -> Path:

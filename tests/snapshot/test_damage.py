@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcache
+from jaxcache import contents
 from jaxcache.errors import SnapshotError
 from jaxcache.index.recency import Policy
 from jaxcache.oplog import fingerprint
@@ -32,7 +33,7 @@ def life():
 @pytest.fixture
 def saved(life, tmp_path, monkeypatch):
     """A snapshot of some parts, to be spoilt."""
-    monkeypatch.setattr(save, "PART_BYTES", 80)
+    monkeypatch.setattr(contents, "PART_BYTES", 80)
     jaxcache.save_snapshot(tmp_path / "s", life.memory, model=MODEL)
     return tmp_path / "s"
 

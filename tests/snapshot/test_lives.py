@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxcache
+from jaxcache import contents
 from jaxcache.errors import ArgumentError, LockedError, RequestStateError, SnapshotError
 from jaxcache.index.key import Namespace
 from jaxcache.index.recency import Policy
@@ -22,7 +23,6 @@ from jaxcache.oplog import fingerprint
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
-from jaxcache.snapshot import save
 from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
 from tests.test_oplog import FLAVOURS, make_config
 
@@ -70,7 +70,7 @@ def test_it_lives_on_in_another_process(policy, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_saving_changes_nothing_and_many_parts_are_one_snapshot(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(save, "PART_BYTES", 40)
+    monkeypatch.setattr(contents, "PART_BYTES", 40)
     life = lived(seed, "both", Policy.ADAPTIVE, calls=60)
     before = fingerprint(life.memory)
     manifest = jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL, threads=2)
