@@ -49,3 +49,15 @@ class SWARadixCache(RadixCache):
     ):
         window = WindowKeeper(token_to_kv_pool_allocator, sliding_window_size)
         super().__init__(req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, window=window)
+
+    def sanity_check(self) -> None:
+        """`check`, by the name that SGLang has for it."""
+        self.check()
+
+    def full_lru_list_evictable_size(self) -> int:
+        """Tokens in the eviction order of the full pages, counted anew. `full_evictable_size` must agree. O(nodes)."""
+        return sum(node.tokens for node in self.tree.policies[0])
+
+    def swa_lru_list_evictable_size(self) -> int:
+        """The same of the window pages."""
+        return sum(node.tokens for node in self.tree.policies[1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcache.caches.swa_radix import SWARadixCache
-from jaxcache.errors import ArgumentError, OwnershipError
+from jaxcache.errors import ArgumentError, BrokenInvariant, OwnershipError
 from jaxcache.index.key import RadixKey
 from jaxcache.pages.base import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
@@ -40,6 +40,23 @@ def test_golden_sequence():
     assert put(cache, [1, 2, 3, 7, 8, 50]) == 5
     assert sizes(cache) == ((8, 0, 24), (8, 0, 16))
     assert cache.match_prefix([1, 2, 3]).prefix_len == 3  # healed
+
+
+def test_the_eviction_orders_hold_what_the_counters_say():
+    cache = make_swa_cache(4)
+    put(cache, [1, 2, 3, 4, 5, 6])
+    put(cache, [1, 2, 3, 7, 8, 9, 10])
+    cache.evict(0, 3)
+    cache.evict(0, 3)
+    for evictable in ((7, 4), (0, 0)):
+        assert (cache.full_lru_list_evictable_size(), cache.swa_lru_list_evictable_size()) == evictable
+        assert (cache.full_evictable_size(), cache.swa_evictable_size()) == evictable
+        cache.sanity_check()
+        cache.inc_lock_ref(cache.match_prefix([1, 2, 3, 7, 8, 9, 10]))
+    cache.tree.evictable[1] += 1
+    assert cache.swa_lru_list_evictable_size() != cache.swa_evictable_size()
+    with pytest.raises(BrokenInvariant, match="counters"):
+        cache.sanity_check()
 
 
 def live(cache, tokens):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.base import PageState
-from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.paged import AscendPagedTokenToKVPoolAllocator, PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 PRIVATE, TREE = PageState.PRIVATE, PageState.TREE
@@ -350,7 +350,7 @@ def test_s06_the_cost_does_not_grow_with_the_pool():
 # S-07: with one slot a page, decode allocated nothing and returned the neighbour's slot.
 
 
-@pytest.mark.parametrize("make", [TokenToKVPoolAllocator, lambda size: PagedTokenToKVPoolAllocator(size, 1)])
+@pytest.mark.parametrize("make", [TokenToKVPoolAllocator, lambda size: AscendPagedTokenToKVPoolAllocator(size, 1)])
 def test_s07_decode_and_extend_with_pages_of_one_slot(make):
     allocator = make(10)
     assert allocator.alloc_extend([0, 0], [2, 3], [-1, -1], 5).tolist() == [1, 2, 3, 4, 5]
@@ -365,7 +365,7 @@ def test_s07_decode_and_extend_with_pages_of_one_slot(make):
 
 
 def test_s08_decode_uses_the_last_page_and_later_rows_need_none():
-    allocator = paged(num_pages=3)
+    allocator = AscendPagedTokenToKVPoolAllocator(12, 4)
     allocator.alloc_extend([0, 0], [4, 2], [-1, -1], 6)
     assert allocator.alloc_decode([5, 3], [7, 9]).tolist() == [12, 10]
     assert allocator.available_size() == 0
