@@ -41,9 +41,9 @@ class MemoryConfig:
       disable_radix_cache: Share nothing between requests.
       enable_kv_cache_events: Queue an event for each cached block.
       need_sort: Hand out pages in ascending order where possible (contiguous transfers).
-      sliding_window_size: Tokens that the window layers of an `SWAConfig` attend to. A request can keep the window
-        pages of a whole chunk besides, and with states those since its last snapshot: give the window side room for
-        two chunks, a window and two pages at least (and `state_interval` tokens a request), or steps find memory short.
+      sliding_window_size: Tokens that the window layers of an `SWAConfig` attend to. Give the window side room for a
+        chunk, and for a window and three pages a running request, or steps find memory short. With states, room for
+        `state_interval` tokens more a request keeps its snapshots.
       states: Sizes of the recurrent states, for a model that has some: a working one and a snapshot for each running
         request, and those that are cached.
       state_interval: Tokens between snapshots of the state of a decoding request.

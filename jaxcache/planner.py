@@ -78,12 +78,19 @@ class StepPlanner:
     def make_room(self, num_pages: int, without_window: int = 0) -> None:
         """Evicts what is short of so many free pages, `without_window` of which need no window page, if that is enough.
 
-        If it is not, running requests first give up the window pages that none of their tokens will attend to again.
+        Where only window pages are short, running requests give up those that none of their tokens will attend to
+        again, one request after the other, and if that is not enough, snapshots with the windows before them.
         """
-        if not self._cache.make_room(num_pages, without_window=without_window):
+        if self._cache.make_room(num_pages, without_window=without_window):
+            return
+        most = self._allocator.full_available_size() + self._cache.evictable_size()
+        if most < num_pages * self._table.page_size:
+            return
+        for keep_snapshot in (True, False):
             for request in self._running.values():
-                self._cache.drop_out_of_window(request)
-            self._cache.make_room(num_pages, without_window=without_window)
+                self._cache.drop_out_of_window(request, keep_snapshot)
+                if self._cache.make_room(num_pages, without_window=without_window):
+                    return
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
         """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""

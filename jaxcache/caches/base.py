@@ -119,8 +119,8 @@ class BasePrefixCache(ABC):
         """Whether so many pages and states can be taken now, after evicting what is short if that suffices for all."""
 
     @abstractmethod
-    def drop_out_of_window(self, req: Request) -> None:
-        """Frees what a running request has for its window layers and no later token attends."""
+    def drop_out_of_window(self, req: Request, keep_snapshot: bool = True) -> None:
+        """Frees what a running request has for its window layers and no later token attends, nor its snapshot needs."""
 
     @abstractmethod
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:

@@ -358,17 +358,30 @@ class RadixCache(BasePrefixCache):
             self.tree.unlock(req.lock)
             req.lock = None
 
-    def drop_out_of_window(self, req: Request) -> None:
+    def drop_out_of_window(self, req: Request, keep_snapshot: bool = True) -> None:
         """Frees the window pages of a running request that no later token attends, and no later stop needs.
 
-        Only its own: those in the tree are evicted when there is need. Cost: O(1) while there is nothing to free.
+        Its own are free then. Those in the tree that it locks become evictable.
+
+        Args:
+          req: Running.
+          keep_snapshot: Keep the windows before its snapshot, without which that is of no use. Otherwise a snapshot
+            that keeps any is freed too.
+
+        Cost: O(nodes it locks in its window).
         """
         if self._window is None:
             return
         stop = max(req.kv_len - self.is_eagle, 0) // self.page_size * self.page_size
         if self._states is not None:
             state, length = self._states.snapshot(_row_of(req))
-            stop = min(stop, length) if state else stop
+            if state and length < stop:
+                if keep_snapshot:
+                    stop = length
+                else:
+                    self._states.forget_snapshot(_row_of(req))
+        if req.lock is not None:
+            self.tree.narrow(req.lock, stop)
         if stop > self._window.component.reach:
             self._free_windows_before(req, int(stop - self._window.component.reach))
 

@@ -13,7 +13,7 @@ counted in elements of the key: tokens, or pairs of them for `BigramKey`; the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,7 @@ _INT32 = np.dtype(np.int32)
 
 def owned(values: np.ndarray) -> np.ndarray:
     """A read-only copy of ids: a slice would keep the whole array behind it alive."""
-    copy = np.array(values, _INT32)
+    copy = values.astype(_INT32)
     copy.setflags(False)  # type: ignore[call-arg]  # write=False, in half the time
     return copy
 
@@ -178,7 +178,7 @@ class Receipt:
 
     __slots__ = ("epoch", "held", "length", "node", "since", "tree")
 
-    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: Sequence[int], epoch: int):
+    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: list[int], epoch: int):
         self.tree = tree
         self.node = node
         self.length = length

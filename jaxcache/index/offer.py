@@ -14,8 +14,6 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
-from jaxcache.index.key import RadixKey
-from jaxcache.index.node import Receipt, Root
 
 
 def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], owned: int, pages: int) -> list[int]:
@@ -52,21 +50,6 @@ def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], 
             )
         starts.append(start)
     return starts
-
-
-def require_prefix(held: Receipt, key: RadixKey) -> None:
-    """One memory compare a node.
-
-    Raises:
-      ArgumentError: The lock is not on a prefix of `key`.
-    """
-    node = held.node
-    while node is not None and node.parent is not None:
-        if not key.packed.startswith(node.key, key.element_bytes * node.start):
-            raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
-        node = node.parent
-    if isinstance(node, Root) and node.namespace != key.namespace:
-        raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")
 
 
 def as_priority(priority: Any) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
-from jaxcache.index.node import Node
+from jaxcache.index.node import NOTHING, Node
 
 
 class Stops:
@@ -29,6 +29,7 @@ class Stops:
       windows: The same without the first.
       state: Index of the one that keeps states; 0 if none does.
       reaches: Of each component.
+      no_windows: An empty array for each window.
     """
 
     def __init__(self, components: Sequence[Component]):
@@ -41,6 +42,7 @@ class Stops:
         self.spanning = [i for i, component in enumerate(components) if component.spans]
         self.windows = self.spanning[1:]
         self.state = states[0] if states else 0
+        self.no_windows = [NOTHING] * len(self.windows)
         self.reaches = [component.reach for component in components]
 
     def usable(self, path: list[Node], found: int) -> int:
@@ -49,26 +51,26 @@ class Stops:
         From the end upwards: where a stop fails because something is missing in a node, all those before it, up to the
         start of that node, fail for the same reason.
         """
-        at, length = len(path) - 1, found
+        at, length, state = len(path) - 1, found, self.state
         while at >= 0:
-            missing = at
-            if not self.state or (path[at].end == length and path[at].others[self.state - 1].value is not None):
-                missing = self._hole(path, at, length)
-                if missing < 0:
-                    return length
+            missing = -1
+            if state and (path[at].end != length or path[at].others[state - 1].value is None):
+                missing = at
+            else:
+                for i in self.windows:
+                    missing, stop = at, length - self.reaches[i]
+                    while missing >= 0 and path[missing].others[i - 1].value is not None:
+                        missing = missing - 1 if path[missing].start > stop else -1
+                    if missing >= 0:
+                        break
+            if missing < 0:
+                return length
             at, length = missing - 1, path[missing].start
         return 0
 
-    def _hole(self, path: list[Node], last: int, length: int) -> int:
-        """Deepest node of `path` in which a window lacks what a stop at `length`, in node `last`, needs; or -1."""
-        for i in self.windows:
-            reach = self.reaches[i]
-            at = last
-            while at >= 0 and path[at].end > length - reach:
-                if path[at].others[i - 1].value is None:
-                    return at
-                at -= 1
-        return -1
+    def begin(self, i: int, length: int, page_size: int) -> int:
+        """Where the pages of window `i` begin that a stop at `length` needs."""
+        return int(max(length - self.reaches[i], 0)) // page_size * page_size
 
     def state_at(self, path: list[Node]) -> int:
         """Id of the state at the end of `path`; 0 if no component keeps states."""

@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 
 from jaxcache.errors import ArgumentError, LockedError, ReceiptError
+from jaxcache.index.arguments import require_tree
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.explain import Graves
 from jaxcache.index.hashing import PageHashes
-from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES, RadixKey, first_mismatch
+from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch
 from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, below, joined, owned
-from jaxcache.index.offer import as_priority, offered_from, require_prefix
+from jaxcache.index.offer import as_priority, offered_from
+from jaxcache.index.receipt import require_live, require_prefix
 from jaxcache.index.recency import Policy
 from jaxcache.index.stops import Stops
 
@@ -52,6 +54,7 @@ class RadixTree:
     Attributes:
       evictable: For each component, values (pages or states) that no lock covers.
       protected: For each component, values that a lock covers.
+      graves: The nodes let go last.
 
     Raises:
       ArgumentError: page_size < 1, no policy, no such keys, or components that do not go together.
@@ -67,12 +70,7 @@ class RadixTree:
         with_hashes: bool = False,
         element_bytes: int = TOKEN_BYTES,
     ):
-        if not isinstance(page_size, (int, np.integer)) or page_size < 1:
-            raise ArgumentError(f"page_size must be an integer of at least 1, got {page_size!r}")
-        if not isinstance(policy, Policy):
-            raise ArgumentError(f"policy must be a Policy, got {policy!r}: use Policy({policy!r})")
-        if element_bytes not in (TOKEN_BYTES, BIGRAM_BYTES):
-            raise ArgumentError(f"element_bytes: give that of a key class, such as BigramKey's; got {element_bytes!r}")
+        require_tree(page_size, policy, element_bytes)
         self.page_size = int(page_size)
         self.components = tuple(components)
         self.policy = policy
@@ -110,7 +108,8 @@ class RadixTree:
             length = self._stops.usable(path, found)
             while path and path[-1].start >= length:
                 path.pop()
-            state = self._stops.state_at(path)
+            if self._stops.state:
+                state = self._stops.state_at(path)
         if not path:
             return Match(key, 0, found, NOTHING, path, self._version)
         whole = path if path[-1].end == length else path[:-1]
@@ -203,7 +202,11 @@ class RadixTree:
         added: list[Node] = []
         healed: list[Node] = []
         if not self._is_single:
-            healed = self._heal(path, values, starts, begin // page_size, spare)
+            first = begin // page_size
+            if path or max(starts) > first:
+                healed = self._heal(path, values, starts, first, spare)
+            else:
+                spare += self._stops.no_windows
             if self._stops.state:
                 spare.insert(self._stops.state, NOTHING if present < length else self._save(node, values))
             if used := self._path_to(node) if held is not None and any(held.since) else path:  # not all above is locked
@@ -220,7 +223,7 @@ class RadixTree:
         if key.element_bytes != self.element_bytes:
             self._refuse(key)
         if held is not None:
-            self._check_receipt(held)
+            require_live(held, self, self._epoch)
             if held.length > length:
                 raise ArgumentError(f"held: the lock covers {held.length} tokens, the key has {length} in whole pages")
             require_prefix(held, key)
@@ -273,9 +276,6 @@ class RadixTree:
     ) -> list[Node]:
         """Fills the holes along `path`, cut where the offer begins; returns them. What is not needed is spare."""
         healed: list[Node] = []
-        if not path and max(starts) == first:
-            spare += [NOTHING] * len(self._stops.windows)
-            return healed
         page_size, present = self.page_size, first + len(spare[0])
         for i in self._stops.windows:
             start = starts[i]
@@ -410,7 +410,7 @@ class RadixTree:
         self._let_go(node, range(len(freed)), freed)
         parent = node.parent
         del parent.children[node.key[: self._page_bytes]]
-        self._graves.bury(node, parent, self._version, is_drop)
+        self.graves.bury(node, parent, self._version, is_drop)
         node.parent = None
         nodes.append(node)
         self._version += 1
@@ -428,7 +428,7 @@ class RadixTree:
     def reset(self) -> None:
         """Forgets everything, without freeing anything; receipts given out before are refused from now on."""
         self._roots: dict[bytes, Root] = {}
-        self._graves = Graves(self._page_bytes, self.element_bytes)
+        self.graves = Graves(self._page_bytes, self.element_bytes)
         self._policies = [self.policy.build(leaves_only=i == 0) for i in range(len(self.components))]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
@@ -469,7 +469,7 @@ class RadixTree:
             node = path[-1] if path else None
             if node is not None and node.end != length:
                 node = self._split(node, length)
-        return Receipt(self, node, length, self._hold(node) if node else (), self._epoch)
+        return Receipt(self, node, length, self._hold(node) if node else [], self._epoch)
 
     def unlock(self, receipt: Receipt) -> int:
         """Takes a receipt back; returns the pages of the first component that became evictable.
@@ -477,22 +477,29 @@ class RadixTree:
         Raises:
           ReceiptError: It was given back before, is another tree's, or is from before a reset. Nothing changes.
         """
-        self._check_receipt(receipt)
+        require_live(receipt, self, self._epoch)
         receipt.held = False
         before = self.evictable[0]
         if receipt.node is not None:
             self._release(receipt.node, receipt.since)
         return self.evictable[0] - before
 
-    def _check_receipt(self, receipt: Receipt) -> None:
-        if not isinstance(receipt, Receipt):
-            raise ArgumentError(f"receipt must be what a lock returned, got {type(receipt).__name__}: keep that")
-        if receipt.tree is not self:
-            raise ReceiptError("receipt: it was issued by another tree; give it back there")
-        if receipt.epoch != self._epoch:
-            raise ReceiptError("receipt: it is from before the last reset, which released every lock; drop it")
-        if not receipt.held:
-            raise ReceiptError("receipt: it was given back already; a receipt releases its lock once")
+    def narrow(self, receipt: Receipt, stop: int) -> None:
+        """Cuts what a lock covers of the windows, whole nodes until then, back to what stops from `stop` on need of it.
+
+        In whole pages, and the last one stays. Raises: as `unlock`. Cost: O(nodes it covers).
+        """
+        require_live(receipt, self, self._epoch)
+        for i in self._stops.windows if receipt.since else ():
+            begin = min(self._stops.begin(i, stop, self.page_size), receipt.length - self.page_size)
+            if receipt.since[i] < begin:
+                node: Any = receipt.node
+                while node.start >= begin:
+                    node = node.parent
+                if node.end > begin:
+                    node = self._split(node, begin)
+                self._release(node, [position if j == i else begin for j, position in enumerate(receipt.since)])
+                receipt.since[i] = begin
 
     def _path_again(self, match: Match) -> list[Node]:
         """The path of an outdated match, if all of it is still there."""
@@ -509,7 +516,7 @@ class RadixTree:
             node = node.parent
         return isinstance(node, Root) and self._roots.get(node.namespace) is node
 
-    def _hold(self, bottom: Node) -> Sequence[int]:
+    def _hold(self, bottom: Node) -> list[int]:
         """Locks what a stop at the end of `bottom` needs; returns where that begins, for each component."""
         since: list[int] = []
         for i, reach in enumerate(self._stops.reaches):
@@ -551,11 +558,6 @@ class RadixTree:
     def roots(self) -> dict[bytes, Root]:
         """The top of each namespace, by its encoding. Not to be changed."""
         return self._roots
-
-    @property
-    def graves(self) -> Graves:
-        """The nodes let go last. Not to be changed."""
-        return self._graves
 
     @property
     def changes(self) -> int:

@@ -136,6 +136,17 @@ class TreeLife:
         assert held.receipt is not None
         same(self.tree.unlock(held.receipt), self.model.unlock(held.covered), "pages unlocked")
         self.refuses(ReceiptError, lambda: self.tree.unlock(held.receipt))  # type: ignore[arg-type]
+        self.refuses(ReceiptError, lambda: self.tree.narrow(held.receipt, 0))  # type: ignore[arg-type]
+
+    def narrow(self, index: int, further: int) -> None:
+        """Cuts a lock back to what a stop needs that comes so many tokens after it."""
+        if not self.locked:
+            return
+        held = self.locked[index % len(self.locked)]
+        assert held.receipt is not None
+        stop = held.receipt.length + further
+        self.tree.narrow(held.receipt, stop)
+        self.model.narrow(held.covered, stop)
 
     def insert(
         self,

@@ -8,7 +8,9 @@ lies between two marks.
     the end of a run. Every run has the first component; a run that no page follows has them all.
   * A stop is a prefix that every component can be continued from: the last `reach` tokens before it are there, the
     state is the one saved exactly there. A lookup gives the longest one.
-  * A lock covers, of each component, the runs with a token that its stop needs. It leaves a mark where it ends.
+  * A lock covers, of each component, the runs with a token that its stop needs. It leaves a mark where it ends. When it
+    is narrowed to a later stop, it covers of a window only pages that this one needs, and its last one, with a mark
+    before the first of them.
   * An insert keeps what is there and leaves a mark where the new begins. Of a further component only what comes after
     the last 0 is offered. It fills holes; a hole in which it begins, and new pages, are cut there.
   * A use of a path makes its runs the youngest: in the first component the run next to the root last, in others first.
@@ -286,15 +288,28 @@ class TreeModel:
     def unlock(self, covered: list[list[Page]]) -> int:
         """Returns how many pages of the first component became evictable."""
         for c, pages in enumerate(covered):
-            freed = []
-            for page in pages:
-                page.locks[c] -= 1
-                assert page.locks[c] >= 0
-                if page.is_end and not page.locks[c] and page.ids[c]:
-                    freed.append(page)
-            for end in freed[::-1] if c == 0 else freed:
-                self._enter(c, end)
+            self._unlock(c, pages)
         return sum(not page.locks[0] for page in covered[0])
+
+    def _unlock(self, c: int, pages: Sequence[Page]) -> None:
+        freed = []
+        for page in pages:
+            page.locks[c] -= 1
+            assert page.locks[c] >= 0
+            if page.is_end and not page.locks[c] and page.ids[c]:
+                freed.append(page)
+        for end in freed[::-1] if c == 0 else freed:
+            self._enter(c, end)
+
+    def narrow(self, covered: list[list[Page]], stop: int) -> None:
+        """Of the windows, a lock covers what a stop after `stop` tokens needs, and one page at least, and no more."""
+        for c in self.spanning[1:]:
+            reach = self.components[c].reach
+            before = [page for page in covered[c][:-1] if page.depth * self.page_size <= stop - reach]
+            if before:
+                self.mark(before[-1])
+                self._unlock(c, before)
+                covered[c] = covered[c][len(before) :]
 
     def evict(self, c: int, amount: int, told: Sequence[int] = ()) -> list[list[int]]:
         """Lets go of at least `amount` values; `told` are those of this component that went, in order."""

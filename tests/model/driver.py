@@ -142,7 +142,7 @@ class Driver:
 
     def evict(self) -> None:
         pages = self.rng.randint(1, 2) if self.evict_bites else self.rng.randint(0, self.shape.num_pages)
-        self.life.evict(pages * self.shape.page_size - self.rng.randrange(self.shape.page_size))
+        self.life.evict(max(pages * self.shape.page_size - self.rng.randrange(self.shape.page_size), 0))
 
     def group(self) -> None:
         self.life.group()

@@ -78,7 +78,7 @@ def is_caught(mutant: Mutant, ops: int) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         shutil.copytree(ROOT / "jaxcache", place / "jaxcache", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("tests", "pyproject.toml"):
+        for name in ("tests", "benchmarks", "pyproject.toml"):
             (place / name).symlink_to(ROOT / name)
         try:
             mutant.apply(place / "jaxcache")

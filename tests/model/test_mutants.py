@@ -11,7 +11,7 @@ SAMPLE = [
     "old lock is not given back",
     "evict rounds down",
     "states: a snapshot that was taken is still there",
-    "components: a hole is filled before the offer begins",
+    "components: a narrowed lock is released again in full",
 ]
 
 

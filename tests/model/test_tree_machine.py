@@ -35,6 +35,10 @@ class TreeMachine(RuleBasedStateMachine):
     def unlock(self, index):
         self.life.unlock(index)
 
+    @rule(index=index, further=st.integers(0, 100))
+    def narrow(self, index, further):
+        self.life.narrow(index, further)
+
     @rule(
         symbols=symbols,
         tail=tails,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import time
 from collections import deque
@@ -20,8 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.index import machine
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.recency import Policy
 from tests.index.life import SYMBOLS, Shape, TreeLife
@@ -68,6 +66,7 @@ class TreeDriver:
             self.match: 22,
             self.lock: 14,
             self.unlock: 12,
+            self.narrow: 4,
             self.insert: 16,
             self.extend: 14,
             self.evict: rng.choice([4, 10, 20]),
@@ -120,6 +119,10 @@ class TreeDriver:
     def unlock(self) -> None:
         if len(self.life.locked) > self.rng.randrange(6):
             self.life.unlock(self.pick())
+
+    def narrow(self) -> None:
+        further = self.rng.choice([0, 0, 1, self.rng.randrange(3 * self.shape.page_size)])
+        self.life.narrow(self.pick(), further)
 
     def insert(self) -> None:
         self.make_room()
@@ -210,13 +213,11 @@ def main() -> None:
     seconds = time.process_time() - started
     print(f"{operations:,} operations, 0 violations, {operations / seconds:,.0f} operations/s of one core")
     if arguments.out:
-        run = {
+        run = machine() | {
             "seeds": [first, stop],
             "ops_per_life": OPS_PER_LIFE,
             "violations": 0,
             "cpu_seconds": round(seconds),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
         }
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")

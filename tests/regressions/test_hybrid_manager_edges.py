@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import pytest
 
@@ -13,8 +15,12 @@ from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
+from jaxcache.runner import CompiledSteps
 
 PAGE, WINDOW = 4, 6
+
+_compiled = functools.cache(lambda page_size: CompiledSteps())
+"""What is compiled for pages of a size, by any test; JAX tells the pools apart."""
 
 
 def make_manager(num_window_tokens=None, num_states=None, page_size=PAGE, **options):
@@ -28,7 +34,9 @@ def make_manager(num_window_tokens=None, num_states=None, page_size=PAGE, **opti
         shapes = {"conv_shape": (3, 2), "temporal_shape": (2, 4)}
         dtypes = {"conv_dtype": jnp.float32, "temporal_dtype": jnp.float32}
         options["states"] = MambaConfig(num_states=num_states, layer_num=1, **shapes, **dtypes)
-    return init_memory_pool_and_cache(MemoryConfig(kv, max_running=4, max_context_len=64, chunk=16, **options))
+    manager = init_memory_pool_and_cache(MemoryConfig(kv, max_running=4, max_context_len=64, chunk=16, **options))
+    manager.runner.compiled = _compiled(page_size)
+    return manager
 
 
 def prefilled(manager, rid, tokens):
@@ -123,3 +131,68 @@ def test_a_copy_in_pages_of_another_size_is_refused():
     second.check_memory()
     request.cpu_copy = None
     assert second.admit(request) == 0
+
+
+def test_a_lock_keeps_no_more_of_a_chunk_than_its_window():
+    """It kept the window pages of all of the chunk, up to its own: with room for that chunk alone, no token could be
+    computed after it, and `retract` was of no use."""
+    manager = make_manager(num_window_tokens=16)
+    request = Request("alone", list(range(16)))
+    manager.admit(request)
+    manager.run(write_step, manager.extend([(request, 16)]))
+    sample(request)
+    decode(manager, request)
+    require_right(manager, request)
+
+
+def test_a_long_prompt_needs_window_pages_for_a_chunk_and_a_window():
+    """It needed them for two chunks."""
+    manager = make_manager(num_window_tokens=16 + 6 + 2)
+    request = Request("long", list(range(60)))
+    manager.admit(request)
+    for first in range(0, 60, 16):
+        manager.run(write_step, manager.extend([(request, min(16, 60 - first))]))
+    require_right(manager, request)
+
+
+def test_who_has_gone_on_keeps_no_windows_where_its_prompt_ends():
+    """Each request kept a window there, and another where it was."""
+    manager = make_manager(num_window_tokens=2 * (6 + 2 + 2 * PAGE))
+    requests = [prefilled(manager, str(first), range(first, first + 12)) for first in (0, 100)]
+    for _ in range(18):
+        for request in requests:
+            sample(request)
+        manager.run(write_step, manager.decode(requests))
+    for request in requests:
+        require_right(manager, request)
+
+
+def test_a_snapshot_that_waits_does_not_end_its_request():
+    """It kept every window page since the window before it: at some length `decode` said None for ever. The snapshot is
+    given up, and what it stands for is not found again."""
+    manager = make_manager(num_window_tokens=20, num_states=4, state_interval=24)
+    request = prefilled(manager, "alone", range(9))
+    saved = {}
+    for _ in range(40):
+        sample(request)
+        decode(manager, request)
+        saved[request.kv_len] = int(manager.req_to_token_pool.saved_len[0])
+    assert [at for at in range(10, 50) if saved[at] != saved.get(at - 1, 0)] == [24, 33, 48]  # 33 needs a sixth page
+    assert (saved[24], saved[33], saved[48]) == (24, 0, 48)
+    require_right(manager, request)
+    manager.finish(request)
+    manager.check_memory()
+
+
+def test_a_snapshot_is_kept_where_it_is_not_windows_that_are_short():
+    """Another request can take no pages, whatever windows it gives up."""
+    manager = make_manager(num_window_tokens=60, num_states=4, state_interval=24)
+    request = prefilled(manager, "long", range(9))
+    for _ in range(43):
+        sample(request)
+        decode(manager, request)
+    other = Request("other", list(range(100, 116)))
+    assert manager.admit(other) == 0
+    assert manager.extend([(other, 16)]) is None
+    assert manager.req_to_token_pool.saved_len[request.req_pool_idx] == 48
+    require_right(manager, request)
