@@ -252,6 +252,9 @@ class RadixCache(BasePrefixCache):
       token_to_kv_pool_allocator: Where slots go back to; with windows it must be a `WindowPool`. None: nowhere.
       on_node_evict: See `BasePrefixCache`.
 
+    Attributes:
+      sliding_window_size: As given.
+
     Raises:
       ArgumentError: `page_size` or `sliding_window_size` is no positive integer.
     """
@@ -348,6 +351,9 @@ class MambaRadixCache(BasePrefixCache):
       token_to_kv_pool_allocator: Where slots go back to; None: nowhere.
       mamba_pool: Where states go back to; None: nowhere.
       on_node_evict: See `BasePrefixCache`.
+
+    Attributes:
+      mamba_pool: As given.
 
     Raises:
       ArgumentError: `page_size` is no positive integer.
