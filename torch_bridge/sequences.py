@@ -22,7 +22,7 @@ from jaxcache.errors import ArgumentError, CacheError, UnsupportedError
 from jaxcache.index.key import Namespace
 from jaxcache.manager import MemoryManager
 from jaxcache.pages.expand import pages_of
-from jaxcache.request import Request, RequestState
+from jaxcache.request import Request
 from torch_bridge.slots import slots_to_torch
 
 
@@ -161,21 +161,6 @@ class Sequences:
         with contextlib.ExitStack() as every:
             for request in self._requests:
                 every.callback(self._memory.abort, request)
-            for request in self._requests:
-                if request.state is RequestState.RUNNING:
-                    self._share_before_window(request)
-
-    def _share_before_window(self, request: Request) -> None:
-        """Shares what comes before the last window as a node of its own.
-
-        Locks keep windows node by node: whoever goes on from the end then keeps that of the end, and no more.
-        """
-        memory, kv_len = self._memory, request.kv_len
-        stop = kv_len // memory.page_size * memory.page_size - (memory.config.sliding_window_size or kv_len)
-        if stop // memory.page_size * memory.page_size > max(request.protected_len, request.evicted_seqlen_local):
-            request.kv_len = stop
-            memory.cache.cache_unfinished_req(request)
-            request.kv_len = kv_len
 
     def _computed(self, columns: int) -> None:
         """The first columns have KV: what of them is prompt can be shared, and lets go of window pages."""
