@@ -1,4 +1,4 @@
-"""Sharp edges of sliding windows in the systems before us, S-20, S-21, S-46, S-48, S-49 and S-54, and rows of the
+"""Sharp edges of sliding windows in the systems before us, S-20, S-21, S-23, S-46, S-48, S-49 and S-54, and rows of the
 reliability survey that windows can have: each stays fixed.
 """
 
@@ -79,6 +79,26 @@ def test_s21_a_hole_is_filled_on_the_part_of_a_node_that_is_offered():
     cache.check()
     cache.cache_finished_req(request)
     cache.check()
+
+
+def test_s23_the_order_of_use_is_no_matter_of_clocks(monkeypatch):
+    """There, a node was dated 0.1 ms before its child: a path of 20,000 dated its first one before what had been used
+    a second earlier, and the check of the lists, made when a server was idle, ended it."""
+    for clock in ("time", "monotonic", "perf_counter"):
+        monkeypatch.setattr(f"time.{clock}", lambda: 0.0)
+    cache = make_swa_cache(4, size=4096, size_swa=4096)
+    for depth in range(1, 1500):
+        put(cache, list(range(depth)))
+    put(cache, [-1, -2, -3])
+    assert sum(1 for _ in cache.tree.nodes()) == 1500
+    cache.match_prefix(list(range(1499)))
+    cache.sanity_check()
+    assert cache.full_lru_list_evictable_size() == cache.full_evictable_size() == 1502
+    assert cache.swa_lru_list_evictable_size() == cache.swa_evictable_size() == 1502
+    cache.evict(1)
+    assert cache.match_prefix([-1, -2, -3]).prefix_len == 0  # used before all of the path since: it went first
+    assert cache.match_prefix(list(range(1499))).prefix_len == 1499
+    cache.sanity_check()
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 7])
