@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
+from jaxcache.pools.layout import Layout
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import CacheKind, DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.report import write_report
@@ -57,6 +58,7 @@ def replay(
     ] = None,
     adapters: Annotated[int, _option(_LOAD, "Adapters requests are spread over (lora).")] = ReplayConfig.adapters,
     pool: Annotated[PoolKind, _option(_MEMORY, "Kind of device pool.")] = ReplayConfig.pool,
+    layout: Annotated[Layout, _option(_MEMORY, "Order of the rows in it.")] = ReplayConfig.layout,
     layers: Annotated[
         str, _option(_MEMORY, "Layers of KV; auto: what the device has room for, two on a CPU.", metavar="L|auto")
     ] = _AUTO,
@@ -80,9 +82,9 @@ def replay(
     """
     config = ReplayConfig(
         trace=trace, requests=requests, concurrency=concurrency, chunk=chunk, page_size=page_size,
-        device_tokens=device_tokens, pool=pool, layers=_layers(layers), heads=heads, head_dim=head_dim, rank=rank,
-        rope_dim=rope_dim, dtype=dtype, policy=policy, cache=cache, window=window, window_tokens=window_tokens,
-        states=states, adapters=adapters, seed=seed, verify=not no_verify, plant=plant,
+        device_tokens=device_tokens, pool=pool, layout=layout, layers=_layers(layers), heads=heads, head_dim=head_dim,
+        rank=rank, rope_dim=rope_dim, dtype=dtype, policy=policy, cache=cache, window=window,
+        window_tokens=window_tokens, states=states, adapters=adapters, seed=seed, verify=not no_verify, plant=plant,
     )  # fmt: skip
     for path in (json_path, report):
         _check_writable(path)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
@@ -21,13 +22,15 @@ from jaxcache.runner import CompiledSteps
 from jaxcache.step import Batch
 
 WINDOW, STEPS = 6, 8
+BY_LAYER = Layout.LAYER_MAJOR
 
 _compiled = functools.cache(lambda page_size: CompiledSteps())
 """What is compiled for pages of a size, by any test; JAX tells the pools apart."""
 
 
-def make_manager(page_size, has_window, has_states):
+def make_manager(page_size, has_window, has_states, layout=Layout.LAYER_MAJOR):
     side = {"page_size": page_size, "dtype": jnp.float32, "layer_num": 2, "head_num": 1, "head_dim": 4}
+    side["layout"] = layout
     kv = MHAConfig(size=320, **side)
     if has_window:
         kv = SWAConfig(full=kv, window=MHAConfig(size=160, **side), full_layers=(0, 2), window_layers=(1, 3))
@@ -103,9 +106,12 @@ def decoded(manager, requests, stop_at):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-@pytest.mark.parametrize(("has_window", "has_states"), [(True, False), (False, True), (True, True)])
-def test_every_layer_is_right_after_loops_with_stops(page_size, has_window, has_states):
-    manager = make_manager(page_size, has_window, has_states)
+@pytest.mark.parametrize(
+    ("has_window", "has_states", "layout"),
+    [(True, False, BY_LAYER), (False, True, BY_LAYER), (True, True, BY_LAYER), (True, True, Layout.PAGE_MAJOR)],
+)
+def test_every_layer_is_right_after_loops_with_stops(page_size, has_window, has_states, layout):
+    manager = make_manager(page_size, has_window, has_states, layout)
     requests = prefilled(manager, (9, 16, 3))
     decoded(manager, requests, stop_at=(12, 99, 5))  # two stop on the way
     decoded(manager, requests[1:2], stop_at=(99,))

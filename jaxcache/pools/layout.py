@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 if TYPE_CHECKING:
+    import jax
     from jaxtyping import Array, Shaped
 
     from jaxcache.pools.config import KVCacheConfig

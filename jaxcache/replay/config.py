@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.recency import Policy
+from jaxcache.pools.layout import Layout
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.trace import TraceRequest, read_trace
 
@@ -79,6 +80,7 @@ class ReplayConfig:
       page_size: Slots in a page.
       device_tokens: Room of the pool in tokens, rounded down to whole pages.
       pool: MHA or MLA.
+      layout: Order of its rows, layer after layer or page after page.
       layers: Layers of KV; None: as many as the memory of the device allows.
       heads: KV heads (MHA).
       head_dim: Width of a head (MHA).
@@ -106,6 +108,7 @@ class ReplayConfig:
     page_size: int = 16
     device_tokens: int = 1_000_000
     pool: PoolKind = PoolKind.MHA
+    layout: Layout = Layout.LAYER_MAJOR
     layers: int | None = None
     heads: int | None = None
     head_dim: int | None = None

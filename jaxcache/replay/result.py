@@ -83,6 +83,7 @@ class ReplayResult:
     policy: str = ""
     cache: str = ""
     pool: str = ""
+    layout: str = ""
     pool_bytes: int = 0
     layers: int = 0
     row_shapes: list[list[int]] = field(default_factory=list)

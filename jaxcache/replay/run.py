@@ -339,6 +339,7 @@ class Replay:
         result.policy = config.policy.value
         result.cache = config.cache.value
         result.pool = config.pool.value
+        result.layout = config.layout.value
         kv = manager.config.kv
         full = kv.full if isinstance(kv, SWAConfig) else kv
         result.pool_bytes = sum(buffer.nbytes for buffer in jax.tree.leaves(manager.pool))

@@ -77,6 +77,7 @@ def _kv_config(config: ReplayConfig, states: Callable[[int], MambaConfig] | None
 def _side(config: ReplayConfig, size: int, layers: int) -> KVCacheConfig:
     dtype = jnp.dtype(config.dtype.value if config.dtype is not None else "float32")
     sizes: dict[str, Any] = {"size": size, "page_size": config.page_size, "dtype": dtype, "layer_num": layers}
+    sizes["layout"] = config.layout
     if config.pool is PoolKind.MHA:
         return MHAConfig(head_num=config.heads or 1, head_dim=config.head_dim or 1, **sizes)
     return MLAConfig(kv_lora_rank=config.rank or 1, qk_rope_head_dim=config.rope_dim or 1, **sizes)

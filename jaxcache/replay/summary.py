@@ -97,7 +97,8 @@ def setup(result: ReplayResult) -> dict[str, str]:
     rows = " + ".join("×".join(map(str, shape)) for shape in result.row_shapes)
     return {
         "trace": result.trace,
-        "pool": f"{result.pool}, {result.layers} layer{'s' * (result.layers != 1)} of {rows} {result.dtype}",
+        "pool": f"{result.pool}, {result.layers} layer{'s' * (result.layers != 1)} of {rows} {result.dtype}, "
+        + result.layout.replace("_", "-"),
         "room": f"{result.device_tokens:,} tokens, {size(result.pool_bytes)}",
         "page size": f"{result.page_size} tokens",
         "cache": result.cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.errors import ArgumentError
+from jaxcache.pools.layout import Layout
 from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from tests.replay.shared import share_steps
@@ -51,9 +52,18 @@ def test_any_window_in_a_small_window_pool(window):
     assert_clean(result)
 
 
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("pool", PoolKind)
-def test_both_kinds_of_rows(pool):
-    assert_clean(replay(CacheKind.SWA_MAMBA, pool=pool, page_size=4))
+def test_both_kinds_of_rows_in_both_orders(pool, layout):
+    assert_clean(replay(CacheKind.SWA_MAMBA, pool=pool, layout=layout, page_size=4))
+
+
+@pytest.mark.parametrize(("pool", "page_size"), [(PoolKind.MHA, 1), (PoolKind.MLA, 16)])
+def test_the_order_of_the_rows_changes_no_hit(pool, page_size):
+    by_layer, by_page = (replay(CacheKind.RADIX, pool=pool, layout=layout, page_size=page_size) for layout in Layout)
+    assert_clean(by_page)
+    assert (by_page.hit_tokens, by_page.evicted_tokens) == (by_layer.hit_tokens, by_layer.evicted_tokens)
+    assert by_page.pool_bytes == by_layer.pool_bytes
 
 
 def test_a_window_that_holds_everything_hits_what_full_attention_hits():
