@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import numpy as np
 import pytest
 
@@ -67,6 +70,31 @@ def run(seeds: range, ops: int) -> int:
 def test_a_restored_tree_does_what_the_oracle_does(policy):
     seeds = [seed for seed in range(len(SHAPES)) if SHAPES[seed].policy is policy][:15]
     assert sum(run(range(seed, seed + 1), 250) for seed in seeds) > 50
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_a_restored_tree_remembers_what_was_let_go(policy):
+    """What a policy learned from nodes that are gone decides what goes next."""
+    dice = random.Random(3)
+    tree, ids = RadixTree(1, (FULL,), policy), itertools.count(1)
+
+    def live(trees: list[RadixTree], inserts: int) -> list[list[list[int]]]:
+        gone: list[list[list[int]]] = [[] for _ in trees]
+        for _ in range(inserts):
+            first = min(int(dice.expovariate(0.1)), 60)
+            key = RadixKey([first, *range(dice.randint(0, 4))])
+            pages = np.array([next(ids) for _ in range(key.length)])
+            for twin, out in zip(trees, gone, strict=True):
+                twin.match(key)
+                twin.insert(key, (pages,))
+                out.append(twin.evict(max(0, len(twin) - 40)).values[0].tolist())
+        return gone
+
+    live([tree], 600)
+    again = RadixTree(1, (FULL,), policy)
+    restore_tree(again, Columns(saved_tree(tree)))
+    mine, theirs = live([tree, again], 600)
+    assert mine == theirs and sum(map(len, mine)) > 500
 
 
 def test_what_is_locked_is_not_saved_and_a_huge_priority_neither():
