@@ -6,8 +6,9 @@ All flavours run in this process, on the same requests, and take turns. Of each 
 several passes counts, so that what other processes do to the machine is hardly measured. No allocator, no cache class:
 only the tree. Room is short for the first component alone, so that all evict the same.
 
-A request is looked up and locked, room is made, what it computed is inserted, and its lock is given back. A window is
-offered for all pages, or, in one case, only for those that it still needs at the end: what a long answer leaves.
+A request is looked up and locked, room is made, what it computed is inserted, and its lock is given back. Where it is
+inserted in two parts, prompt and answer, there are twice as many nodes, which cost more whatever is in them: such a
+tree is compared with a full tree of the same nodes.
 """
 
 from __future__ import annotations
@@ -44,36 +45,33 @@ _PASSES = 15
 
 @dataclass(frozen=True)
 class Flavour:
-    """A tree, and what requests offer it.
+    """A tree, and how requests fill it.
 
     Attributes:
       components: Of the tree.
-      is_cut: Whether a window is offered only where the end of the sequence needs it.
+      is_in_parts: A prompt is inserted before its answer, not with it.
+      beside: Name of the case that it is compared with.
     """
 
     components: tuple[Component, ...]
-    is_cut: bool = False
+    is_in_parts: bool = False
+    beside: str = "full"
 
-    def values(self, pages: int, page_size: int, numbers: np.ndarray) -> list[np.ndarray]:
+    def values(self, pages: int, numbers: np.ndarray) -> list[np.ndarray]:
         """What is offered for that many pages."""
-        values = []
-        for component in self.components:
-            ids = numbers[: pages if component.spans else 1].copy()
-            if self.is_cut and component.spans and component.reach < pages * page_size:
-                ids[: pages - int(component.reach) // page_size] = 0
-            values.append(ids)
-        return values
+        return [numbers[: pages if component.spans else 1].copy() for component in self.components]
 
 
 def flavours(window: int) -> dict[str, Flavour]:
-    """The cases; the first is what the others are compared with."""
+    """The cases."""
     swa, state = Component("window", window), Component("state", 1, spans=False)
     return {
         "full": Flavour((FULL,)),
         "window": Flavour((FULL, swa)),
-        "window, only its end": Flavour((FULL, swa), is_cut=True),
         "state": Flavour((FULL, state)),
         "window and state": Flavour((FULL, swa, state)),
+        "full, in two parts": Flavour((FULL,), True, "full, in two parts"),
+        "window, in two parts": Flavour((FULL, swa), True, "full, in two parts"),
     }
 
 
@@ -98,7 +96,7 @@ def run(flavour: Flavour, keys: Keys, page_size: int, room: int) -> tuple[np.nda
     clock = time.perf_counter_ns
     for i, (prompt, sequence) in enumerate(keys):
         pages = sequence.length // page_size
-        values = flavour.values(pages, page_size, numbers)
+        values = flavour.values(pages, numbers)
         begun = clock()
         match = tree.match(prompt)
         matched = clock()
@@ -108,6 +106,8 @@ def run(flavour: Flavour, keys: Keys, page_size: int, room: int) -> tuple[np.nda
         if short > 0:
             tree.evict(short)
         roomy = clock()
+        if flavour.is_in_parts:
+            tree.insert(prompt, values, receipt)
         tree.insert(sequence, values, receipt)
         inserted = clock()
         tree.unlock(receipt)
@@ -117,7 +117,7 @@ def run(flavour: Flavour, keys: Keys, page_size: int, room: int) -> tuple[np.nda
 
 
 def measure(cases: dict[str, Flavour], keys: Keys, page_size: int, room: int, repeat: int) -> dict[str, dict[str, Any]]:
-    """Microseconds a request for each operation of each flavour, and the ratio to the first flavour."""
+    """Microseconds a request for each operation of each flavour, and the ratio to what it is compared with."""
     best: dict[str, np.ndarray] = {}
     nodes: dict[str, int] = {}
     for turn in range(repeat):
@@ -131,10 +131,11 @@ def measure(cases: dict[str, Flavour], keys: Keys, page_size: int, room: int, re
         mean = dict(zip(STEPS, (best[name].mean(axis=0) / 1e3).tolist(), strict=True))
         rows[name] = {f"{figure}_us": sum(mean[step] for step in steps) for figure, steps in OPERATIONS.items()}
         rows[name]["in_all_us"] = sum(mean.values())
-    base = next(iter(rows.values()))
+    figures = [f"{figure}_us" for figure in (*OPERATIONS, "in_all")]
     for name, row in rows.items():
-        row |= {figure.replace("_us", "_ratio"): row[figure] / base[figure] for figure in list(row)}
-        row["nodes"] = nodes[name]
+        base = rows[cases[name].beside]
+        row |= {figure.replace("_us", "_ratio"): row[figure] / base[figure] for figure in figures}
+        row |= {"beside": cases[name].beside, "nodes": nodes[name]}
     return rows
 
 
@@ -171,7 +172,7 @@ def measure_growth(cases: dict[str, Flavour], sizes: Sequence[int], page_size: i
     """Microseconds to evict 1,000 values of each component, the least of several times, in small and large trees."""
     rows = []
     for name, flavour in cases.items():
-        if flavour.is_cut:
+        if flavour.is_in_parts:
             continue
         forests = [Forest(flavour.components, nodes, page_size) for nodes in sizes]
         for c, component in enumerate(flavour.components):
@@ -182,8 +183,8 @@ def measure_growth(cases: dict[str, Flavour], sizes: Sequence[int], page_size: i
 
 
 def cost_table(rows: dict[str, dict[str, Any]], page_size: int) -> Table:
-    """One row a flavour, each cell with its ratio to the full tree in brackets."""
-    table = Table(title=f"page size {page_size}: microseconds a request (times the full tree)")
+    """One row a flavour, each cell with its ratio to a full tree of the same nodes in brackets."""
+    table = Table(title=f"page size {page_size}: microseconds a request (times a full tree of the same nodes)")
     table.add_column("")
     for figure in (*OPERATIONS, "in_all", "nodes"):
         table.add_column(figure.replace("_", " "), justify="right")

@@ -15,12 +15,12 @@ def test_smoke(tmp_path, capsys):
     result = json.loads(out.read_text())
     cases = components.flavours(64)
     assert set(result["flavours"]) == set(cases) and result["requests"] == 60
-    base = result["flavours"]["full"]
     for row in result["flavours"].values():
+        base = result["flavours"][row["beside"]]
         assert row["in_all_us"] == pytest.approx(sum(row[f"{figure}_us"] for figure in components.OPERATIONS))
         assert row["insert_ratio"] == pytest.approx(row["insert_us"] / base["insert_us"])
     grown = [(row["tree"], row["component"]) for row in result["growth"]]
-    assert grown == [(name, c.name) for name, case in cases.items() if not case.is_cut for c in case.components]
+    assert grown == [(name, c.name) for name, case in cases.items() if not case.is_in_parts for c in case.components]
     assert "window and state" in capsys.readouterr().out
 
 
@@ -32,7 +32,17 @@ def test_every_case_evicts_and_keeps_its_books(name):
     assert (nanoseconds > 0).all() and not any(tree.protected)
     assert 0 < len(tree) <= 1000
     holes = sum(slot.value is None for node in tree.nodes() for slot in node.others[:1])
-    assert bool(holes) == (case.is_cut or name == "state")  # what a split cuts off has no state
+    assert bool(holes) == (name == "state")  # what a split cuts off has no state
+
+
+def test_trees_in_parts_have_the_same_nodes_and_more_of_them():
+    keys = components.keys_of(generate_chat(60))
+    cases = components.flavours(64)
+    full, *in_parts = [
+        sorted(node.start for node in components.run(cases[name], keys, 16, 1000)[1].nodes())
+        for name in ("full", "full, in two parts", "window, in two parts")
+    ]
+    assert in_parts[0] == in_parts[1] and len(in_parts[0]) > len(full)
 
 
 @pytest.mark.parametrize("name", components.flavours(64))

@@ -205,7 +205,7 @@ class RadixTree:
             first = begin // page_size
             if path or max(starts) > first:
                 healed = self._heal(path, values, starts, first, spare)
-            else:
+            else:  # nothing to heal, nothing to spare
                 spare += self._stops.no_windows
             if self._stops.state:
                 spare.insert(self._stops.state, NOTHING if present < length else self._save(node, values))
@@ -399,7 +399,7 @@ class RadixTree:
                 return
             if parent.locks:  # then it was matched or inserted up to here, and still has all values
                 return
-            if self._is_single or all(slot.value is not None for slot in parent.others):
+            if self._is_single or parent.is_whole:
                 for policy in self._policies:
                     policy.exposed(parent)
                 return
@@ -458,7 +458,7 @@ class RadixTree:
         """
         if isinstance(where, Insertion):
             node, length = where.node, where.length
-            if node is not None and not (self._holds(node) and all(slot.value is not None for slot in node.others)):
+            if node is not None and not (self._holds(node) and node.is_whole):
                 raise ReceiptError("where: the inserted prefix is not in this tree, or no longer: insert again")
         elif not isinstance(where, Match):
             raise ArgumentError(f"where must be a match or an insertion, got {type(where).__name__}: match first")
