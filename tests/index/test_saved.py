@@ -44,7 +44,12 @@ class SavedLives(TreeDriver):
         element_bytes = self.life.key_class.element_bytes
         tree = RadixTree(shape.page_size, shape.components, shape.policy, shape.with_hashes, element_bytes)
         restore_tree(tree, Columns({name: array.copy() for name, array in books.items()}))
+        same(plain(saved_tree(tree)), plain(books), "books")
         return tree
+
+
+def plain(books: Books) -> dict[str, list]:
+    return {name: array.tolist() for name, array in books.items()}
 
 
 def drained(tree: RadixTree, order: list[int]) -> list[list[list[int]]]:
@@ -93,6 +98,7 @@ def test_a_restored_tree_remembers_what_was_let_go(policy):
     live([tree], 600)
     again = RadixTree(1, (FULL,), policy)
     restore_tree(again, Columns(saved_tree(tree)))
+    assert plain(saved_tree(again)) == plain(saved_tree(tree))
     mine, theirs = live([tree, again], 600)
     assert mine == theirs and sum(map(len, mine)) > 500
 
