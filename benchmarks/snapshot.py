@@ -1,6 +1,7 @@
-"""How fast a whole cache is saved and loaded, against plain file I/O of the same bytes in the same run.
+"""How fast a whole cache is saved and loaded, against plain file I/O of the same bytes in the same run; or released.
 
     python -m benchmarks.snapshot --folder SCRATCH --json OUT.json         8 GB of pool, all of it in use
+    python -m benchmarks.snapshot --release --json OUT.json                its memory released and resumed, no files
     python -m benchmarks.snapshot --small                                  a few MB: does it work?
 
 Plain: threads, as many as the snapshot has (and fewer, if that is faster), write as many bytes from host memory to as
@@ -195,6 +196,44 @@ def measure(config: MemoryConfig, folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_release(config: MemoryConfig, rounds: int) -> dict[str, Any]:
+    """Releases and resumes the memory of a full pool; the first time pins the host's memory."""
+    manager = full_manager(config)
+    times = Times(manager.pool.size_bytes)
+    mark = checksum(manager.pool.buffers)
+    in_use = [_bytes_in_use()]
+    for i in range(rounds):
+        turn = "first" if i == 0 else "later"
+        with times.timed(f"release, kept, {turn}"):
+            manager.release_memory(keep=True)
+        in_use.append(_bytes_in_use())
+        with times.timed(f"resume, {turn}"):
+            manager.resume_memory()
+            jax.block_until_ready(manager.pool)
+        if checksum(manager.pool.buffers) != mark:
+            raise SystemExit("what was resumed is not what was released")
+    print(f"device memory in use: {in_use[0]} bytes, released {in_use[-1]}")
+    results = {name: {"median": times.median(name), "all": rates} for name, rates in times.gb_per_s.items()}
+    return {"pool_bytes": times.num_bytes, "device_bytes": in_use[0], "released_bytes": in_use[-1], "gb_per_s": results}
+
+
+@jax.jit
+def checksum(buffers: Any) -> Any:
+    """Of all bits, place by place."""
+    total = jnp.zeros((), jnp.uint32)
+    for buffer in buffers:
+        bits = buffer if buffer.dtype == jnp.uint16 else jax.lax.bitcast_convert_type(buffer, jnp.uint16)
+        for axis in range(1, buffer.ndim):
+            total += jnp.sum(bits * (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * 2 + 1), dtype=jnp.uint32)
+    return total
+
+
+def _bytes_in_use() -> int | None:
+    """On the device, where it says so."""
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else stats["bytes_in_use"]
+
+
 def _share(times: Times, name: str, plain: str) -> float:
     """Of what plain I/O reached with the number of threads with which it was faster."""
     return round(
@@ -207,14 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.snapshot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path(), help="where there is room for three times the pool")
     parser.add_argument("--small", action="store_true", help="a few MB")
+    parser.add_argument("--release", action="store_true", help="no files: release and resume device memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     config = MemoryConfig(SMALL if options.small else LARGE, max_running=16, max_context_len=1 << 12)
-    with tempfile.TemporaryDirectory(prefix="jaxcache-snapshot-", dir=options.folder) as folder:
-        device = jax.devices()[0]
-        result = machine() | {"device": device.device_kind, **measure(config, Path(folder), options.rounds)}
-    print(json.dumps(result["of_plain"], indent=1))
+    result = machine() | {"device": jax.devices()[0].device_kind}
+    if options.release:
+        result |= measure_release(config, options.rounds)
+    else:
+        with tempfile.TemporaryDirectory(prefix="jaxcache-snapshot-", dir=options.folder) as folder:
+            result |= measure(config, Path(folder), options.rounds)
+        print(json.dumps(result["of_plain"], indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
