@@ -20,8 +20,6 @@ from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
 from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
 from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
-from jaxcache.pools.mha import MHATokenToKVPool
-from jaxcache.pools.mla import MLATokenToKVPool
 from tests.kernels import oracles
 from tests.pools import numpy_pool
 
@@ -48,7 +46,7 @@ def check_everything(*, huge: bool) -> Iterator[str]:
     for implementation in implementations(Op.WRITE_KV_INT8):
         yield f"write_kv_int8 {implementation.value}: {check_int8(implementation)} pools"
     yield f"gather, scatter and move of rows: {check_copies()} pools"
-    yield f"MHA and MLA pools, every op: {check_pools()} pools"
+    yield f"KV pools of every kind and order, every op: {check_pools()} pools"
     if huge:
         for implementation in implementations(Op.WRITE_KV):
             yield f"write_kv {implementation.value}: past 2^31 elements, {check_huge_pool(implementation):,} bytes"
@@ -191,17 +189,14 @@ def check_copies() -> int:
 
 
 def check_pools() -> int:
-    makers: tuple[Any, ...] = (numpy_pool.mha_config, numpy_pool.mla_config)
-    configs = [make(dtype) for make in makers for dtype in numpy_pool.DTYPES]
+    makers: tuple[Any, ...] = numpy_pool.CONFIGS
+    configs = [make(dtype) for make in makers[:2] for dtype in numpy_pool.DTYPES]
+    configs += [make(dtype) for make in makers[2:] for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)]
     for config in configs:
         pool, oracle = numpy_pool.filled_pool(config)
         rng, loc = np.random.default_rng(1), [5, 27, 4, 0]
         rows = [jnp.array(numpy_pool.random_rows(rng, config.dtype, (4, *row))) for row in config.row_shapes]
-        if isinstance(pool, MHATokenToKVPool):
-            pool = pool.set_kv_buffer(1, slots(loc), *rows)
-        elif isinstance(pool, MLATokenToKVPool):
-            rank = pool.config.kv_lora_rank
-            pool = pool.set_mla_kv_buffer(1, slots(loc), rows[0][..., :rank], rows[0][..., rank:])
+        pool = pool.set_kv_buffer(1, slots(loc), *rows)
         oracle.write(1, loc, [np.asarray(array) for array in rows])
         oracle.expect(pool)
         pool = pool.move_kv_cache(slots([8, 9, 10]), slots([9, 10, 8]))
@@ -211,6 +206,8 @@ def check_pools() -> int:
         pool = pool.load_cpu_copy(copy, slots([20, 21]))
         oracle.move([20, 21], [12, 13])
         oracle.expect(pool)
+        for buffer, lying in zip(pool.buffers, oracle.as_they_lie(), strict=True):
+            same_bits(buffer, lying)
     return len(configs)
 
 

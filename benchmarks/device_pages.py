@@ -17,6 +17,7 @@ from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
 from jaxcache.kernels.dispatch import Op
+from jaxcache.pools.layout import PageMajor
 from tests.kernels import oracles
 
 CALLS = 32
@@ -69,26 +70,27 @@ def time_chain(op: Callable[..., jax.Array], state: jax.Array, *batch: jax.Array
 
 
 def bench_copy_pages(report: Report, small: bool, peers: Peers) -> None:
-    """Pages of 16 tokens x 8 heads x 128 in bfloat16, which are 32 KB a layer, in all layers."""
+    """Pages of 16 tokens x 8 heads x 128 in bfloat16, in all layers: 32 KB a layer; page-major, 1 MB in one piece."""
     layers, row, n = (2, (2, 16), 8) if small else (32, (8, 128), 512)
     dtype = jnp.uint16 if small else jnp.bfloat16
     num_pages = 2 * n + 1
-    pool = random_jax(0, (layers, num_pages * PAGE_SIZE, *row), dtype)
     pages = jnp.asarray(1 + np.random.default_rng(0).permutation(num_pages - 1)[:n], jnp.int32)
-    blocks = random_jax(1, (n, layers, PAGE_SIZE, *row), dtype)
-    case = f"pages={n},layers={layers},bytes={blocks.nbytes // n // layers},pages=random"
-    moved = 2 * blocks.nbytes
-    measure_copy(report, "copy_pages", case, moved, peers.torch)
-    for i in implementations(Op.GATHER_PAGES):
-        step = jax.jit(partial(gather_pages, page_size=PAGE_SIZE, implementation=i))
-        report.add("gather_pages", case, f"jaxcache-{i.value}", time_jax(step, pool, pages), moved=moved)
-    for i in implementations(Op.SCATTER_PAGES):
-        step = jax.jit(partial(scatter_pages, page_size=PAGE_SIZE, implementation=i), donate_argnums=0)
-        took, pool = time_jax_donated(step, pool, pages, blocks)
-        report.add("scatter_pages", case, f"jaxcache-{i.value}", took, moved=moved)
-    if peers.torch:
+    for stack, page_size, note in ((layers, PAGE_SIZE, ""), (1, layers * PAGE_SIZE, ",PageMajor")):
+        pool = random_jax(0, (stack, num_pages * page_size, *row), dtype)
+        blocks = random_jax(1, (n, stack, page_size, *row), dtype)
+        case = f"pages={n},layers={layers},bytes={blocks.nbytes // n // layers},pages=random{note}"
+        moved = 2 * blocks.nbytes
+        measure_copy(report, "copy_pages", case, moved, peers.torch)
+        for i in implementations(Op.GATHER_PAGES):
+            step = jax.jit(partial(gather_pages, page_size=page_size, implementation=i))
+            report.add("gather_pages", case, f"jaxcache-{i.value}", time_jax(step, pool, pages), moved=moved)
+        for i in implementations(Op.SCATTER_PAGES):
+            step = jax.jit(partial(scatter_pages, page_size=page_size, implementation=i), donate_argnums=0)
+            took, pool = time_jax_donated(step, pool, pages, blocks)
+            report.add("scatter_pages", case, f"jaxcache-{i.value}", took, moved=moved)
         del blocks, pool
-        torch_copy_pages(report, case, moved, peers.torch, (layers, num_pages, PAGE_SIZE * row[0] * row[1]), pages)
+        if peers.torch and not note:
+            torch_copy_pages(report, case, moved, peers.torch, (layers, num_pages, PAGE_SIZE * row[0] * row[1]), pages)
 
 
 def bench_move(report: Report, small: bool, peers: Peers) -> None:
@@ -113,6 +115,16 @@ def bench_move(report: Report, small: bool, peers: Peers) -> None:
             report.add("move_rows", case, f"jaxcache-{i.value}", took, moved=moved)
         if peers.sglang:
             torch_move(report, case, moved, peers, (layers, slots, row[0] * row[1]), tgt, src)
+        lying = PageMajor(layers, slots, PAGE_SIZE)
+
+        def step_by_page(pool, tgt, src, lying=lying):
+            for _ in range(CALLS):
+                pool = move_rows(pool, lying.locate_all(tgt), lying.locate_all(src))
+            return pool
+
+        by_page = pool.reshape(*lying.dims, *row)
+        took, _ = time_jax_donated(jax.jit(step_by_page, donate_argnums=0), by_page, tgt, src, repeats=CALLS)
+        report.add("move_rows", f"{case},PageMajor", "jaxcache", took, moved=moved)
 
 
 BENCHES = (bench_alloc_extend, bench_alloc_decode, bench_copy_pages, bench_move)

@@ -18,6 +18,7 @@ from benchmarks.timing import Report, time_jax_donated, time_torch_graph
 from jaxcache.kernels.dispatch import Op
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
 from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+from jaxcache.pools.layout import LayerMajor, PageMajor
 
 LAYERS = 4
 """Layers of the pool."""
@@ -120,6 +121,27 @@ def bench_write_to_pages(report: Report, small: bool, peers: Peers) -> None:
             report.add(op.value, case, f"jaxcache-{i.value}", took, moved=moved)
 
 
+def bench_write_layouts(report: Report, small: bool, peers: Peers) -> None:
+    """K and V rows to pools of both orders, of as many layers as there are writes: each finds its rows by itself."""
+    heads, dim, slots = (2, 16, 4096) if small else (8, 128, 65_552)
+    dtype = jnp.uint16 if small else jnp.bfloat16
+    for placement in (LayerMajor(WRITES, slots), PageMajor(WRITES, slots, page_size=16)):
+        pools = tuple(random_jax(seed, (*placement.dims, heads, dim), dtype) for seed in range(2))
+        for n, loc in random_slots(small, slots):
+            rows = [random_jax(seed, (n, heads, dim), dtype) for seed in range(2)]
+            case = f"{describe(n, f'{heads * dim}+{heads * dim}', dtype)},layers={WRITES},{type(placement).__name__}"
+            moved = 4 * rows[0].nbytes
+            measure_copy(report, "write_kv", case, moved, peers.torch)
+
+            def write(k_pool, v_pool, layer, loc, k, v, placement=placement):
+                layer, loc = placement.locate(layer, loc)
+                return write_kv(k_pool, v_pool, layer, loc, k, v)
+
+            took, pools = time_jax_donated(in_layers(write, 2, layers=WRITES), pools, loc, *rows, repeats=WRITES)
+            report.add("write_kv", case, "jaxcache", took, moved=moved)
+        del pools
+
+
 def bench_write_quantized(report: Report, small: bool, peers: Peers) -> None:
     """K and V rows of 8 heads x 128 in bfloat16, stored in a byte an element."""
     heads, dim, slots = (2, 16, 4096) if small else (8, 128, 262_144)
@@ -154,16 +176,19 @@ BENCHES = (
     bench_write_mla_kv,
     bench_row_widths,
     bench_write_to_pages,
+    bench_write_layouts,
     bench_write_quantized,
 )
 
 
-def in_layers(write: Callable[..., Any], num_pools: int, writes: int = WRITES) -> Callable[..., Any]:
-    """A jitted step of so many writes that donates its pools."""
+def in_layers(
+    write: Callable[..., Any], num_pools: int, writes: int = WRITES, *, layers: int = LAYERS
+) -> Callable[..., Any]:
+    """A jitted step of so many writes, to one layer after another, that donates its pools."""
 
     def step(pools, loc, *rows):
         for i in range(writes):
-            pools = write(*pools, i % LAYERS, loc, *rows)
+            pools = write(*pools, i % layers, loc, *rows)
             pools = pools if num_pools > 1 else (pools,)
         return tuple(pools)
 
