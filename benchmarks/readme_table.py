@@ -3,10 +3,10 @@
     python -m benchmarks.readme_table            # rewrites the table
     python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
 
-Six kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
-policies (`benchmarks.policies --json`), events (`benchmarks.events --json`), the host's part of a step
-(`benchmarks.host_step --json`) and kernels (`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an
-error: no result should go unseen by accident.
+Seven kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`),
+eviction policies (`benchmarks.policies --json`), components of the tree (`benchmarks.components --json`), events
+(`benchmarks.events --json`), the host's part of a step (`benchmarks.host_step --json`) and kernels (`benchmarks.device`
+and `benchmarks.sharded`, JSONL). Another kind is an error: no result should go unseen by accident.
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ def rows_of(path: Path) -> Iterator[Row]:
         yield from index_rows(records[0], path)
     elif "optimum" in records[0]:
         yield from policy_rows(records[0], path)
+    elif "flavours" in records[0]:
+        yield from component_rows(records[0], path)
     elif "event_cost" in records[0]:
         yield from event_rows(records[0], path)
     else:
-        raise SystemExit(f"{path}: neither a replay nor a benchmark of the index, policies, events, steps or kernels")
+        raise SystemExit(
+            f"{path}: neither a replay nor a benchmark of the index, policies, components, events, steps or kernels"
+        )
 
 
 def replay_row(figures: dict[str, Any], path: Path) -> Row:
@@ -120,6 +124,26 @@ def policy_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
             figures["cpu"],
             path,
         )
+
+
+def component_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
+    """What a request costs each kind of tree beside the full tree, and the eviction that grows most with the tree."""
+    rows = figures["flavours"]
+    for name, row in rows.items():
+        if row["beside"] != name:
+            case = f"{Path(figures['trace']).stem}, {figures['requests']:,} requests, page {figures['page_size']}"
+            beside = (
+                f"{row['beside']}: {rows[row['beside']]['in_all_us']:,.1f} µs (**{row['in_all_ratio']:.2f}x** of it)"
+            )
+            what = f"match + lock + evict + insert, {name}"
+            yield Row(1, what, case, f"{row['in_all_us']:,.1f} µs", beside, figures["cpu"], path)
+    most = max(figures["growth"], key=lambda row: row["evict_us"][-1] / row["evict_us"][0])
+    small, large = (f"{micros:,.0f} µs" for micros in (most["evict_us"][0], most["evict_us"][-1]))
+    case = (
+        f"1,000 values of the {most['component']}, {most['tree']} tree, which grows most; {most['nodes'][-1]:,} nodes"
+    )
+    beside = f"{most['nodes'][0]:,} nodes: {small}"
+    yield Row(1, "eviction in a large tree", case, large, beside, figures["cpu"], path)
 
 
 def event_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
