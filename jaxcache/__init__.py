@@ -104,6 +104,7 @@ from jaxcache.manager import MemoryConfig as MemoryConfig
 from jaxcache.manager import MemoryManager as MemoryManager
 from jaxcache.manager import init_memory_pool_and_cache as init_memory_pool_and_cache
 from jaxcache.snapshot.load import load_snapshot as load_snapshot
+from jaxcache.snapshot.load import verify_snapshot as verify_snapshot
 from jaxcache.snapshot.save import save_snapshot as save_snapshot
 from jaxcache.step import Batch as Batch
 from jaxcache.step import StepPlan as StepPlan

@@ -1,7 +1,7 @@
 """The door of the `jaxcache` command: what goes wrong becomes one line on stderr and an exit code.
 
-0: done, and everything was right. 1: a replay found something wrong. 2: wrong use (options, trace files, a missing
-extra). The commands themselves are in `commands.py`, which needs the extra `cli`.
+0: done, and everything was right. 1: a replay found something wrong, or a snapshot is damaged. 2: wrong use (options,
+trace files, a missing extra). The commands themselves are in `commands.py`, which needs the extra `cli`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, SnapshotError
 from jaxcache.index.recency import Policy
 from jaxcache.pools.layout import Layout
 from jaxcache.replay.chat import generate_chat
@@ -29,7 +29,7 @@ def _option(panel: str, words: str, metavar: str | None = None) -> Any:
 
 
 app = typer.Typer(
-    help="A paged KV cache with prefix sharing for JAX: replay traces through it.",
+    help="A paged KV cache with prefix sharing for JAX: replay traces through it, look at saved caches.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -116,6 +116,25 @@ def trace(
     write_trace(out, generated)
     prompt_tokens = sum(request.input_length for request in generated)
     print(f"{out}: {len(generated)} requests, {prompt_tokens} prompt tokens")
+
+
+@app.command()
+def snapshot(path: Annotated[Path, typer.Argument(help="Folder that `save_snapshot` wrote to.")]) -> None:
+    """Show what a saved cache is of, and compare every file with its checksum.
+
+    Exit code 0: it is whole. 1: there is none, or it is damaged.
+    """
+    from jaxcache.snapshot.load import verify_snapshot
+
+    try:
+        manifest = verify_snapshot(path)
+    except SnapshotError as error:
+        print(f"jaxcache: {error}", file=sys.stderr)
+        raise typer.Exit(FOUND_WRONG) from error
+    for name, value in manifest.fingerprint.items():
+        print(f"{name:36} {value}")
+    files = sum(map(len, manifest.parts.values()))
+    print(f"{path}: {files} files, {manifest.num_bytes} bytes, all as they were written")
 
 
 def _layers(text: str) -> int | None:

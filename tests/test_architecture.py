@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "oplog": _STACK | {"config", "manager"},
     "snapshot": _STACK | {"config", "manager"},
     "replay": _STACK | {"config", "manager"},
-    "commands": _STACK | {"config", "manager", "replay"},
+    "commands": _STACK | {"config", "manager", "replay", "snapshot"},
     "cli": {"errors", "commands"},
     "__main__": {"cli"},
     "__init__": _STACK | {"config", "manager", "snapshot"},

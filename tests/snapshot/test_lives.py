@@ -21,6 +21,7 @@ from jaxcache.index.key import Namespace
 from jaxcache.index.recency import Policy
 from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.oplog import fingerprint
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
@@ -83,9 +84,10 @@ def test_saving_changes_nothing_and_many_parts_are_one_snapshot(seed, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8, jnp.float32])
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_pools_of_every_dtype(kind, dtype, tmp_path):
-    side = {"size": 64, "page_size": 4, "dtype": dtype, "layer_num": 2, "start_layer": 3}
+def test_pools_of_every_dtype_and_layout(kind, layout, dtype, tmp_path):
+    side = {"size": 64, "page_size": 4, "dtype": dtype, "layer_num": 2, "start_layer": 3, "layout": layout}
     row = (
         {"head_num": 2, "head_dim": 3, "v_head_dim": 5} if kind == "mha" else {"kv_lora_rank": 6, "qk_rope_head_dim": 2}
     )
@@ -96,6 +98,10 @@ def test_pools_of_every_dtype(kind, dtype, tmp_path):
         memory.cache.insert_pages(np.arange(12) + i, memory.allocator.alloc_pages(3))
     jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
     assert_same(memory, jaxcache.load_snapshot(tmp_path, config, model=MODEL))
+    other = Layout.PAGE_MAJOR if layout is Layout.LAYER_MAJOR else Layout.LAYER_MAJOR
+    elsewhere = dataclasses.replace(config, kv=dataclasses.replace(config.kv, layout=other))
+    with pytest.raises(SnapshotError, match=r"config.kv.layout is .*, but the snapshot in .* was made with"):
+        jaxcache.load_snapshot(tmp_path, elsewhere, model=MODEL)
 
 
 def test_namespaces_hashes_priorities_and_pairs_come_back(tmp_path):

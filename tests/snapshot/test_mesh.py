@@ -14,6 +14,7 @@ import jaxcache
 from jaxcache import contents
 from jaxcache.errors import ArgumentError
 from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from tests.snapshot.caches import MODEL, assert_same, fill
@@ -21,6 +22,7 @@ from tests.snapshot.caches import MODEL, assert_same, fill
 SIDE = {"size": 64, "page_size": 4, "dtype": jnp.bfloat16, "layer_num": 2}
 MHA = MHAConfig(**SIDE, head_num=8, head_dim=4)
 MLA = MLAConfig(**SIDE, kv_lora_rank=12, qk_rope_head_dim=4)
+PAGES = dataclasses.replace(MHA, layout=Layout.PAGE_MAJOR)
 
 
 def place(kv, shards: int, axis_type: AxisType = AxisType.Auto) -> tuple[MemoryConfig, Mesh | None]:
@@ -40,7 +42,7 @@ def cached(config: MemoryConfig, mesh: Mesh | None) -> MemoryManager:
 
 
 @pytest.mark.parametrize(("source", "target"), [(8, 2), (2, 0), (0, 8), (1, 4)])
-@pytest.mark.parametrize("kv", [MHA, MLA], ids=["mha", "mla"])
+@pytest.mark.parametrize("kv", [MHA, MLA, PAGES], ids=["mha", "mla", "page-major"])
 def test_from_one_mesh_to_another(kv, source, target, tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "PART_BYTES", 10_000)
     memory = cached(*place(kv, source))
