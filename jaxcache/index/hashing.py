@@ -9,7 +9,7 @@ Digests of 32 bytes are identities. Their first 64 bits are only the short names
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import numpy as np
@@ -18,6 +18,8 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.node import Node, Root
 
 DIGEST_BYTES = 32
+PAGES_AT_ONCE = 32
+"""Between two pauses of `PageHashes.work_out`: some 20 microseconds."""
 
 
 class PageHashes(Sequence[bytes]):
@@ -69,7 +71,11 @@ class PageHashes(Sequence[bytes]):
                 part._done, part._packed, part._prior = done, b"", b""
         return first, second
 
-    def _digests(self) -> bytes:
+    def work_out(self, pause: Callable[[], None]) -> None:
+        """Works the digests out, a few at a time, with `pause()` after them: hashing keeps other threads waiting."""
+        self._digests(pause)
+
+    def _digests(self, pause: Callable[[], None] | None = None) -> bytes:
         """All digests, one behind the other. Two threads may work them out at once: to the same."""
         todo = []
         run = self
@@ -82,8 +88,13 @@ class PageHashes(Sequence[bytes]):
                 break
             run = prior
         for run, packed, prior in reversed(todo):
-            seed = namespace_seed(prior) if isinstance(prior, bytes) else prior[-1]
-            run._done = b"".join(page_hashes(packed, run._page_bytes, seed))
+            digests = [namespace_seed(prior) if isinstance(prior, bytes) else prior[-1]]
+            at_once = len(packed) if pause is None else PAGES_AT_ONCE * run._page_bytes
+            for start in range(0, len(packed), at_once):
+                digests += page_hashes(packed[start : start + at_once], run._page_bytes, digests[-1])
+                if pause is not None:
+                    pause()
+            run._done = b"".join(digests[1:])
             run._packed = run._prior = b""
         return self._done
 

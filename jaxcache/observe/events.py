@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,21 @@ class BlockStored:
     @property
     def token_ids(self) -> list[int]:
         """Tokens of all the blocks; where elements of a key are pairs, the first of each."""
-        if not isinstance(self._tokens, bytes):
-            return list(self._tokens)
-        words = np.frombuffer(self._tokens, "<i4")
-        return words[:: len(words) // (len(self) * self.block_size)].tolist()
+        return [token for tokens in self.token_pieces() for token in tokens]
+
+    def token_pieces(self, most: int = sys.maxsize) -> Iterator[list[int]]:
+        """`token_ids`, at most so many at a time."""
+        tokens: Sequence[int] | np.ndarray = self._tokens
+        if isinstance(self._tokens, bytes):
+            words = np.frombuffer(self._tokens, "<i4")
+            tokens = words[:: len(words) // (len(self) * self.block_size)]
+        for start in range(0, len(tokens), most):
+            piece = tokens[start : start + most]
+            yield piece.tolist() if isinstance(piece, np.ndarray) else list(piece)
+
+    def work_out(self, pause: Callable[[], None]) -> None:
+        """Hashes the names that are not worked out yet, see `PageHashes.work_out`."""
+        _work_out(self._blocks, pause)
 
     def __len__(self) -> int:
         """Blocks."""
@@ -132,6 +143,10 @@ class BlockRemoved:
     def block_hashes(self) -> list[int]:
         """64-bit names of the blocks."""
         return _names(self._blocks)
+
+    def work_out(self, pause: Callable[[], None]) -> None:
+        """Hashes the names that are not worked out yet, see `PageHashes.work_out`."""
+        _work_out(self._blocks, pause)
 
     def __len__(self) -> int:
         """Blocks."""
@@ -178,6 +193,12 @@ class EventBatch:
 def block_name(digest: bytes) -> int:
     """64-bit name of a page digest."""
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _work_out(blocks: Blocks, pause: Callable[[], None]) -> None:
+    for run in (blocks,) if isinstance(blocks, PageHashes) else blocks:
+        if isinstance(run, PageHashes):
+            run.work_out(pause)
 
 
 def _names(blocks: Blocks) -> list[int]:
@@ -253,6 +274,11 @@ class EventQueue:
     def _forget(self, blocks: int) -> None:
         self.overflows += self._blocks - blocks <= self._max_blocks  # the first ones too many
         self._waiting.clear()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that `take` will tell of. O(1)."""
+        return self._blocks if self._blocks <= self._max_blocks else len(self._tree)
 
     def take(self) -> list[KVCacheEvent]:
         """The events since the last call; if some were forgotten, `snapshot`."""

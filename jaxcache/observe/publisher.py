@@ -33,6 +33,11 @@ try:
 except ImportError as error:
     raise UnsupportedError("publishing events needs pyzmq: pip install 'jaxcache[events]'") from error
 
+GATHER_S, AWAKE_S, ASLEEP_S = 1e-3, 5e-5, 2e-4
+"""Once there is something to publish, the thread waits for so long: to wake it costs the engine's thread a microsecond.
+Then it works for so long at a time, and lets others run for so long in between: only one of them holds the interpreter.
+"""
+
 END_SEQ = (-1).to_bytes(8, "big", signed=True)
 """Sequence number after the last batch of a replay."""
 
@@ -132,6 +137,10 @@ class ZmqEventPublisher:
         Raises:
           UnsupportedError: In a process that was forked from the publisher's.
         """
+        return self._publish(events, sum(map(len, events)))
+
+    def _publish(self, events: Sequence[KVCacheEvent], blocks: int) -> bool:
+        """Publishes events about so many blocks."""
         if os.getpid() != self._pid:
             raise UnsupportedError("this publisher belongs to the process before the fork: make one in this process")
         if not events:
@@ -139,7 +148,7 @@ class ZmqEventPublisher:
         with self._lock:
             self._last_ts = max(self._last_ts, time.time())
             seq, self._next_seq = self._next_seq, self._next_seq + 1
-            if self._sender.accept(seq, self._last_ts, events):
+            if self._sender.accept(seq, self._last_ts, events, blocks or 1):
                 return True
             self.dropped += 1
             self._is_behind = True
@@ -156,13 +165,14 @@ class ZmqEventPublisher:
         Raises:
           UnsupportedError: See `publish`.
         """
-        events = queue.take()
+        blocks, events = queue.num_blocks, queue.take()
         if self._is_behind:
             if self.dropped and self._sender.is_busy:
                 return False
             self._is_behind = False
             events = queue.snapshot()
-        return self.publish(events)
+            blocks = sum(map(len, events))
+        return self._publish(events, blocks)
 
     def shutdown(self) -> None:
         """Sends what waits, for at most a second, and ends. The thread is joined and the addresses are free."""
@@ -190,6 +200,7 @@ class _Sender:
         self._buffer: deque[tuple[int, bytes]] = deque()
         self._buffer_bytes = 0
         self._closed_at: float | None = None
+        self._awake_since = 0.0
         with contextlib.ExitStack() as undo:
             self._context = zmq.Context()
             undo.callback(self._context.destroy, linger=0)
@@ -220,9 +231,8 @@ class _Sender:
 
     # ---- called by the engine's thread -----------------------------------------------------------------------------
 
-    def accept(self, seq: int, ts: float, events: Sequence[KVCacheEvent]) -> bool:
-        """Takes a batch if there is room for it, or if nothing else waits."""
-        blocks = sum(map(len, events)) or 1
+    def accept(self, seq: int, ts: float, events: Sequence[KVCacheEvent], blocks: int) -> bool:
+        """Takes a batch about so many blocks if there is room for it, or if nothing else waits."""
         with self._lock:
             if self._closed_at is not None:
                 return False
@@ -264,6 +274,8 @@ class _Sender:
                 with contextlib.suppress(BlockingIOError):  # it was the other one
                     os.read(self._wake_reader, 4096)
                 self._answer()
+                if self._closed_at is None:
+                    time.sleep(GATHER_S)
                 self._send_waiting()
         finally:
             with self._lock:
@@ -275,14 +287,21 @@ class _Sender:
     def _send_waiting(self) -> None:
         while self._waiting and (self._closed_at is None or time.monotonic() < self._closed_at + self.LINGER_MS / 1e3):
             seq, ts, events, blocks = self._waiting[0]
-            payload = encode_batch(EventBatch(ts, events, self._rank), self._config.with_token_ids)
+            batch = EventBatch(ts, events, self._rank)
+            payload = encode_batch(batch, self._config.with_token_ids, self._let_others_run)
             self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload))
             self._keep(seq, payload)
             with self._lock:
                 self._waiting.popleft()
                 self._waiting_blocks -= blocks
             self._answer()
-            time.sleep(0)  # lets the engine's thread go first: hashing holds the interpreter's lock
+            self._let_others_run()
+
+    def _let_others_run(self) -> None:
+        """Sleeps, if it was awake for long: who works holds the interpreter, and the engine waits for it."""
+        if self._closed_at is None and time.perf_counter() - self._awake_since > AWAKE_S:
+            time.sleep(ASLEEP_S)
+            self._awake_since = time.perf_counter()
 
     def _keep(self, seq: int, payload: bytes) -> None:
         self._buffer.append((seq, payload))

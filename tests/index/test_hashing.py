@@ -151,6 +151,19 @@ def test_a_run_hashes_nothing_until_asked_and_then_lets_its_tokens_go():
     assert [half._packed for half in above.split(tokens[:16], tokens[16:])] == [b"", b""]
 
 
+@pytest.mark.parametrize("pages", [1, 31, 32, 33, 100])
+def test_whoever_works_digests_out_pauses_after_a_few(pages):
+    tokens = packed(range(4 * pages))
+    above = PageHashes(tokens, 16, b"space")
+    below = PageHashes(tokens, 16, above)
+    pauses = []
+    below.work_out(lambda: pauses.append(len(pauses)))
+    assert len(pauses) == 2 * -(-pages // 32)
+    assert [*above, *below] == page_hashes(tokens + tokens, 16, namespace_seed(b"space"))
+    below.work_out(lambda: pauses.append("again"))
+    assert "again" not in pauses
+
+
 def test_a_chain_of_any_depth_needs_no_recursion():
     hashes = PageHashes(packed([0]), 4)
     for token in range(1, 50_000):

@@ -194,3 +194,18 @@ def test_any_bytes_are_a_batch_or_refused(payload):
     for broken in (payload, whole[: len(payload)], whole[: len(payload)] + payload + whole[len(payload) :]):
         with contextlib.suppress(ArgumentError):
             assert isinstance(decode_batch(broken), EventBatch)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 2047, 2048, 2049, 2063, 2064, 70_000])
+@pytest.mark.parametrize("form", [np.ndarray.tolist, lambda tokens: tokens.astype("<i4").tobytes()])
+def test_tokens_are_packed_piece_by_piece_into_one_list(count, form):
+    tokens = np.random.default_rng(count).integers(0, 2**31, count)
+    pauses = []
+    batch = EventBatch(1.0, [BlockStored([7] * count, None, form(tokens), 1), BlockRemoved([8])])
+    payload = encode_batch(batch, pause=lambda: pauses.append(1))
+    assert payload == encode_batch(batch)
+    assert len(pauses) == -(-count // 2048)
+    stored, removed = msgspec.msgpack.decode(payload, type=SGLangBatch).events
+    assert stored.token_ids == tokens.tolist()
+    assert removed.block_hashes == [8]
+    assert decode_batch(payload) == batch

@@ -130,6 +130,7 @@ def test_a_queue_that_overflows_says_the_tree_anew():
     cache.insert([*range(9), 99])
     assert cache.events.overflows == 1
     cache.insert(RadixKey([5], "tenant"))
+    assert cache.events.num_blocks == 12
     first, *rest = cache.take_events()
     assert first == AllBlocksCleared()
     said = {name: event.parent_block_hash for event in rest for name in event.block_hashes}
@@ -140,8 +141,9 @@ def test_a_queue_that_overflows_says_the_tree_anew():
         known.update(event.block_hashes)
     assert cache.take_events() == []
     cache.evict(1)
+    assert cache.events.num_blocks == 1
     assert len(cache.take_events()) == 1
-    assert cache.events.overflows == 1
+    assert cache.events.overflows == 1 and cache.events.num_blocks == 0
 
 
 def test_untaken_events_are_bounded():

@@ -426,3 +426,20 @@ def test_a_publisher_that_does_not_answer_is_waited_for_no_longer_than_that():
         started = time.monotonic()
         assert list(subscriber.replay(0)) == []
         assert time.monotonic() - started < 5
+
+
+def test_a_long_batch_is_worked_out_with_breaks(monkeypatch):
+    """While it was hashed and encoded, for milliseconds, no other thread of the interpreter ran."""
+    breaks = []
+    monkeypatch.setattr(publisher_module, "AWAKE_S", 0.0)
+    monkeypatch.setattr(publisher_module, "ASLEEP_S", 1e-6)
+    cache = RadixCache(None, None, 1, enable_kv_cache_events=True)
+    cache.insert(list(range(6400)))
+    with ZmqEventPublisher(config()) as publisher, ZmqEventSubscriber(publisher.endpoint, publisher.replay_endpoint):
+        sender = publisher._sender
+        monkeypatch.setattr(sender, "_let_others_run", lambda: breaks.append(type(sender)._let_others_run(sender)))
+        publisher.publish_from(cache.events)
+        deadline = time.monotonic() + 10
+        while sender.is_busy and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert len(breaks) >= 6400 // 32 + 6400 // 2048
