@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxcache.errors import ShardingError
 from jaxcache.kernels.in_place import inspect_compiled
 from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.requests import RequestTable
@@ -21,6 +22,7 @@ from jaxcache.step import StepKind, default_buckets, unpack
 from tests.kernels import h200
 
 MHA = MHAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, head_num=8, head_dim=4)
+BY_PAGE = dataclasses.replace(MHA, layout=Layout.PAGE_MAJOR)
 MLA = MLAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, kv_lora_rank=12, qk_rope_head_dim=4)
 
 
@@ -88,8 +90,8 @@ def live(manager: MemoryManager, step) -> list:
 
 @pytest.mark.parametrize(
     ("kv", "shards", "axis_type"),
-    [(MHA, 8, AxisType.Auto), (MHA, 2, AxisType.Explicit), (MLA, 2, AxisType.Auto)],
-    ids=["mha-8", "mha-2-explicit", "mla-2"],
+    [(MHA, 8, AxisType.Auto), (MHA, 2, AxisType.Explicit), (MLA, 2, AxisType.Auto), (BY_PAGE, 8, AxisType.Auto)],
+    ids=["mha-8", "mha-2-explicit", "mla-2", "page-major"],
 )
 def test_a_sharded_manager_lives_as_a_single_one_and_compiles_nothing_late(kv, shards, axis_type):
     compiled = []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcache.errors import ArgumentError, StalePoolError
+from jaxcache.kernels.copy_pages import gather_pages
 from jaxcache.pools.base import COPY_BUCKET_TOKENS, from_storage, storage_dtype, to_storage
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import HeadsConfig, MHATokenToKVPool
@@ -314,6 +315,22 @@ def test_arrays_lie_in_the_order_of_the_layout(make_config):
         page = array[:, 8:12].tobytes()  # of all three layers
         found = np.asarray(buffer).tobytes().find(page)
         assert found == (2 * len(page) if pool.config.layout is Layout.PAGE_MAJOR else -1)
+
+
+@pytest.mark.parametrize("make_config", CONFIGS)
+def test_pages_are_found_in_the_stack_as_attention_and_transfers_want_them(make_config):
+    pool, oracle = filled_pool(make_config(jnp.bfloat16))
+    is_page_major = pool.config.layout is Layout.PAGE_MAJOR
+    for buffer, array in zip(pool.buffers, oracle.arrays, strict=True):
+        stack = buffer.reshape(-1, 4, *array.shape[2:])
+        for layer, page in ((0, 5), (2, 3), (1, 6)):
+            found = stack[page * 3 + layer if is_page_major else layer * 7 + page]
+            np.testing.assert_array_equal(from_storage(found, jnp.bfloat16), array[layer, 4 * page : 4 * page + 4])
+        if is_page_major:
+            blocks = gather_pages(buffer, np.array([5, 2, 0], np.int32), page_size=3 * 4)
+            assert np.asarray(blocks[0]).tobytes() == array[:, 20:24].tobytes()
+            assert np.asarray(blocks[1]).tobytes() == array[:, 8:12].tobytes()
+            assert not np.any(blocks[2])
 
 
 def test_sizes_count_the_sink_page():

@@ -13,6 +13,7 @@ import torch
 from jaxcache import (
     ArgumentError,
     DeadViewError,
+    Layout,
     MemoryConfig,
     MHAConfig,
     MLAConfig,
@@ -74,11 +75,13 @@ def reference(memory, requests, q, k, v, query_lens, scale, window=None):
     return np.stack(outs)
 
 
-@pytest.mark.parametrize("v_head_dim", [8, 6])
+@pytest.mark.parametrize(
+    ("v_head_dim", "layout"), [(8, Layout.LAYER_MAJOR), (6, Layout.LAYER_MAJOR), (6, Layout.PAGE_MAJOR)]
+)
 @pytest.mark.parametrize("query_lens", [None, (9, 2, 1)])
 @pytest.mark.parametrize("window", [None, 3])
-def test_sdpa_is_attention(v_head_dim, query_lens, window):
-    memory, requests = running(MHAConfig(**MHA, v_head_dim=v_head_dim))
+def test_sdpa_is_attention(v_head_dim, layout, query_lens, window):
+    memory, requests = running(MHAConfig(**MHA, v_head_dim=v_head_dim, layout=layout))
     counts = query_lens or (1, 1, 1)
     q = queries(sum(counts), 4, 8)
     with borrow(memory.pool) as kv:
@@ -87,7 +90,7 @@ def test_sdpa_is_attention(v_head_dim, query_lens, window):
         assert attend.backend is Backend.SDPA
         attend.plan(PageTable.of(memory, requests), query_lens)
         for layer in range(3):
-            k, v = (buffer.cpu().numpy() for buffer in map(torch.clone, kv.get_kv_buffer(layer)))
+            k, v = (pages.flatten(0, 1).clone().cpu().numpy() for pages in kv.get_paged_buffers(layer))
             expected = reference(memory, requests, q, k, v, counts, 8**-0.5, window)
             np.testing.assert_allclose(attend(q, layer).cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
