@@ -6,6 +6,7 @@ cache that runs meanwhile is not touched: there is a new manager, or an error.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
 from jaxcache.snapshot.parts import Part, read_part
 from jaxcache.snapshot.save import array_names, part_path, thread_count
+
+_HEADER_BYTES = 1 << 16  # most of a file of rows
 
 
 def load_snapshot(
@@ -56,8 +59,8 @@ def load_snapshot(
       UnsupportedError: The extra `snapshot` is not installed.
       OSError: as the file system says.
 
-    Cost: what was saved, from disk and over the host link at the same time; a check of the tree, which takes some
-    seconds for a million nodes.
+    Cost: what was saved, from disk and over the host link at the same time; for the tree, some 50 us a node, most of it
+    to make it and a quarter to check it.
     """
     path, count = Path(path), thread_count(threads)
     mine = fingerprint(model, config)
@@ -161,10 +164,15 @@ def _ahead(workers: ThreadPoolExecutor, call: Any, count: int, most: int) -> Ite
 
 def _rows_of(path: Path, part: Part, pool: LayerStack, count: int) -> list[np.ndarray]:
     """The arrays of a file with `count` rows of every layer, as they must be for this pool."""
+    config = pool.config
+    shapes = [(config.layer_num, count, *row) for row in config.row_shapes]
+    most = sum(math.prod(s) * b.dtype.itemsize for s, b in zip(shapes, pool.buffers, strict=True)) + _HEADER_BYTES
+    if part.num_bytes > most:
+        raise SnapshotError(f"{path}: it must have at most {most} bytes, got {part.num_bytes}")
     arrays = read_part(path, part)
     values: list[np.ndarray] = []
-    for name, row, buffer in zip(array_names(pool), pool.config.row_shapes, pool.buffers, strict=True):
-        value, shape = arrays.pop(name, None), (pool.config.layer_num, count, *row)
+    for name, shape, buffer in zip(array_names(pool), shapes, pool.buffers, strict=True):
+        value = arrays.get(name)
         if value is None or value.shape != shape or value.dtype.itemsize != buffer.dtype.itemsize:
             raise SnapshotError(f"{path}: {name} must be {shape} of {buffer.dtype.itemsize} bytes each, but is not")
         values.append(value.view(buffer.dtype))

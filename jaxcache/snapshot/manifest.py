@@ -87,8 +87,8 @@ class Manifest:
             return cls(
                 _folder(fields["folder"]),
                 dict(fields["fingerprint"]),
-                {what: [_part(**part) for part in parts] for what, parts in fields["parts"].items()},
-                {stack: _count(rows) for stack, rows in fields["rows_per_part"].items()},
+                {_name(what): [_part(**part) for part in parts] for what, parts in fields["parts"].items()},
+                {_name(stack): _count(rows) for stack, rows in fields["rows_per_part"].items()},
             )
         except FileNotFoundError as error:
             raise SnapshotError(f"path: there is no snapshot in {path}: it has no {FILE_NAME}") from error
@@ -100,6 +100,12 @@ def _folder(name: Any) -> str:
     if not FOLDER.fullmatch(name):
         raise ValueError(f"folder {name!r}")
     return name
+
+
+def _name(what: str) -> str:
+    if not re.fullmatch("[a-z]+", what):
+        raise ValueError(f"{what!r} is no name")
+    return what
 
 
 def _part(num_bytes: Any, checksum: Any) -> Part:

@@ -38,7 +38,7 @@ def save_snapshot(
     """Saves the whole cache, in place of what was saved there before. Blocks until the disk has it.
 
     A save that fails or is killed leaves the snapshot that was there whole. The cache goes on as if nothing had
-    happened, but for the pages that nobody was told of yet.
+    happened.
 
     Args:
       path: A folder of its own, on a local file system; made if it is not there, readable by its owner only.

@@ -108,6 +108,8 @@ MANIFESTS = {
     "a part that is none": (lambda m: m["parts"]["window"].append(4), "no manifest"),
     "a size that is none": (lambda m: m["parts"]["window"][0].update(num_bytes=-1), "no manifest"),
     "a size of another type": (lambda m: m["parts"]["window"][0].update(num_bytes=True), "no manifest"),
+    "a name that is a path": (lambda m: m["rows_per_part"].update({"../../etc": 3}), "no manifest"),
+    "rows without end": (lambda m: m["parts"]["full"][0].update(num_bytes=2**40), "at most"),
     "parts of no rows": (lambda m: m["rows_per_part"].update(full=0), "rows_per_part of full"),
     "parts of too many rows": (lambda m: m["rows_per_part"].update(full=10**9), "rows_per_part of full"),
 }
