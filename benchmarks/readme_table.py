@@ -3,10 +3,11 @@
     python -m benchmarks.readme_table            # rewrites the table
     python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
 
-Seven kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`),
-eviction policies (`benchmarks.policies --json`), components of the tree (`benchmarks.components --json`), events
-(`benchmarks.events --json`), the host's part of a step (`benchmarks.host_step --json`) and kernels (`benchmarks.device`
-and `benchmarks.sharded`, JSONL). Another kind is an error: no result should go unseen by accident.
+Nine kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
+policies (`benchmarks.policies --json`), components of the tree (`benchmarks.components --json`), events
+(`benchmarks.events --json`), the host's part of a step (`benchmarks.host_step --json`), snapshots and released memory
+(`benchmarks.snapshot --json`) and kernels (`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an
+error: no result should go unseen by accident.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ def rows_of(path: Path) -> Iterator[Row]:
         yield from component_rows(records[0], path)
     elif "event_cost" in records[0]:
         yield from event_rows(records[0], path)
+    elif "of_plain" in records[0]:
+        yield from snapshot_rows(records[0], path)
+    elif "released_bytes" in records[0]:
+        yield release_row(records[0], path)
     else:
         raise SystemExit(
-            f"{path}: neither a replay nor a benchmark of the index, policies, components, events, steps or kernels"
+            f"{path}: neither a replay nor a benchmark of the index, policies, components, events, steps, snapshots or "
+            "kernels"
         )
 
 
@@ -174,6 +180,30 @@ def host_row(figures: dict[str, Any], path: Path) -> Row:
     late = f"{figures['recompiles']} compilations in {figures['random_steps']:,} steps of random size"
     beside = f"`jax.jit` alone, in the same run: {figures['bare_call_us']:,.0f} µs; {late}"
     return Row(3, "decode step on the host: plan, upload, dispatch", case, measured, beside, figures["device"], path)
+
+
+def snapshot_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
+    """Saving and loading a whole cache beside plain file I/O of the same bytes in the same run."""
+    rates = {name: rate["median"] for name, rate in figures["gb_per_s"].items()}
+    case = f"{figures['file_bytes'] / 1e9:.1f} GB in {figures['files']} files, {figures['threads']} threads"
+    for what, name, plain in (
+        ("whole cache saved, each file synced", "save", "plain write"),
+        ("whole cache loaded, files not in memory", "load cold", "plain read cold"),
+        ("whole cache loaded, files in memory", "load warm", "plain read warm"),
+    ):
+        best = max(rate for other, rate in rates.items() if other.startswith(plain))
+        beside = f"plain file I/O: {best:.2f} GB/s (**{figures['of_plain'][name]:.0%}** of it)"
+        yield Row(3, what, case, f"{rates[name]:.2f} GB/s", beside, figures["device"], path)
+
+
+def release_row(figures: dict[str, Any], path: Path) -> Row:
+    """Device memory released and resumed, what was in it kept on the host."""
+    rates = {name: rate["median"] for name, rate in figures["gb_per_s"].items()}
+    case = f"{figures['pool_bytes'] / 1e9:.1f} GB, all in use and kept"
+    measured = f"{rates['release, kept, later']:.1f} GB/s out, {rates['resume, later']:.1f} GB/s back"
+    beside = f"the first time, which pins host memory: {rates['release, kept, first']:.1f} GB/s out; "
+    beside += f"{figures['released_bytes']:,} bytes stay on the device"
+    return Row(3, "device memory released and resumed", case, measured, beside, figures["device"], path)
 
 
 def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
