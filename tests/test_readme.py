@@ -53,20 +53,25 @@ def test_the_sharded_example_is_refused_outside_its_shard_map(printed) -> None:
     assert "call it inside jax.shard_map(step, mesh=mesh" in printed(EXAMPLES[4])
 
 
+def test_the_snapshot_example_finds_what_was_saved(printed) -> None:
+    pytest.importorskip("safetensors")
+    assert printed(EXAMPLES[5]) == "96\n"
+
+
 def test_the_torch_example_reads_what_torch_wrote(printed) -> None:
     pytest.importorskip("torch")
-    refused, read = printed(EXAMPLES[5]).splitlines()
+    refused, read = printed(EXAMPLES[6]).splitlines()
     assert refused.endswith("end the borrow first") and read == "2"
 
 
 def test_the_kernel_example_says_why(printed) -> None:
-    picked, refused = printed(EXAMPLES[6]).splitlines()
+    picked, refused = printed(EXAMPLES[7]).splitlines()
     assert "the table's choice for write_kv" in picked
     assert refused.endswith("'cpu'. Leave implementation=None for the table's choice.")
 
 
 def test_there_is_no_other_example() -> None:
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
 
 
 def test_links_lead_somewhere() -> None:
@@ -79,7 +84,19 @@ def test_names_of_the_tables_exist() -> None:
     tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("| "))
     tables = tables.partition("| what | case |")[0]
     names = set(re.findall(r"`([A-Z]\w+|[a-z_]+)`", tables)) - {"jaxcache", "ValueError"}
-    extras = {"cli", "viz", "torch", "transformers", "events", "metrics", "test", "dev", "triton", "torch_bridge"}
+    extras = {
+        "cli",
+        "viz",
+        "torch",
+        "transformers",
+        "events",
+        "metrics",
+        "snapshot",
+        "test",
+        "dev",
+        "triton",
+        "torch_bridge",
+    }
     extras |= set(re.findall(r" import (\w+) as \1\n", (ROOT / "torch_bridge" / "__init__.py").read_text()))
     assert {"RadixCache", "donating", "StalePoolError"} <= names
     assert sorted(name for name in names - extras if name not in vars(jaxcache)) == []
