@@ -6,9 +6,26 @@ from pathlib import Path
 import pytest
 
 from examples import engine
+from jaxcache import init_memory_pool_and_cache
+from jaxcache.runner import CompiledSteps
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    """All engines of these tests share what is compiled: they differ in the size of their memory only."""
+    compiled = CompiledSteps()
+
+    def with_shared_steps(config):
+        memory = init_memory_pool_and_cache(config)
+        memory.runner.compiled = compiled
+        return memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "init_memory_pool_and_cache", with_shared_steps)
+        yield
 
 
 def test_the_engine_answers_the_same_with_and_without_the_cache(capsys) -> None:
