@@ -101,7 +101,7 @@ def test_wherever_a_save_ends_the_snapshot_is_whole(error, tmp_path, monkeypatch
     assert len(folders(path)) == 1  # of the last save, which did not fail; it swept up after all those before
 
 
-@pytest.mark.parametrize("kills", [3])
+@pytest.mark.parametrize("kills", [2])
 def test_a_killed_process_leaves_a_whole_snapshot(kills, tmp_path):
     lives = {fingerprint(life.memory): life for life in (lived(1), lived(2))}
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

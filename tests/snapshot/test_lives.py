@@ -28,6 +28,7 @@ from jaxcache.request import Request
 from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
 from tests.test_oplog import FLAVOURS, make_config
 
+CASES = [("both", policy) for policy in Policy] + [(flavour, Policy.LRU) for flavour in FLAVOURS]
 GO_ON = """
 import sys
 from jaxcache.index.recency import Policy
@@ -35,15 +36,14 @@ from jaxcache.oplog import fingerprint
 from jaxcache.snapshot.load import load_snapshot
 from tests.snapshot.caches import MODEL, gone_on, lived
 
-path, policy = sys.argv[1], Policy(sys.argv[2])
-life = lived(3, "full", policy)
-life = gone_on(life, load_snapshot(path, life.config, model=MODEL))
-print(fingerprint(life.run(80).memory))
+for name in sys.argv[2:]:
+    life = lived(3, "full", Policy(name))
+    life = gone_on(life, load_snapshot(f"{sys.argv[1]}/{name}", life.config, model=MODEL))
+    print(fingerprint(life.run(80).memory))
 """
 
 
-@pytest.mark.parametrize("policy", Policy)
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("flavour", "policy"), CASES)
 def test_a_restored_cache_lives_on_as_the_saved_one_does(flavour, policy, tmp_path):
     life = lived(7, flavour, policy)
     jaxcache.save_snapshot(tmp_path / "s", life.memory, model=MODEL)
@@ -57,17 +57,20 @@ def test_a_restored_cache_lives_on_as_the_saved_one_does(flavour, policy, tmp_pa
         assert fingerprint(twin.memory) == fingerprint(life.memory)
 
 
-@pytest.mark.parametrize("policy", [Policy.ADAPTIVE, Policy.S3FIFO])
-def test_it_lives_on_in_another_process(policy, tmp_path):
+def test_it_lives_on_in_another_process(tmp_path):
     """What a policy remembers of nodes let go must not hang on how one process hashes."""
-    life = lived(3, "full", policy)
-    jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL)
-    command = [sys.executable, "-c", GO_ON, str(tmp_path), policy.value]
+    policies = [Policy.ADAPTIVE, Policy.S3FIFO]
+    prints = []
+    for policy in policies:
+        life = lived(3, "full", policy)
+        jaxcache.save_snapshot(tmp_path / policy.value, life.memory, model=MODEL)
+        life.rng = random.Random(1)
+        prints.append(fingerprint(life.run(80).memory))
+    command = [sys.executable, "-c", GO_ON, str(tmp_path), *[policy.value for policy in policies]]
     environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
-    life.rng = random.Random(1)
-    assert done.stdout.split()[-1] == fingerprint(life.run(80).memory)
+    assert done.stdout.split() == prints
 
 
 @pytest.mark.parametrize("seed", range(4))

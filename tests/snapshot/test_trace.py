@@ -8,14 +8,16 @@ import jaxcache
 from jaxcache.index.recency import Policy
 from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.replay.chat import generate_chat
-from jaxcache.replay.config import CacheKind, PoolKind, ReplayConfig
+from jaxcache.replay.config import CacheKind, ReplayConfig
 from jaxcache.replay.proof import count_leaks
 from jaxcache.replay.run import Replay
 from jaxcache.replay.setup import memory_config
 from tests.replay.shared import share_steps
+from tests.replay.test_replay import CHAT
 from tests.snapshot.caches import MODEL, assert_same
 
 FLAVOURS = [CacheKind.RADIX, CacheKind.SWA, CacheKind.MAMBA, CacheKind.SWA_MAMBA, CacheKind.LORA]
+CASES = [(cache, Policy.LRU) for cache in FLAVOURS] + [(cache, Policy.ADAPTIVE) for cache in FLAVOURS[::3]]
 
 
 class Half(Replay):
@@ -52,12 +54,11 @@ def new_manager(config, requests) -> MemoryManager:
     return manager
 
 
-@pytest.mark.parametrize("cache", FLAVOURS)
-@pytest.mark.parametrize("policy", [Policy.LRU, Policy.ADAPTIVE])
+@pytest.mark.parametrize(("cache", "policy"), CASES)
 def test_the_second_half_finds_what_it_would_have_found(cache, policy, tmp_path):
-    pool = PoolKind.MLA if cache is CacheKind.MAMBA else PoolKind.MHA
-    options = {"concurrency": 8, "chunk": 2048, "device_tokens": 20_000, "window": 100, "page_size": 16}
-    config = ReplayConfig(**options, cache=cache, policy=policy, pool=pool, requests=60).for_platform("cpu")
+    config = ReplayConfig(**CHAT | {"cache": cache, "window": 100, "policy": policy, "page_size": 16}).for_platform(
+        "cpu"
+    )
     requests = generate_chat(60, 5)
     first, second = requests[:35], requests[35:]
 
