@@ -118,8 +118,9 @@ def test_a_traced_layer_writes_as_a_static_one_does(make_config):
 def test_device_slots_outside_the_pool_are_neither_written_nor_read(make_config):
     config = make_config()
     pool, oracle = filled_pool(config)
-    loc = jnp.array([-1, 28, 2**31 - 1, -(2**31)], jnp.int32)
-    rows = layer_rows(np.random.default_rng(3), config, 4)
+    wraps = 4 * 357_913_942  # times three layers it is 8, in int32
+    loc = jnp.array([-1, 28, 2**31 - 1, -(2**31), wraps], jnp.int32)
+    rows = layer_rows(np.random.default_rng(3), config, 5)
     pool = set_layer(pool, 1, loc, rows)
     oracle.expect(pool)
     assert not any(np.any(array) for array in jax.tree.leaves((pool.gather(loc), pool.gather(loc, layer=1))))
