@@ -260,7 +260,7 @@ class Life:
     def evict(self, tokens: int) -> None:
         self.told.clear()
         freed = self.cache.evict(tokens)
-        gone = self.world.evict(-(-tokens // self.shape.page_size) if tokens > 0 else 0, self.told)
+        gone = self.world.evict(-(-tokens // self.shape.page_size), self.told)
         same(freed, len(gone) * self.shape.page_size, "tokens evicted")
 
     def group(self) -> None:

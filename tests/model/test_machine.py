@@ -70,7 +70,7 @@ class MemoryLife(RuleBasedStateMachine):
     def insert(self, tokens, space):
         self.life.insert(tokens, space)
 
-    @rule(tokens=st.integers(-1, 40))
+    @rule(tokens=st.integers(0, 40))
     def evict(self, tokens):
         self.life.evict(tokens)
 
