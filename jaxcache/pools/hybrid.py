@@ -8,6 +8,7 @@ Source: SGLang 0.5.2 memory_pool.py, HybridLinearKVPool.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.mamba import MambaConfig, MambaPool
 from jaxcache.pools.stack import CpuCopy, MemoryPool
 from jaxcache.pools.swa import SWAConfig, SWACpuCopy
@@ -136,6 +138,19 @@ class HybridKVPool(MemoryPool):
     def with_states(self, states: MambaPool) -> Self:
         """This pool with its pool of states replaced, by an update of it."""
         return type(self)(self.kv, states)
+
+    def get_kv_size_bytes(self) -> Any:
+        """Bytes of the KV, as its pool gives them; `pool.states` gives those of the states."""
+        return self.kv.get_kv_size_bytes()
+
+    def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:
+        """Where the rows of the KV pool lie, then those of the pool of states."""
+        parts = ("kv", self.kv), ("states", self.states)
+        return tuple(
+            dataclasses.replace(info, name=f"{name}.{info.name}")
+            for name, part in parts
+            for info in part.get_contiguous_buf_infos()
+        )
 
     def get_cpu_copy(self, indices: Int32[ArrayLike, " n"], states: Int32[ArrayLike, " m"] = _NONE) -> HybridCpuCopy:
         """Copies the KV of some slots, and some states, to host memory: see `KVCache.get_cpu_copy`, which it is twice.

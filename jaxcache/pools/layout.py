@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +130,18 @@ class BufferInfo:
 
 def buffer_infos(config: KVCacheConfig, name: str, row: tuple[int, ...], itemsize: int) -> Iterator[BufferInfo]:
     """An info for each piece of the array `name`, whose rows have the shape `row` on this device."""
-    ids = range(config.start_layer, config.start_layer + config.layer_num)
+    ids, pages = range(config.start_layer, config.start_layer + config.layer_num), config.rows // config.page_size
     if config.layout is Layout.LAYER_MAJOR:
-        pieces, shape = [(layer_id,) for layer_id in ids], (config.rows, *row)
-    else:
-        pieces, shape = [tuple(ids)], (config.rows // config.page_size, config.layer_num, config.page_size, *row)
+        return piece_infos(name, [(layer_id,) for layer_id in ids], (config.rows, *row), pages, itemsize)
+    shape = (pages, config.layer_num, config.page_size, *row)
+    return piece_infos(name, [tuple(ids)], shape, pages, itemsize)
+
+
+def piece_infos(
+    name: str, pieces: Sequence[tuple[int, ...]], shape: tuple[int, ...], pages: int, itemsize: int
+) -> Iterator[BufferInfo]:
+    """An info for each piece of the array `name`, given the layers in it; all have one shape and so many pages."""
     strides = tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
     size_bytes = itemsize * math.prod(shape)
-    page_bytes = size_bytes * config.page_size // config.rows
     for i, layer_ids in enumerate(pieces):
-        yield BufferInfo(name, layer_ids, shape, strides, i * size_bytes, size_bytes, page_bytes)
+        yield BufferInfo(name, layer_ids, shape, strides, i * size_bytes, size_bytes, size_bytes // pages)

@@ -34,6 +34,7 @@ from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import copy_large_rows
 from jaxcache.kernels.write_kv import put_rows
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
+from jaxcache.pools.layout import BufferInfo, piece_infos
 from jaxcache.pools.stack import LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
@@ -125,6 +126,24 @@ class MambaPool(LayerStack):
     config: MambaConfig
     conv: Shaped[Array, "layers states *conv"]
     temporal: Shaped[Array, "layers states *temporal"]
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Bytes of the convolution's part and of the recurrent one, the sink included."""
+        return self.conv.nbytes, self.temporal.nbytes
+
+    def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:
+        """Where each layer of `conv` lies, then of `temporal`. A page is a state.
+
+        Of a sharded pool this is one device's share, and the same on all of them.
+        """
+        first, rows = self.config.start_layer, self.config.rows
+        ids = [(layer,) for layer in range(first, first + self.config.layer_num)]
+        parts = zip(("conv", "temporal"), self.buffers, self.config.shard_row_shapes, strict=True)
+        return tuple(
+            info
+            for name, buffer, row in parts
+            for info in piece_infos(name, ids, (rows, *row), rows, buffer.dtype.itemsize)
+        )
 
     def read(
         self, states: Int32[Array, " n"], layer: LayerId

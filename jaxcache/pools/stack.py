@@ -29,6 +29,7 @@ from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
 from jaxcache.pools.config import PoolConfig, require
+from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:
@@ -110,6 +111,14 @@ class MemoryPool(DevicePool, abc.ABC):
     @abc.abstractmethod
     def load_cpu_copy(self, copy: Any, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
+
+    @abc.abstractmethod
+    def get_kv_size_bytes(self) -> Any:
+        """Bytes of the arrays, the sink included: one number, or one for each part of a row."""
+
+    @abc.abstractmethod
+    def get_contiguous_buf_infos(self) -> tuple[BufferInfo, ...]:
+        """Where the rows lie, array by array. Of a sharded pool this is one device's share."""
 
 
 @dataclass(frozen=True)

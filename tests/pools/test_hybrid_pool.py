@@ -85,6 +85,14 @@ def test_it_is_made_and_described_as_a_whole():
     assert {b.devices().pop() for b in on_second.buffers} == {jax.devices("cpu")[1]}
 
 
+def test_buffer_infos_are_those_of_both_parts():
+    pool, *_ = filled()
+    infos = pool.get_contiguous_buf_infos()
+    assert {info.name for info in infos} == {"kv.k", "kv.v", "states.conv", "states.temporal"}
+    assert sum(info.size_bytes for info in infos) == pool.size_bytes
+    assert pool.get_kv_size_bytes() == pool.kv.get_kv_size_bytes() == (pool.kv.k.nbytes, pool.kv.v.nbytes)
+
+
 def test_updating_a_part_outside_a_jit_consumes_the_whole():
     pool, _, state_oracle = filled()
     new = pool.with_states(pool.states.reset_states([3]))

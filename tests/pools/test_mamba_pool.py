@@ -209,6 +209,21 @@ def test_sizes_count_the_sink():
     assert MambaPool.create(config).size_bytes == 10 * config.state_bytes
 
 
+def test_buffer_infos_say_where_each_state_lies():
+    pool, oracle = filled_states(mamba_config(start_layer=4))
+    infos = pool.get_contiguous_buf_infos()
+    assert [(info.name, info.layer_ids) for info in infos] == [
+        (name, (layer,)) for name in ("conv", "temporal") for layer in (4, 5, 6)
+    ]
+    for info in infos:
+        memory = np.asarray(getattr(pool, info.name)).tobytes()
+        state = memory[info.offset_bytes + 2 * info.page_bytes :][: info.page_bytes]
+        rows = oracle.arrays[info.name == "temporal"][info.layer_ids[0] - 4]
+        assert state == rows[2].tobytes()
+        assert (info.shape, info.strides_bytes, info.size_bytes) == (rows.shape, rows.strides, rows.nbytes)
+    assert pool.get_kv_size_bytes() == tuple(array.nbytes for array in oracle.arrays)
+
+
 def test_a_cpu_copy_outlives_its_pool_and_fits_a_like_one():
     pool, oracle = filled_states(mamba_config())
     copy = pool.get_cpu_copy([5, 6])
