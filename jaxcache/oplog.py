@@ -278,10 +278,13 @@ def replay(
       compiled: Steps that an earlier replay with this config compiled.
 
     Raises:
-      ArgumentError: The config differs in what decisions depend on.
+      ArgumentError: The config differs in what decisions depend on, or the log has fewer calls than `until`.
       BrokenInvariant: A call gave another result than it had given: the host decided by something that is not in the
         log. The message says which.
     """
+    calls = len(log.ops) if until is None else as_count("until", until)
+    if calls > len(log.ops):
+        raise ArgumentError(f"until must be at most {len(log.ops)}, the calls in the log, got {until}")
     config = log.config if config is None else config
     if _deciding(config) != _deciding(log.config):
         raise ArgumentError("config: it may differ from the log's in layers, heads and dtypes alone")
@@ -290,7 +293,7 @@ def replay(
         memory.runner.compiled = compiled
     requests = [new.request() for new in log.requests]
     plans: dict[int, Any] = {}
-    for index, op in enumerate(log.ops[:until]):
+    for index, op in enumerate(log.ops[:calls]):
         batch = [requests[number] for number in op.requests]
         for request, sampled in zip(batch, op.sampled, strict=True):
             request.output_ids += np.frombuffer(sampled, "<i4").tolist()

@@ -14,7 +14,7 @@ from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError, RequestS
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.manager import MemoryConfig, MemoryManager
-from jaxcache.oplog import OpKind, bisect, fingerprint, record, replay
+from jaxcache.oplog import OpKind, RecordedManager, bisect, fingerprint, record, replay
 from jaxcache.pages.base import PageState
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
@@ -188,6 +188,23 @@ def test_a_replay_has_the_same_books_at_every_point(flavour):
             again = replay(life.memory.log, until, config=config, compiled=steps)
             assert fingerprint(again) == life.prints[until]
             again.check_memory()
+
+
+def test_every_call_that_changes_something_is_written_down():
+    """A method that is added to the manager has to be added to the log, or to this list."""
+    changes_nothing = {"pool", "table", "next_chunk", "working_state", "get_token_info", "get_swa_token_info"}
+    changes_nothing |= {"check_memory", "warm_up", "warm_up_offload", "warm_up_loop"}
+    public = {name for name in vars(MemoryManager) if not name.startswith("_")}
+    assert public - vars(RecordedManager).keys() == changes_nothing
+
+
+@pytest.mark.parametrize("until", [-1, 1.0, "1", 1000])
+def test_a_replay_of_calls_that_were_not_made_is_refused(until):
+    """-1 left the last call out, and a number too large was no matter."""
+    memory = Life(4).run(10).memory
+    assert len(memory.log.ops) < 1000
+    with pytest.raises(ArgumentError, match="until must"):
+        replay(memory.log, until)
 
 
 @pytest.mark.parametrize("policy", [Policy.LFU, Policy.S3FIFO, Policy.ADAPTIVE, Policy.PRIORITY])
