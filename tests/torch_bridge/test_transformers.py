@@ -7,6 +7,7 @@ import functools
 import importlib
 import socket
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -433,7 +434,12 @@ def test_the_missing_extra_is_named(monkeypatch):
 
 
 def test_an_old_release_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.3")
+    old = types.ModuleType("transformers")
+    old.__version__ = "5.16.3"
+    old.cache_utils = types.ModuleType("transformers.cache_utils")
+    old.cache_utils.Cache = old.cache_utils.CacheLayerMixin = object
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    monkeypatch.setitem(sys.modules, "transformers.cache_utils", old.cache_utils)
     monkeypatch.delitem(sys.modules, "torch_bridge.transformers")
     with pytest.raises(ImportError, match=r"5\.17 or newer, .*, got 5\.16\.3"):
         importlib.import_module("torch_bridge.transformers")
