@@ -40,8 +40,8 @@ from jaxcache.index.stops import Stops
 class RadixTree:
     """Prefixes of token sequences and, for each component, what is cached for them.
 
-    Looking up: `match`. Changing: `insert`, `evict`, `drop`, `reset`. Protecting: `lock`, `unlock`. Looking at:
-    `nodes`, `evictable`, `protected`, `len`. Where keys are `BigramKey`s, what is called tokens here are pairs of them.
+    Looking up: `match`. Changing: `insert`, `evict`, `drop`, `reset`. Protecting: `lock`, `narrow`, `unlock`. Looking
+    at: `nodes`, `evictable`, `protected`, `len`. Where keys are `BigramKey`s, what is called tokens are pairs of them.
 
     Args:
       page_size: Tokens a page, >= 1. Keys are cut to whole pages here, by nobody else.
