@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise UnsupportedError("publishing events needs pyzmq: pip install 'jaxcache[events]'") from error
 
-GATHER_S, AWAKE_S, ASLEEP_S = 1e-3, 5e-5, 2e-4
+GATHER_S, AWAKE_S, ASLEEP_S = 1e-3, 1e-4, 1e-3
 """Once there is something to publish, the thread waits for so long: to wake it costs the engine's thread a microsecond.
 Then it works for so long at a time, and lets others run for so long in between: only one of them holds the interpreter.
 """
