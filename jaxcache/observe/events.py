@@ -271,6 +271,11 @@ class EventQueue:
         self._waiting.append(AllBlocksCleared())
         self._blocks = 0
 
+    def restate(self) -> None:
+        """The tree was filled by other means, as from a snapshot: what is taken next says anew what is in it."""
+        self._waiting.clear()
+        self._blocks = self._max_blocks + 1
+
     def _forget(self, blocks: int) -> None:
         self.overflows += self._blocks - blocks <= self._max_blocks  # the first ones too many
         self._waiting.clear()

@@ -31,6 +31,8 @@ def restore_books(manager: MemoryManager, books: Books) -> None:
     """
     columns = Columns(books)
     restore_tree(manager.cache.tree, columns.part("tree"))
+    if manager.cache.events is not None:
+        manager.cache.events.restate()
     manager.allocator.restore_books(columns.part("pages"))
     manager.req_to_token_pool.restore_books(columns.part("rows"))
     if manager.states is not None:

@@ -42,7 +42,7 @@ def load_snapshot(
     """`init_memory_pool_and_cache`, of a manager whose cache goes on where the saved one stopped.
 
     It finds what that one would have found, and evicts in the order in which that one would have. Of what was let go
-    before, `explain` knows nothing.
+    before, `explain` knows nothing. Where events are on, the first that are taken tell of all that is there.
 
     Args:
       path: As for `save_snapshot`.

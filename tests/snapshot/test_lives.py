@@ -20,6 +20,8 @@ from jaxcache.errors import ArgumentError, LockedError, RequestStateError, Snaps
 from jaxcache.index.key import Namespace
 from jaxcache.index.recency import Policy
 from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.observe.event_consumer import EventConsumer
+from jaxcache.observe.events import EventBatch
 from jaxcache.oplog import fingerprint
 from jaxcache.pools.double_sparse import DoubleSparseConfig
 from jaxcache.pools.layout import Layout
@@ -38,6 +40,8 @@ CASES = [("both", policy) for policy in Policy] + [(flavour, Policy.LRU) for fla
 GO_ON = """
 import sys
 from jaxcache.index.recency import Policy
+from jaxcache.observe.event_consumer import EventConsumer
+from jaxcache.observe.events import EventBatch
 from jaxcache.oplog import fingerprint
 from jaxcache.snapshot.load import load_snapshot
 from tests.snapshot.caches import MODEL, gone_on, lived
@@ -126,6 +130,10 @@ def test_namespaces_hashes_priorities_and_pairs_come_back(tmp_path):
     assert sorted(restored.cache.tree.roots) == sorted(Request("", [1], space).key.namespace for space in spaces)
     mine, theirs = ([list(node.hashes) for node in m.cache.tree.nodes()] for m in (memory, restored))
     assert mine == theirs and len(mine) == 3
+    consumer = EventConsumer()  # of somebody who hears of the restored cache only
+    consumer.receive(0, EventBatch(0.0, restored.cache.take_events()))
+    assert consumer.is_complete and len(consumer.blocks()) == len(restored.cache.tree) == 9
+    assert restored.cache.events.overflows == 0 and restored.cache.take_events() == []
 
 
 def test_an_empty_cache_comes_back_empty(tmp_path):
