@@ -20,6 +20,13 @@ from tests.pools.numpy_pool import NumpyPool, bits, make_pool, mha_config, mla_c
 from tests.pools.steps import BY_KIND, KINDS, OPS, SHAPES, SIZES, abstract_args, as_tuple, on_mesh, row_specs, set_layer
 
 BY_SHARDS = pytest.mark.parametrize("shards", [1, 2, 8])
+BY_KIND_AND_SHARDS = pytest.mark.parametrize(
+    ("kind", "make_config", "shards"),
+    [
+        pytest.param(*kind.values, shards, id=f"{kind.id}-{shards}")
+        for kind, shards in [*product(KINDS[:2], (1, 2, 8)), *product(KINDS[2:], (8,))]  # 8: one head a device
+    ],
+)
 EVERYWHERE = PartitionSpec()
 
 
@@ -74,8 +81,7 @@ def config_of_one(config):
     return dataclasses.replace(config, axis_name=None, shards=1)
 
 
-@BY_KIND
-@BY_SHARDS
+@BY_KIND_AND_SHARDS
 @pytest.mark.parametrize(
     ("axis_type", "dtype"),
     [(AxisType.Auto, jnp.bfloat16), (AxisType.Explicit, jnp.float8_e4m3fn)],
@@ -133,14 +139,9 @@ def test_scales_per_head_are_cut_like_the_heads(shards):
         np.testing.assert_array_equal(bits(many), bits(one))
 
 
-@pytest.mark.parametrize(
-    ("param", "shards"),
-    [*product(KINDS[:2], (1, 2, 8)), *product(KINDS[2:], (8,))],  # one head a device is the hardest
-    ids=lambda part: part if isinstance(part, int) else part.id,
-)
+@BY_KIND_AND_SHARDS
 @pytest.mark.parametrize("step", [*OPS, *SHAPES])
-def test_every_shape_of_step_is_in_place_on_every_device(param, shards, step):
-    kind, make_config = param.values
+def test_every_shape_of_step_is_in_place_on_every_device(kind, make_config, shards, step):
     config = sharded(make_config, jnp.bfloat16, shards, **SIZES)
     mesh = make_mesh(shards)
     pool, *args = abstract_args(kind, config, "cpu", mesh)
