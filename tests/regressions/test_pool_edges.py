@@ -43,6 +43,8 @@ def filled_pool_of(kind, config):
         rows.write(layer, everything, [value[layer] for value in values])
     pool = kind.create(config).set_all_layers(everything, *values)
     assert type(pool) is kind and pool.config.layout is Layout.PAGE_MAJOR
+    abstract = kind.abstract(config, platform="cpu")
+    assert [buffer.shape for buffer in abstract.buffers] == [buffer.shape for buffer in pool.buffers]
     return pool, rows
 
 
