@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import socket
@@ -19,7 +20,15 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from jaxcache import ArgumentError, Request, RequestStateError, SWAKVPool, UnsupportedError
+from jaxcache import (
+    ArgumentError,
+    Layout,
+    Request,
+    RequestStateError,
+    SWAKVPool,
+    UnsupportedError,
+    init_memory_pool_and_cache,
+)
 from jaxcache.pages.base import PageState
 from tests.torch_bridge.hf_models import MODELS, SIZES, VOCABULARY, make
 from tests.torch_bridge.tensors import DEVICE
@@ -421,6 +430,10 @@ def test_models_that_keep_something_else_are_refused():
     with pytest.raises(UnsupportedError, match="layer 0 keeps a LinearAttentionLayer"):
         JaxPagedCache.for_model(transformers.Lfm2ForCausalLM(recurrent), 64)
     cache = cache_for()
+    kv = dataclasses.replace(cache.memory.config.kv, layout=Layout.PAGE_MAJOR)
+    by_page = init_memory_pool_and_cache(dataclasses.replace(cache.memory.config, kv=kv))
+    with pytest.raises(UnsupportedError, match=r"memory: need Layout\.LAYER_MAJOR"):
+        JaxPagedCache(by_page, [None, None])
     with pytest.raises(ArgumentError, match="each of the 2 layers, got 3"):
         JaxPagedCache(cache.memory, [None] * 3)
 
