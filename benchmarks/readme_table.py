@@ -157,7 +157,9 @@ def event_rows(figures: dict[str, Any], path: Path) -> Iterator[Row]:
     for page_size, cases in figures["event_cost"].items():
         case = f"{Path(figures['trace']).stem}, {figures['requests']:,} requests, page {page_size}"
         measured = f"{cases['recorded']['percent']:+.1f}% of match + insert + evict"
-        beside = f"{figures['thread'][page_size]['ns_a_block']:,.0f} ns a block on the publisher's thread"
+        published = figures["event_cost_beside_steps"][page_size]["published"]["percent"]
+        beside = f"published between steps of {figures['step_ms']:g} ms: {published:+.1f}%; "
+        beside += f"{figures['thread'][page_size]['ns_a_block']:,.0f} ns a block on the publisher's thread"
         yield Row(1, "events, recorded and taken", case, measured, beside, figures["cpu"], path)
     updates = {name.removesuffix("_ns"): ns for name, ns in figures["metrics"].items()}
     slowest = max(updates, key=lambda name: updates[name])
