@@ -202,7 +202,7 @@ class RadixCache(BasePrefixCache):
             keeper.took(pages, state, inserted)
         if self.events is not None:
             for node in inserted.added:
-                self.events.stored(node)
+                self.events.stored(node, key.namespace)
         if self.observer is not None:
             self.observer.inserted(inserted.length - inserted.present, time.perf_counter() - started)
         return inserted

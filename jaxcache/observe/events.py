@@ -242,17 +242,15 @@ class EventQueue:
         self._blocks = 0  # more than fit, once some were forgotten
         self.overflows = 0
 
-    def stored(self, node: Node) -> None:
-        """A node joined the tree. O(depth)."""
-        self._blocks += len(node.value)
+    def stored(self, node: Node, namespace: bytes) -> None:
+        """A node joined the tree, in the namespace of that encoding. O(1)."""
+        blocks = len(node.value)
+        self._blocks += blocks
         if self._blocks > self._max_blocks:
-            self._forget(len(node.value))
+            self._forget(blocks)
             return
-        root = parent = node.parent
-        while root.parent is not None:
-            root = root.parent
         hashes: Any = node.hashes  # they are there: the tree keeps them
-        self._waiting.append(BlockStored(hashes, parent.hashes, node.key, self._block_size, root.namespace))
+        self._waiting.append(BlockStored(hashes, node.parent.hashes, node.key, self._block_size, namespace))
 
     def removed(self, gone: Eviction) -> None:
         """Nodes left the tree. O(nodes)."""
@@ -294,10 +292,13 @@ class EventQueue:
     def snapshot(self) -> list[KVCacheEvent]:
         """Events that make a consumer know the tree as it is, whatever it knew: all is cleared, then all is stored.
 
-        Nothing is taken from the queue. O(nodes).
+        Nothing is taken from the queue. O(nodes and their depth).
         """
         anew = EventQueue(self._tree, sys.maxsize)
         anew.cleared()
         for node in self._tree.nodes():
-            anew.stored(node)
+            root: Any = node
+            while root.parent is not None:
+                root = root.parent
+            anew.stored(node, root.namespace)
         return anew.take()

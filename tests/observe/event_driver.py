@@ -158,7 +158,7 @@ class Life:
             self.next_value = (self.next_value + count) % (1 << 30) + 1
         inserted = self.tree.insert(key, values)
         for node in inserted.added:
-            self.queue.stored(node)
+            self.queue.stored(node, key.namespace)
         self.keys.append(key)
         if self.rng.random() < 0.2:
             self.locks.append(self.tree.lock(inserted))

@@ -98,7 +98,7 @@ def test_tombstones_and_what_heals_them_are_no_events():
     def insert(tokens):
         inserted = tree.insert(RadixKey(tokens), [np.array(tokens, np.int32)] * 2)
         for node in inserted.added:
-            queue.stored(node)
+            queue.stored(node, b"")
 
     def evict(amount, component):
         gone = tree.evict(amount, component)
