@@ -28,7 +28,7 @@ from benchmarks.timing import Report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kernels: right to the bit, then timed.")
-    parser.add_argument("--small", action="store_true", help="small pools and few cases: any device, under a minute")
+    parser.add_argument("--small", action="store_true", help="small pools and few cases: any device, a minute or two")
     parser.add_argument("--out", type=Path, help="folder for device.jsonl")
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
     parser.add_argument("--skip-checks", action="store_true", help="time only")
