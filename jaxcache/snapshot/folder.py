@@ -113,11 +113,14 @@ def _abandon(path: Path, folder: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Removes the folders that the manifest does not name. With a damaged one nothing: somebody may want to look."""
+    """Removes the folders that the manifest does not name. With a damaged one nothing: somebody may want to look.
+
+    A link or a file of such a name was not made by a save, and stays.
+    """
     try:
         kept = _named(path)
     except SnapshotError:
         return
     for entry in path.iterdir():
-        if FOLDER.fullmatch(entry.name) and entry.name != kept:
+        if FOLDER.fullmatch(entry.name) and entry.name != kept and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

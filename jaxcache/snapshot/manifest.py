@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import io
 import json
 import re
 import zlib
@@ -19,7 +20,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError, SnapshotError
 from jaxcache.memory_config import MemoryConfig
-from jaxcache.snapshot.parts import Part
+from jaxcache.snapshot.parts import Part, open_file
 
 VERSION = 1
 FILE_NAME = "jaxcache-snapshot.json"
@@ -72,7 +73,7 @@ class Manifest:
         """
         file = path / FILE_NAME
         try:
-            with file.open("rb") as opened:
+            with io.BufferedReader(open_file(file)) as opened:
                 data = opened.read(_MOST_BYTES + 1)
             outer = json.loads(data[:_MOST_BYTES])
             body, checksum = outer["manifest"], outer["checksum"]
@@ -86,7 +87,7 @@ class Manifest:
                 )
             return cls(
                 _folder(fields["folder"]),
-                dict(fields["fingerprint"]),
+                dict(**fields["fingerprint"]),  # names only: they are sorted later
                 {_name(what): [_part(**part) for part in parts] for what, parts in fields["parts"].items()},
                 {_name(stack): _count(rows) for stack, rows in fields["rows_per_part"].items()},
             )

@@ -58,7 +58,7 @@ def read_part(path: Path, part: Part) -> dict[str, np.ndarray]:
     """
     library = _safetensors()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes != part.num_bytes:
                 raise SnapshotError(f"{path} must have {part.num_bytes} bytes, got {num_bytes}: it is damaged")
@@ -73,6 +73,11 @@ def read_part(path: Path, part: Part) -> dict[str, np.ndarray]:
     if _checksum(bytes(header), arrays) != part.checksum:
         raise SnapshotError(f"{path} does not have the checksum that it was written with: it is damaged")
     return arrays
+
+
+def open_file(path: Path) -> io.FileIO:
+    """A file to be read, unbuffered. A pipe in its place is empty, instead of waiting for somebody who writes to it."""
+    return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def _safetensors() -> Any:
