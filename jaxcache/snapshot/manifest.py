@@ -85,12 +85,15 @@ class Manifest:
                     f"{file} must be of version {VERSION}, got {fields['version']!r}: load it with the release of "
                     "jaxcache that wrote it, or start without it"
                 )
-            return cls(
+            manifest = cls(
                 _folder(fields["folder"]),
                 dict(**fields["fingerprint"]),  # names only: they are sorted later
                 {_name(what): [_part(**part) for part in parts] for what, parts in fields["parts"].items()},
                 {_name(stack): _count(rows) for stack, rows in fields["rows_per_part"].items()},
             )
+            if manifest.parts.keys() != {"books"} | manifest.rows_per_part.keys():
+                raise ValueError(f"parts of {sorted(manifest.parts)}, rows of {sorted(manifest.rows_per_part)}")
+            return manifest
         except FileNotFoundError as error:
             raise SnapshotError(f"path: there is no snapshot in {path}: it has no {FILE_NAME}") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -101,8 +101,8 @@ MANIFESTS = {
     "a folder elsewhere": (lambda m: m.update(folder="../elsewhere"), "no manifest"),
     "a folder that is none": (lambda m: m.update(folder=3), "no manifest"),
     "no parts": (lambda m: m.pop("parts"), "no manifest"),
-    "other parts": (lambda m: m["parts"].pop("full"), "parts of full must be"),
-    "no books": (lambda m: m["parts"].pop("books"), "one file of books"),
+    "other parts": (lambda m: m["parts"].pop("full"), "no manifest.*parts of"),
+    "no books": (lambda m: m["parts"].pop("books"), "no manifest.*parts of"),
     "books without end": (lambda m: m["parts"]["books"][0].update(num_bytes=2**50), "at most"),
     "a part too few": (lambda m: m["parts"]["window"].pop(), "parts of window must be"),
     "a part that is none": (lambda m: m["parts"]["window"].append(4), "no manifest"),
@@ -121,6 +121,9 @@ def test_made_up_manifests_are_refused(name, saved, life):
     with_manifest(saved, change)
     with pytest.raises(SnapshotError, match=message):
         load(saved, life)
+    if "no manifest" in message:
+        with pytest.raises(SnapshotError, match=message):
+            jaxcache.verify_snapshot(saved)
 
 
 def with_books(path, change):
