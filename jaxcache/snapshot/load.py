@@ -99,9 +99,9 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
     with locked(path, exclusive=False):
         manifest = Manifest.read(path)
         folder = path / manifest.folder
-        files = [(folder / "books.safetensors", part) for part in manifest.parts.get("books", [])]
+        files = [(folder / "books.safetensors", part) for part in manifest.parts["books"]]
         for stack in manifest.rows_per_part:
-            files += [(part_path(folder, stack, i), part) for i, part in enumerate(manifest.parts.get(stack, []))]
+            files += [(part_path(folder, stack, i), part) for i, part in enumerate(manifest.parts[stack])]
 
         def read(i: int) -> None:
             read_part(*files[i])
@@ -113,7 +113,7 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
 
 
 def _read_books(folder: Path, manifest: Manifest, config: MemoryConfig) -> dict[str, np.ndarray]:
-    parts = manifest.parts.get("books", [])
+    parts = manifest.parts["books"]
     most = most_bytes(config)
     if len(parts) != 1 or parts[0].num_bytes > most:
         raise SnapshotError(f"{folder}: it must have one file of books of at most {most} bytes, got {parts[:2]}")

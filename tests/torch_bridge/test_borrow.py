@@ -133,15 +133,18 @@ USES = {
     "the fence": lambda kv, k, layer, piece: kv.fence(),
     "addresses": lambda kv, k, layer, piece: kv.get_contiguous_buf_infos(),
     "the whole tensor": lambda kv, k, layer, piece: k.sum(),
-    "a layer": lambda kv, k, layer, piece: layer[0, 0].sum(),
+    "a row of a layer": lambda kv, k, layer, piece: layer[0, 0].sum(),
     "a slice": lambda kv, k, layer, piece: piece.add_(1),
     "as an operand": lambda kv, k, layer, piece: torch.zeros(2, 2, 8) + piece,
     "in a list": lambda kv, k, layer, piece: torch.cat([torch.zeros(2, 2, 8), piece]),
     "by keyword": lambda kv, k, layer, piece: torch.add(torch.zeros(2, 2, 8), 1, out=piece),
     "its address": lambda kv, k, layer, piece: piece.data_ptr(),
-    "as a NumPy array": lambda kv, k, layer, piece: piece.cpu().numpy(),
+    "on the host": lambda kv, k, layer, piece: piece.cpu(),
     "its text": lambda kv, k, layer, piece: repr(piece),
 }
+if not ON_GPU:  # there a part of a dead tensor is made, and refuses when it is used
+    USES["a layer"] = lambda kv, k, layer, piece: layer[0, 0]
+    USES["as a NumPy array"] = lambda kv, k, layer, piece: piece.numpy()
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
@@ -302,7 +305,8 @@ def test_dead_tensors_keep_the_pool_from_nothing():
             kept.append(kv.k[0])
         pool = bump(pool)
         assert pool.k.unsafe_buffer_pointer() == address
-    assert all(isinstance(raised(tensor), CacheError) or ON_GPU for tensor in kept)
+    errors = [raised(tensor) for tensor in kept]
+    assert ON_GPU or all(isinstance(error, CacheError) for error in errors)
 
 
 def test_a_block_that_is_over_holds_nothing_even_if_somebody_keeps_it():
