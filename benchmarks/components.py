@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +25,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.index import machine
-from jaxcache.errors import ArgumentError, CacheError
+from benchmarks.figures import as_command, measured_on, requests_of, write_figures
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.key import RadixKey
 from jaxcache.index.tree import RadixTree
-from jaxcache.replay.chat import generate_chat
-from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens, read_trace
+from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens
 
 STEPS = ("match", "lock", "evict", "insert", "unlock")
 OPERATIONS = {"match": ("match",), "lock": ("lock", "unlock"), "evict": ("evict",), "insert": ("insert",)}
@@ -221,30 +217,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what was written."""
     options = parse(arguments)
     console = Console()
-    requests = read_trace(options.trace, options.requests) if options.trace else generate_chat(options.requests)
+    requests = requests_of(options)
     cases = flavours(options.window)
     room = options.device_tokens // options.page_size
-    result: dict[str, Any] = machine() | {
-        "trace": options.trace.name if options.trace else "generated chat",
-        "requests": len(requests),
-        "device_tokens": options.device_tokens,
+    result: dict[str, Any] = measured_on(options, requests) | {
         "page_size": options.page_size,
         "window": options.window,
-        "repeat": options.repeat,
     }
     result["flavours"] = measure(cases, keys_of(requests), options.page_size, room, options.repeat)
     console.print(cost_table(result["flavours"], options.page_size))
     if options.nodes:
         result["growth"] = measure_growth(cases, options.nodes, options.page_size)
         console.print(growth_table(result["growth"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(options.json, result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, CacheError) as error:
-        print(f"benchmarks.components: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    as_command("components", main)

@@ -29,15 +29,15 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from benchmarks.index import STEPS, Run, machine, summarise
+from benchmarks.figures import measured_on, requests_of, write_figures
+from benchmarks.index import STEPS, Run, summarise
 from benchmarks.index_drivers import Packed
 from jaxcache.caches.radix import RadixCache
 from jaxcache.observe.event_wire import encode_batch
 from jaxcache.observe.events import EventBatch, KVCacheEvent
 from jaxcache.observe.metrics import CacheMetrics
 from jaxcache.observe.publisher import KVEventsConfig, ZmqEventPublisher
-from jaxcache.replay.chat import generate_chat
-from jaxcache.replay.trace import TraceRequest, read_trace
+from jaxcache.replay.trace import TraceRequest
 from tests.observe.event_driver import DEAF, HARSH, HEALABLE, MIXES, NO_FAULTS, Life
 
 
@@ -180,12 +180,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints, writes; returns what was written."""
     options = parse(arguments)
-    requests = read_trace(options.trace, options.requests) if options.trace else generate_chat(options.requests)
-    result: dict[str, Any] = machine() | {
-        "trace": options.trace.name if options.trace else "generated chat",
-        "requests": len(requests),
-        "device_tokens": options.device_tokens,
-        "repeat": options.repeat,
+    requests = requests_of(options)
+    result: dict[str, Any] = measured_on(options, requests) | {
         "event_cost": {},
         "step_ms": options.step_ms,
         "event_cost_beside_steps": {},
@@ -205,8 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(json.dumps(result["metrics"], indent=1))
     result["proof"] = prove(options.operations)
     print(json.dumps(result["proof"], indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(options.json, result)
     return result
 
 

@@ -15,10 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures import as_command, measured_on, requests_of, write_figures
 from benchmarks.index_drivers import (
     Driver,
     ListKeys,
@@ -40,9 +37,8 @@ from benchmarks.index_drivers import (
 )
 from benchmarks.index_scale import measure_scale
 from benchmarks.sglang_tree import HOW_TO_GET_IT, SGLangClasses, find_sglang, load_sglang
-from jaxcache.errors import ArgumentError, CacheError
-from jaxcache.replay.chat import generate_chat
-from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens, read_trace
+from jaxcache.errors import CacheError
+from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens
 
 PEER, PEER_ALONE = "SGLang", "SGLang, tree alone"
 CASES: dict[str, type[Packed]] = {
@@ -151,31 +147,6 @@ def measure(
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu_model(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def trace_table(page_size: int, rows: dict[str, dict[str, float]]) -> Table:
     """The cases of one page size, each with its ratio to the peer in brackets."""
     table = Table(title=f"page size {page_size}: microseconds a request (times faster than {PEER})")
@@ -231,12 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     sglang = load_sglang(folder) if folder else None
     if folder is None:
         console.print(f"{PEER} is not installed, so there is nothing to compare with: {HOW_TO_GET_IT}")
-    requests = read_trace(options.trace, options.requests) if options.trace else generate_chat(options.requests)
-    result: dict[str, Any] = machine() | {
-        "trace": options.trace.name if options.trace else "generated chat",
-        "requests": len(requests),
-        "device_tokens": options.device_tokens,
-        "repeat": options.repeat,
+    requests = requests_of(options)
+    result: dict[str, Any] = measured_on(options, requests) | {
         "peer": f"{PEER} {sglang.version}" if sglang else None,
         "page_sizes": {},
     }
@@ -247,14 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.nodes:
         result["scale"] = measure_scale(tuple(options.nodes), operations=20_000, evictions=20)
         console.print(scale_table(result["scale"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(options.json, result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, CacheError) as error:
-        print(f"benchmarks.index: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    as_command("index", main)

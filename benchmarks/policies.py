@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,9 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.index import machine
+from benchmarks.figures import as_command, machine, write_figures
 from benchmarks.policy_traces import generated_traces
-from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.recency import Policy
 from jaxcache.index.tree import RadixTree
@@ -205,14 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(f"{time.perf_counter() - begun:.0f} s")
         if i == 0 and options.plot:
             options.plot.write_text(plot(name, sizes, rates).source + "\n", encoding="utf-8")
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_figures(options.json, result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, CacheError) as error:
-        print(f"benchmarks.policies: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    as_command("policies", main)

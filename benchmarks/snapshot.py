@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.index import machine
+from benchmarks.figures import machine, write_figures
 from jaxcache.donation import donating
 from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.mha import MHAConfig
@@ -258,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="jaxcache-snapshot-", dir=options.folder) as folder:
             result |= measure(config, Path(folder), options.rounds)
         print(json.dumps(result["of_plain"], indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(options.json, result)
     return result
 
 

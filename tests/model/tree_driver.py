@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.index import machine
+from benchmarks.figures import machine
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.recency import Policy
 from tests.index.life import SYMBOLS, Shape, TreeLife
