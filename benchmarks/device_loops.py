@@ -18,11 +18,11 @@ import numpy as np
 
 from benchmarks.peers import Peers
 from benchmarks.timing import Report, time_jax_donated, with_kernel_time
-from jaxcache.decode_loop import unpack_loop
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request
+from jaxcache.steps.loop import unpack_loop
 from tests import loops
 
 PAGE_SIZE = 16

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.node import Receipt
+from jaxcache.index.receipt import Receipt
 
 if TYPE_CHECKING:
     from jaxtyping import Int32

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, FreeOrder, PageState
+from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, FreeOrder, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.mha import MHAConfig

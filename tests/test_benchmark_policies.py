@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.policies import OPTIMUM, lost_to_lru, main, optimum
 from benchmarks.policy_traces import generated_traces
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.trace import TraceRequest, write_trace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcache.cli import main
+from jaxcache.cli.main import main
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.trace import read_trace
 

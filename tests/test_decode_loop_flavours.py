@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
@@ -18,8 +18,8 @@ from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
-from jaxcache.step import Batch
+from jaxcache.steps.batch import Batch
+from jaxcache.steps.compiled import CompiledSteps
 
 WINDOW, STEPS = 6, 8
 BY_LAYER = Layout.LAYER_MAJOR

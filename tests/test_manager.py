@@ -16,11 +16,11 @@ from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
-from jaxcache.pages.base import PageState
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.config import KVCacheConfig
 from jaxcache.pools.hybrid import HybridKVPool
@@ -29,8 +29,10 @@ from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.swa import SWAConfig, SWAKVPool
 from jaxcache.request import Request, RequestState
-from jaxcache.runner import CompiledSteps
-from jaxcache.step import Bucket, StepKind, StepPlan, default_buckets, smallest, unpack
+from jaxcache.steps.batch import unpack
+from jaxcache.steps.buckets import Bucket, StepKind, default_buckets, smallest
+from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.plan import StepPlan
 from tests.model.manager_driver import assert_contents, drive, small_manager, write_step
 
 
@@ -652,7 +654,7 @@ def test_the_device_table_is_exact_however_few_changes_fit_a_step(room):
 
 
 def test_changes_beyond_one_patch_are_sent_in_several(monkeypatch):
-    monkeypatch.setattr("jaxcache.runner.TABLE_PATCH_ENTRIES", 4)
+    monkeypatch.setattr("jaxcache.steps.runner.TABLE_PATCH_ENTRIES", 4)
     manager = small_manager(page_size=1, num_pages=64)
     manager.buckets = tuple(Bucket(b.kind, b.requests, b.tokens, b.pages, 3) for b in manager.buckets)
     requests = [prefilled(manager, [i] * 20, rid=str(i)) for i in range(2)]

@@ -10,7 +10,7 @@ import pytest
 from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
+from jaxcache.steps.compiled import CompiledSteps
 from tests.test_decode_loop_flavours import WINDOW, make_manager
 
 PAGE = 4

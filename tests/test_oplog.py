@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError, RequestStateError
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.manager import MemoryConfig, MemoryManager
-from jaxcache.oplog import OpKind, RecordedManager, bisect, fingerprint, record, replay
-from jaxcache.pages.base import PageState
+from jaxcache.manager.manager import MemoryConfig, MemoryManager
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.oplog.log import OpKind, RecordedManager, bisect, record, replay
+from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from jaxcache.request import Request, RequestState
-from jaxcache.runner import CompiledSteps
+from jaxcache.steps.compiled import CompiledSteps
 
 FLAVOURS = {"full": (False, False), "window": (True, False), "state": (False, True), "both": (True, True)}
 compiled: dict[str, CompiledSteps] = {}

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
-from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay import content
 from jaxcache.request import Request
+from jaxcache.tables.request_table import ReqToTokenPool
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
 

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcache.audit import check_device_map
-from jaxcache.donation import DevicePool
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import BorrowedError, ReleasedError, RequestStateError, StalePoolError
-from jaxcache.observe.events import AllBlocksCleared
-from jaxcache.oplog import fingerprint, record, replay
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.events.events import AllBlocksCleared
+from jaxcache.manager.audit import check_device_map
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.oplog.log import record, replay
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.request import Request
 from jaxcache.snapshot.save import save_snapshot

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from jaxcache.device.packing import NOWHERE, Field, Packing
+from jaxcache.device.staging import Uploads, fetched
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
-from jaxcache.packing import NOWHERE, Field, Packing
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps, StepRunner
-from jaxcache.upload import Uploads, fetched
+from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.runner import StepRunner
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
 # ---- packed vectors ----------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_a_slot_is_written_again_only_when_its_reader_is_done():
 
 
 def test_the_host_waits_where_too_many_steps_are_in_flight(monkeypatch):
-    monkeypatch.setattr("jaxcache.upload.MOST_SLOTS", 2)
+    monkeypatch.setattr("jaxcache.device.staging.MOST_SLOTS", 2)
     uploads, results = new_uploads(), [Result(), Result()]
     slots = [uploads.take()]
     uploads.give_back(slots[0], results[0])

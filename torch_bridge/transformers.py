@@ -24,7 +24,7 @@ import torch
 
 from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.index.key import Namespace
-from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.events.events import KVCacheEvent
 from jaxcache.index.key import RadixKey
-from jaxcache.index.node import Match, Receipt
+from jaxcache.index.node import Match
+from jaxcache.index.receipt import Receipt
 from jaxcache.index.slots import expand_pages
-from jaxcache.observe.events import KVCacheEvent
 from jaxcache.request import Request
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.caches.keepers import StateKeeper, WindowKeeper
 from jaxcache.caches.radix import CacheOptions, RadixCache
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator
+from jaxcache.components.state import StateKeeper
+from jaxcache.components.window import WindowKeeper
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
+from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -13,22 +13,26 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from jaxcache.caches.base import BasePrefixCache, MatchResult
-from jaxcache.caches.keepers import FullKeeper, Keeper, StateKeeper, WindowKeeper
+from jaxcache.components.base import Keeper
+from jaxcache.components.full import FullKeeper
+from jaxcache.components.state import StateKeeper
+from jaxcache.components.window import WindowKeeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.events.events import EventQueue, KVCacheEvent
+from jaxcache.events.observer import CacheObserver
 from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
 from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
-from jaxcache.index.node import Eviction, Insertion, Match, Receipt, joined
-from jaxcache.index.recency import Policy
+from jaxcache.index.node import Eviction, Insertion, Match, joined
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt
 from jaxcache.index.slots import expand_pages, slots_to_pages
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import EventQueue, KVCacheEvent
-from jaxcache.observe.observer import CacheObserver
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.request import Request
+from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
     from jaxtyping import Int32

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.caches.keepers import WindowKeeper
 from jaxcache.caches.radix import CacheOptions, RadixCache
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.components.window import WindowKeeper
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
+from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxcache.index.hashing import PageHashes
     from jaxcache.index.key import RadixKey
-    from jaxcache.index.tree import RadixTree
+    from jaxcache.index.page_hashes import PageHashes
 
 
 _INT32 = np.dtype(np.int32)
@@ -170,32 +169,6 @@ class Match:
 
     def __repr__(self) -> str:
         return f"Match(length={self.length}, node={self.node!r})"
-
-
-class Receipt:
-    """Proof of a lock, to be given back exactly once.
-
-    It remembers token positions, and a split leaves the old object at the lower end, so no split can break it.
-
-    Attributes:
-      node: Deepest protected node; None for a lock on nothing.
-      length: Tokens protected.
-      since: For each component, the token position the lock reaches back to.
-      held: False once it was given back.
-    """
-
-    __slots__ = ("epoch", "held", "length", "node", "since", "tree")
-
-    def __init__(self, tree: RadixTree, node: Node | None, length: int, since: list[int], epoch: int):
-        self.tree = tree
-        self.node = node
-        self.length = length
-        self.since = since
-        self.epoch = epoch
-        self.held = True
-
-    def __repr__(self) -> str:
-        return f"Receipt(length={self.length}, held={self.held})"
 
 
 class Insertion:

@@ -1,18 +1,48 @@
-"""What is asked of a receipt before it is believed."""
+"""Receipts: proof of a lock, and what is asked of one before it is believed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.key import RadixKey
-from jaxcache.index.node import Receipt, Root
-
-if TYPE_CHECKING:
-    from jaxcache.index.tree import RadixTree
+from jaxcache.index.node import Node, Root
 
 
-def require_live(receipt: Receipt, tree: RadixTree, epoch: int) -> None:
+class Locking(Protocol):
+    """What hands out receipts: a tree."""
+
+    @property
+    def element_bytes(self) -> int: ...
+
+
+class Receipt:
+    """Proof of a lock, to be given back exactly once.
+
+    It remembers token positions, and a split leaves the old object at the lower end, so no split can break it.
+
+    Attributes:
+      node: Deepest protected node; None for a lock on nothing.
+      length: Tokens protected.
+      since: For each component, the token position the lock reaches back to.
+      held: False once it was given back.
+    """
+
+    __slots__ = ("epoch", "held", "length", "node", "since", "tree")
+
+    def __init__(self, tree: Locking, node: Node | None, length: int, since: list[int], epoch: int):
+        self.tree = tree
+        self.node = node
+        self.length = length
+        self.since = since
+        self.epoch = epoch
+        self.held = True
+
+    def __repr__(self) -> str:
+        return f"Receipt(length={self.length}, held={self.held})"
+
+
+def require_live(receipt: Receipt, tree: Locking, epoch: int) -> None:
     """O(1).
 
     Args:

@@ -27,13 +27,13 @@ import numpy as np
 from jaxcache.errors import ArgumentError, LockedError, ReceiptError
 from jaxcache.index.arguments import require_tree
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.explain import Graves
-from jaxcache.index.hashing import PageHashes
+from jaxcache.index.graves import Graves
 from jaxcache.index.key import TOKEN_BYTES, RadixKey, first_mismatch
-from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Receipt, Root, Slot, below, joined, owned
+from jaxcache.index.node import NOTHING, Eviction, Insertion, Match, Node, Root, Slot, below, joined, owned
 from jaxcache.index.offer import as_priority, offered_from
-from jaxcache.index.receipt import require_live, require_prefix
-from jaxcache.index.recency import Policy
+from jaxcache.index.page_hashes import PageHashes
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt, require_live, require_prefix
 from jaxcache.index.stops import Stops
 
 

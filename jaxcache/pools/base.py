@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating, reading
+from jaxcache.device.donation import donating, reading
+from jaxcache.device.pool import DevicePool
 from jaxcache.kernels.copy_kv import move_rows
+from jaxcache.pools.buffers import BufferInfo, buffer_infos
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
-from jaxcache.pools.layout import BufferInfo, buffer_infos
 from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jax.typing import ArrayLike
 
+from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
-from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.mamba import MambaConfig, MambaPool
 from jaxcache.pools.stack import CpuCopy, MemoryPool
 from jaxcache.pools.swa import SWAConfig, SWACpuCopy

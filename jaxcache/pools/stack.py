@@ -4,7 +4,7 @@ A pool is a frozen dataclass pytree. The arrays of a `LayerStack` hold as many r
 as `(layers, rows, *row)`; `jaxcache.pools.layout` says what else there is. Row 0 of each layer is the sink of padding,
 which is never handed out, never written and stays zero. An update returns the new pool and consumes the old one. Inside
 a jitted step that owns the pool (donated, or carried by a loop) an update is in place; outside, every method is itself
-such a step (see `jaxcache.donation`).
+such a step (see `jaxcache.device.donation`).
 
 A pool never decides who owns a row (`jaxcache.pages` does) and never looks at what a row holds.
 """
@@ -24,12 +24,13 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating, reading
+from jaxcache.device.donation import donating, reading
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
+from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import PoolConfig, require
-from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.pools.base import KVCache
+from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
-from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.stack import CpuCopy, MemoryPool, bucketed
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.mamba import MambaPool
-from jaxcache.pools.requests import RequestTable
 from jaxcache.pools.swa import SWAKVPool
-from jaxcache.step import Batch
+from jaxcache.steps.batch import Batch
+from jaxcache.tables.device_table import RequestTable
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.mirror import TableChanges
-from jaxcache.pages.base import PageState
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.allocator import PageState
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.replay.config import Fault
 from jaxcache.replay.content import Pool, write_rows, write_step
+from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:
     import jax
 
-    from jaxcache.manager import MemoryManager
+    from jaxcache.manager.manager import MemoryManager
     from jaxcache.request import Request
-    from jaxcache.step import Batch
+    from jaxcache.steps.batch import Batch
 
 TIMES = 5
 """How often a fault of the host side strikes."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from jaxcache.manager import MemoryManager
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.manager.manager import MemoryManager
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.replay.content import READ_BACK_HEADER, count_mismatches, count_wrong_states, prefix_digest
 from jaxcache.request import Request

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import Namespace
-from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for

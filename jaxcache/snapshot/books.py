@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jaxcache.columns import Books, Columns, prefixed
 from jaxcache.errors import BrokenInvariant, SnapshotError
 from jaxcache.index.saved import restore_tree, saved_tree
-from jaxcache.manager import MemoryManager
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager
+from jaxcache.state_dict import Books, Columns, prefixed
 
 _BYTES_BESIDE = 256 << 20  # namespaces, what a policy learned, headers
 _BYTES_A_PAGE = 1 << 10  # of records, values and ghosts; a node has at least a page

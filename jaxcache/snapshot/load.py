@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.contents import layer_stacks, parts_of, rows_in_use, with_layer_stacks
+from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import SnapshotError
-from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.stack import LayerStack, pad_to
+from jaxcache.pools.stacks import layer_stacks, parts_of, with_layer_stacks
 from jaxcache.snapshot.books import most_bytes, restore_books
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache.errors import ArgumentError, SnapshotError
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.snapshot.parts import Part, open_file
 
 VERSION = 1

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.contents import layer_stacks, parts_of, rows_in_use, rows_per_part
+from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import RequestStateError
-from jaxcache.manager import MemoryManager
+from jaxcache.manager.manager import MemoryManager
 from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import LayerStack, pad_to
+from jaxcache.pools.stacks import layer_stacks, parts_of, rows_per_part
 from jaxcache.snapshot.books import saved_books
 from jaxcache.snapshot.folder import new_folder, publish
 from jaxcache.snapshot.manifest import Manifest, fingerprint

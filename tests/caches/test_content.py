@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from tests.caches.content import ContentLife, Shape
 
 OPS = 150

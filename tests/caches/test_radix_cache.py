@@ -7,14 +7,14 @@ import pytest
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, OwnershipError, ReceiptError
-from jaxcache.index.hashing import namespace_seed, page_hashes
+from jaxcache.events.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
-from jaxcache.pages.base import PageState
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
+from jaxcache.tables.request_table import ReqToTokenPool
 
 
 def make_cache(page_size=1, size=64, rows=4, **options):

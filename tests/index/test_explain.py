@@ -7,9 +7,10 @@ import pytest
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.explain import Graves, Reason, explain
+from jaxcache.index.explain import Reason, explain
+from jaxcache.index.graves import Graves
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 
 STATE = Component("state", 1, spans=False)

@@ -11,8 +11,8 @@ from hypothesis import given
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.check import draw
-from jaxcache.index.hashing import page_hashes
 from jaxcache.index.key import BigramKey, Namespace, RadixKey
+from jaxcache.index.page_hashes import page_hashes
 from jaxcache.index.tree import RadixTree
 from tests.index.test_explain import put
 

@@ -16,13 +16,13 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
-from jaxcache.pages.base import PageState
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
-from jaxcache.step import StepPlan
+from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.plan import StepPlan
 
 READ_BACK_EVERY = 8
 OPS_PER_LIFE = 500
@@ -197,7 +197,7 @@ class ManagerDriver:
 
 def drive(seed: int, ops: int, page_size: int, policy: Policy = Policy.LRU) -> None:
     """`ops` operations on one manager, winding down now and then."""
-    with mock.patch("jaxcache.runner.TABLE_PATCH_ENTRIES", 4):
+    with mock.patch("jaxcache.steps.runner.TABLE_PATCH_ENTRIES", 4):
         driver = ManagerDriver(seed, page_size, policy)
         for start in range(0, ops, OPS_PER_LIFE):
             driver.run(min(OPS_PER_LIFE, ops - start))

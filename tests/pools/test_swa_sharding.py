@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.errors import ArgumentError, BorrowedError, ShardingError, StalePoolError
 from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.swa import SWAKVPool

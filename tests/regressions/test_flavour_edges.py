@@ -7,7 +7,6 @@ import inspect
 import numpy as np
 import pytest
 
-from jaxcache.audit import check_owners
 from jaxcache.caches.base import BasePrefixCache
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.caches.lora_radix import LoRARadixCache
@@ -16,6 +15,7 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import BrokenInvariant
 from jaxcache.index.key import RadixKey
+from jaxcache.manager.audit import check_owners
 from tests.caches.content import Shape, make_cache
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcache.errors import ArgumentError
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
+from jaxcache.steps.compiled import CompiledSteps
 
 PAGE, WINDOW = 4, 6
 

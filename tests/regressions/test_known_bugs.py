@@ -18,10 +18,10 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import DoubleFreeError, OwnershipError, ReceiptError, RequestStateError
 from jaxcache.index.check import check
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.request import Request
 from tests.caches.test_radix_cache import make_cache, prefill, sizes
 from tests.model.manager_driver import assert_contents, small_manager, write_step

@@ -10,7 +10,7 @@ import pytest
 
 from jaxcache.errors import ArgumentError, CacheError, OwnershipError
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.request import Request
 from tests.caches.content import ContentLife, Shape

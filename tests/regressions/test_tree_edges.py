@@ -9,13 +9,13 @@ import pytest
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import BrokenInvariant, ReceiptError
+from jaxcache.events.events import BlockRemoved, BlockStored
 from jaxcache.index.check import draw
-from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import BlockRemoved, BlockStored
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.request import Request
 from tests.caches.test_radix_cache import make_cache, prefill
 from tests.model.manager_driver import small_manager, write_step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from jaxcache.manager import MemoryManager
-from jaxcache.runner import CompiledSteps
+from jaxcache.manager.manager import MemoryManager
+from jaxcache.steps.compiled import CompiledSteps
 
 _steps = functools.cache(lambda page_size: CompiledSteps())
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxcache.manager import MemoryManager
+from jaxcache.manager.manager import MemoryManager
 from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.result import ReplayResult
 from jaxcache.replay.run import run_replay

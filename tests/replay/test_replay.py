@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jaxcache.errors import ArgumentError, TraceError
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest

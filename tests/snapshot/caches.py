@@ -7,11 +7,13 @@ import random
 
 import numpy as np
 
-from jaxcache.contents import layer_stacks, rows_in_use, with_layer_stacks
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryManager
-from jaxcache.oplog import RecordedManager, fingerprint
+from jaxcache.components.rows import rows_in_use
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.manager import MemoryManager
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.oplog.log import RecordedManager
 from jaxcache.pools.stack import CpuCopy
+from jaxcache.pools.stacks import layer_stacks, with_layer_stacks
 from tests.test_oplog import Life
 
 MODEL = "tiny, revision 1"

@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcache
-from jaxcache import contents
 from jaxcache.errors import SnapshotError
-from jaxcache.index.recency import Policy
-from jaxcache.oplog import fingerprint
+from jaxcache.index.policies.registry import Policy
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.pools import stacks
 from jaxcache.snapshot import books, manifest, save
 from jaxcache.snapshot.manifest import FILE_NAME, Manifest
 from jaxcache.snapshot.parts import write_part
@@ -33,7 +33,7 @@ def life():
 @pytest.fixture
 def saved(life, tmp_path, monkeypatch):
     """A snapshot of some parts, to be spoilt."""
-    monkeypatch.setattr(contents, "PART_BYTES", 80)
+    monkeypatch.setattr(stacks, "PART_BYTES", 80)
     jaxcache.save_snapshot(tmp_path / "s", life.memory, model=MODEL)
     return tmp_path / "s"
 

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import jaxcache
-from jaxcache import contents
 from jaxcache.errors import ArgumentError
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools import stacks
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
@@ -44,7 +44,7 @@ def cached(config: MemoryConfig, mesh: Mesh | None) -> MemoryManager:
 @pytest.mark.parametrize(("source", "target"), [(8, 2), (2, 0), (0, 8), (1, 4)])
 @pytest.mark.parametrize("kv", [MHA, MLA, PAGES], ids=["mha", "mla", "page-major"])
 def test_from_one_mesh_to_another(kv, source, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "PART_BYTES", 10_000)
+    monkeypatch.setattr(stacks, "PART_BYTES", 10_000)
     memory = cached(*place(kv, source))
     jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
     config, mesh = place(kv, target)

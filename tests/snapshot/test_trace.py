@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import jaxcache
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import CacheKind, ReplayConfig
 from jaxcache.replay.proof import count_leaks

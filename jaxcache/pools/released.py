@@ -1,0 +1,65 @@
+"""A pool without its device memory: what is left of it, and how it comes back.
+
+    pool ── release ──► ReleasedPool: sizes, place, and, if they are kept, rows in page-locked host memory
+         ◄── resume ──  new arrays, at other addresses perhaps; those rows are where they were, all others are zero
+
+Source: SGLang's memory saver (release_memory_occupation), which keeps addresses; XLA has none to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcache.pools.stack import MemoryPool, pad_to
+from jaxcache.pools.stacks import layer_stacks, parts_of, rows_per_part, with_layer_stacks
+
+_NOTHING = np.empty(0, np.int32)
+_MOST_IN_FLIGHT = 4
+
+
+class ReleasedPool:
+    """Frees the arrays of `pool`, which is stale from then on, once what is to be kept is in host memory.
+
+    Args:
+      pool: That of one owner: nobody else looks into it.
+      kept: For each stack of layers, the rows to keep; None to keep nothing.
+
+    Raises:
+      StalePoolError, BorrowedError: The pool was consumed, or another framework looks into it. Nothing has changed.
+
+    Cost: the rows over the host link, and as much page-locked memory for as long as this lives.
+    """
+
+    def __init__(self, pool: MemoryPool, kept: Mapping[str, np.ndarray] | None):
+        pool.require_unshared()
+        self._type, self._config, self._mesh = type(pool), pool.config, pool.mesh
+        self._device = next(iter(pool.buffers[0].devices())) if self._mesh is None else None
+        self._parts: dict[str, list[tuple[np.ndarray, tuple[Any, ...]]]] = {}
+        for name, stack in layer_stacks(pool).items():
+            size = rows_per_part(stack)
+            parts = self._parts[name] = []
+            for rows in parts_of(_NOTHING if kept is None else kept[name], size):
+                rows = pad_to(rows, size)
+                parts.append((rows, stack.start_copy(rows)))
+                jax.block_until_ready(parts[-_MOST_IN_FLIGHT:][0])  # each needs room on the device
+        jax.block_until_ready(self._parts)
+        for buffer in pool.buffers:
+            buffer.delete()
+
+    def resumed(self) -> MemoryPool:
+        """A pool like the one that was released, with the rows that were kept. May be tried again if memory is short.
+
+        Cost: those rows over the host link.
+        """
+        pool = self._type.create(self._config, device=self._device, mesh=self._mesh)
+        stacks = layer_stacks(pool)
+        for name, parts in self._parts.items():
+            for i, (rows, copies) in enumerate(parts):
+                stacks[name] = stacks[name].with_rows(rows, *stacks[name].placed(*copies))
+                if i % _MOST_IN_FLIGHT == 0:
+                    jax.block_until_ready(stacks[name])
+        return with_layer_stacks(pool, stacks)
