@@ -23,7 +23,7 @@ from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request
 from jaxcache.steps.loop import unpack_loop
-from tests import loops
+from tests.support import loops
 
 PAGE_SIZE = 16
 LOOPS = ((8, 1), (32, 1), (8, 4), (32, 4))

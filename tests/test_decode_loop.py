@@ -28,7 +28,7 @@ from jaxcache.steps.loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
-from tests.loops import (
+from tests.support.loops import (
     Oracle,
     append_tokens,
     assert_contents,

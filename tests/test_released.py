@@ -17,8 +17,8 @@ from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.request import Request
 from jaxcache.snapshot.save import save_snapshot
 from tests.snapshot.caches import MODEL, contents, fill
-from tests.snapshot.test_mesh import MHA, cached, place
-from tests.test_oplog import FLAVOURS, Life, make_config, nothing
+from tests.support.placed_caches import MHA, cached, place
+from tests.support.recorded_lives import FLAVOURS, Life, make_config, nothing
 
 
 class View:

@@ -24,7 +24,7 @@ from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.result import ReplayResult
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
-from tests.replay.shared import share_steps
+from tests.support.shared_steps import share_steps
 
 TOKEN_BYTES = 4
 

@@ -14,7 +14,7 @@ from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.oplog.log import RecordedManager
 from jaxcache.pools.stack import CpuCopy
 from jaxcache.pools.stacks import layer_stacks, with_layer_stacks
-from tests.test_oplog import Life
+from tests.support.recorded_lives import Life
 
 MODEL = "tiny, revision 1"
 

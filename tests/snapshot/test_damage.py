@@ -22,7 +22,7 @@ from jaxcache.snapshot import books, manifest, save
 from jaxcache.snapshot.manifest import FILE_NAME, Manifest
 from jaxcache.snapshot.parts import write_part
 from tests.snapshot.caches import MODEL, lived
-from tests.test_oplog import make_config
+from tests.support.recorded_lives import make_config
 
 
 @pytest.fixture(scope="module")

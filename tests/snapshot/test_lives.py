@@ -29,7 +29,7 @@ from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
 from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
-from tests.test_oplog import FLAVOURS, make_config
+from tests.support.recorded_lives import FLAVOURS, make_config
 
 KINDS = {
     "mha": (MHAConfig, {"head_num": 2, "head_dim": 3, "v_head_dim": 5}),
