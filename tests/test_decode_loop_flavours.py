@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig

@@ -13,7 +13,8 @@ import pytest
 from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError, RequestStateError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.manager.manager import MemoryConfig, MemoryManager
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.oplog.log import OpKind, RecordedManager, bisect, record, replay
 from jaxcache.pages.allocator import PageState

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.errors import ArgumentError
-from jaxcache.manager.manager import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.base import KVCacheConfig
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh
 
 import jaxcache
 from jaxcache.errors import ArgumentError
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools import stacks
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
