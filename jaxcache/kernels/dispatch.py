@@ -31,6 +31,10 @@ class Op(enum.Enum):
     MOVE_ROWS = "move_rows"
     GATHER_PAGES = "gather_pages"
     SCATTER_PAGES = "scatter_pages"
+    PAGED_DECODE = "paged_decode"
+    PAGED_EXTEND = "paged_extend"
+    MLA_DECODE = "mla_decode"
+    MLA_EXTEND = "mla_extend"
 
 
 class Implementation(enum.Enum):
