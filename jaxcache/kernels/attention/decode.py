@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray
@@ -22,7 +23,7 @@ from jaxcache.kernels.attention.launch import power_of_two
 from jaxcache.kernels.attention.merge import with_sinks
 from jaxcache.kernels.attention.plan import Plan
 from jaxcache.kernels.attention.reference import Fetch, attend, fetch_kv
-from jaxcache.kernels.dispatch import Implementation, Op, choose
+from jaxcache.kernels.dispatch import Implementation, Op, choose, current_target
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
@@ -136,4 +137,13 @@ def unfit(q: Any, kv: PagedKV) -> dict[Implementation, str]:
         why = f"its heads are at most {MAX_DIM} wide, and these are {kv.k.shape[-1]} and {kv.v.shape[-1]}"
     elif power_of_two(q.shape[1] // kv.heads) > MAX_GROUP:
         why = f"it takes at most {MAX_GROUP} query heads a KV head, and there are {q.shape[1] // kv.heads}"
+    why = why or unfit_dtype(kv.dtype)
     return {} if why is None else {Implementation.TRITON: why}
+
+
+def unfit_dtype(dtype: np.dtype) -> str | None:
+    """Why Triton has no numbers like these on the present GPU, or None."""
+    capability = current_target().compute_capability()
+    if dtype == jnp.float8_e4m3fn and capability is not None and capability < 89:
+        return f"Triton has float8_e4m3fn from compute capability 8.9 on, and this is {capability / 10}"
+    return None

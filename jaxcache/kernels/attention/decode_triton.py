@@ -263,8 +263,9 @@ def decode_kernel(
 
 
 @triton.jit
-def _fold_parts(top, den, acc, part_o, part_lse, first, last, share, unit, step, offset, inside, DV: tl.constexpr,
-                DVP: tl.constexpr):
+def _fold_parts(
+    top, den, acc, part_o, part_lse, first, last, share, unit, step, offset, inside, DV: tl.constexpr, DVP: tl.constexpr
+):
     """Folds the parts of one unit into a running softmax. `step` rows a part; those of this program at `offset`."""
     dv = tl.arange(0, DVP)
     columns = inside[:, None] & (dv < DV)[None, :]

@@ -234,5 +234,7 @@ def extend_kernel(
         top = new
     o = tl.where(live[:, None], acc / tl.where(den > 0, den, 1.0)[:, None], 0.0)
     dv = tl.arange(0, DVP)
-    tl.store(out + at[:, None] * DV + dv[None, :], o.to(out.dtype.element_ty), mask=exists[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out + at[:, None] * DV + dv[None, :], o.to(out.dtype.element_ty), mask=exists[:, None] & (dv < DV)[None, :]
+    )
     tl.store(out_lse + at, tl.where(den > 0, (top + tl.log2(den)) / LOG2E, float("-inf")), mask=exists)

@@ -92,8 +92,10 @@ def heads_launches(
         busy = PROGRAMS if requests > 8 else PROGRAMS // 2
         decode = DecodeLaunch(32, max(busy // heads, 1), 1, _stages(32 * row_bytes, 3, room // 2))
     tile = TILE_ROWS if row_bytes <= 512 and room > SMALL_SHARED_BYTES else TILE_ROWS // 2
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        tile = TILE_ROWS // 8
     block = 64 if row_bytes <= (1024 if room > SMALL_SHARED_BYTES else 512) else 32
-    warps, stages = tile // 16, _stages(block * row_bytes, 2, room - 2 * tile * max(row_bytes, width * 2))
+    warps, stages = max(tile // 16, 4), _stages(block * row_bytes, 2, room - 2 * tile * max(row_bytes, width * 2))
     shared = DecodeLaunch(block, max(PROGRAMS // 4 // heads, 1), warps, stages)
     extend = ExtendLaunch(max(tile // rows, 1), block, warps, stages)
     return Launches(decode, shared, extend, members=max(tile // rows, 1))
@@ -102,7 +104,7 @@ def heads_launches(
 def latent_launches(requests: int, heads: int, width: int, itemsize: int, capability: int | None = 90) -> Launches:
     """For latent rows of `width` elements and `heads` query heads. `capability` as for `heads_launches`."""
     room = SHARED_BYTES.get(capability or 0, SMALL_SHARED_BYTES)
-    is_small = room <= SMALL_SHARED_BYTES or width * itemsize > 1536
+    is_small = capability not in (80, 90) or width * itemsize > 1536  # on sm100 wide tiles need more than there is
     rows = max(power_of_two(min(heads, 16 if is_small else 64)), 16)
     blocks, row_bytes = -(-heads // rows), width * itemsize
     block = 16 if is_small else 64

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, PageOrder, Sequences
 
@@ -170,14 +169,6 @@ def tolerance(case: Case) -> float:
     return 2e-5 if itemsize == 4 else 4e-3
 
 
-def require_interpreter(case: Case, interprets: bool) -> None:
-    """Skips what Triton's interpreter cannot run here: it has no bfloat16."""
-    if not interprets:
-        pytest.skip("this process compiles Triton source for an H200")
-    if np.dtype(case.dtype) == jnp.bfloat16:
-        pytest.skip("Triton's interpreter has no bfloat16; the GPU and the compiler's tests run it")
-
-
 def _row(order: PageOrder, layer: int, slot: int) -> int:
     page, offset = divmod(slot, order.page_size)
     physical = page * order.layers + layer if order.page_major else layer * order.pages + page
@@ -206,3 +197,77 @@ def _worth(stored: np.ndarray, scale: Any, kind: str, at: np.ndarray) -> np.ndar
     if kind == "row":
         scale = scale.reshape(-1, *scale.shape[2:])[at]
     return numbers if scale is None else numbers * np.asarray(scale, np.float64)[..., None]
+
+
+RAGGED = ((0, 70), (0, 1), (0, 0), (0, 130), (0, 32), (0, 64), (0, 33))
+MIXED = ((50, 20), (0, 1), (33, 1), (0, 0), (90, 40), (31, 1), (0, 37))
+
+
+DECODE = {
+    "gqa": Case(RAGGED),
+    "mha": Case(RAGGED, heads=3, group=1),
+    "group_of_6": Case(RAGGED, heads=1, group=6),
+    "wide_group": Case(RAGGED, heads=1, group=20),
+    "narrow_values": Case(RAGGED, dim=48, v_dim=24),
+    "page_1": Case(RAGGED, page=1),
+    "page_3": Case(RAGGED, page=3),
+    "page_64": Case(RAGGED, page=64),
+    "page_128": Case(RAGGED, page=128),
+    "page_48": Case(RAGGED, page=48),
+    "page_major": Case(RAGGED, page_major=True),
+    "window": Case(RAGGED, window=40),
+    "window_in_a_page": Case(RAGGED, window=5),
+    "cap": Case(RAGGED, cap=2.0),
+    "sinks": Case(RAGGED, sinks=True),
+    "all_at_once": Case(RAGGED, window=33, cap=3.0, sinks=True, page_major=True, page=4),
+    "fp16": Case(RAGGED, dtype=np.float16),
+    "bf16": Case(RAGGED, dtype=jnp.bfloat16),
+    "tensor_scales": Case(RAGGED, dtype=np.float16, scales="tensor"),
+    "e4m3": Case(RAGGED, dtype=jnp.float8_e4m3fn, scales="tensor"),
+    "e4m3_bf16": Case(RAGGED, dtype=jnp.float8_e4m3fn, q_dtype=jnp.bfloat16),
+    "e5m2": Case(RAGGED, dtype=jnp.float8_e5m2, scales="head"),
+    "int8": Case(RAGGED, dtype=np.int8, scales="row"),
+    "int8_page_major": Case(RAGGED, dtype=np.int8, scales="row", page_major=True),
+    "one_token": Case(((0, 1),), padding=0),
+    "nobody": Case(((0, 0),), padding=3),
+    "last_layer": Case(RAGGED, layer=2),
+}
+EXTEND = {
+    "gqa": Case(MIXED),
+    "mha": Case(MIXED, heads=3, group=1),
+    "group_of_6": Case(MIXED, heads=1, group=6),
+    "narrow_values": Case(MIXED, dim=48, v_dim=24),
+    "page_1": Case(MIXED, page=1),
+    "page_3": Case(MIXED, page=3),
+    "page_64": Case(MIXED, page=64),
+    "page_major": Case(MIXED, page_major=True),
+    "window": Case(MIXED, window=40),
+    "window_in_a_page": Case(MIXED, window=5),
+    "cap": Case(MIXED, cap=2.0),
+    "sinks": Case(MIXED, sinks=True),
+    "all_at_once": Case(MIXED, window=33, cap=3.0, sinks=True, page_major=True, page=4),
+    "fp16": Case(MIXED, dtype=np.float16),
+    "bf16": Case(MIXED, dtype=jnp.bfloat16),
+    "e4m3": Case(MIXED, dtype=jnp.float8_e4m3fn, scales="tensor"),
+    "e5m2": Case(MIXED, dtype=jnp.float8_e5m2, scales="head"),
+    "int8": Case(MIXED, dtype=np.int8, scales="row"),
+    "no_padding": Case(((9, 4), (0, 3)), padding=0, tokens=7),
+    "drafts": Case(((20, 4), (31, 4), (64, 4)), padding=1),
+    "nobody": Case(((0, 0),), tokens=5),
+}
+LATENT = Case(RAGGED, group=16, dim=48, latent=32)
+
+LATENTS = {
+    "latent": LATENT,
+    "few_heads": replace(LATENT, group=5),
+    "many_heads": replace(LATENT, group=40),
+    "odd_widths": replace(LATENT, dim=33, latent=24),
+    "page_1": replace(LATENT, page=1),
+    "page_64": replace(LATENT, page=64),
+    "page_major": replace(LATENT, page_major=True),
+    "window_cap": replace(LATENT, window=20, cap=2.0),
+    "fp16": replace(LATENT, dtype=np.float16),
+    "bf16": replace(LATENT, dtype=jnp.bfloat16),
+    "e4m3": replace(LATENT, dtype=jnp.float8_e4m3fn, scales="tensor"),
+    "int8": replace(LATENT, dtype=np.int8, scales="tensor"),
+}

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcache.kernels import triton_call
+from tests.kernels.attention.cases import Case
 
 TORCH_BITS = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
+
+
+def require_interpreter(case: Case, interprets: bool) -> None:
+    """Skips what Triton's interpreter cannot run here: it has no bfloat16."""
+    if not interprets:
+        pytest.skip("this process compiles Triton source for an H200")
+    if np.dtype(case.dtype) == jnp.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16; the GPU and the compiler's tests run it")
 
 
 def tensor(array: Any) -> Any:
@@ -46,9 +56,7 @@ def paged_decode(q: Any, kv: Any, layer: int, plan: Any, masking: Any, sinks: An
         pytest.fail("Triton was imported before TRITON_INTERPRET was set")
 
     def attend(units: Any) -> list:
-        return launch(
-            source.decode_kernel, *source.decode_launch(q, kv, np.int32(layer), plan, units, masking)
-        )
+        return launch(source.decode_kernel, *source.decode_launch(q, kv, np.int32(layer), plan, units, masking))
 
     together = None if plan.shared is None else attend(plan.shared.units)
     merged = source.merge_launch(attend(plan.units), plan.units, together, plan.shared, sinks, q.dtype)
@@ -61,4 +69,24 @@ def paged_extend(q: Any, kv: Any, layer: int, plan: Any, masking: Any, sinks: An
 
     outputs = launch(source.extend_kernel, *source.extend_launch(q, kv, np.int32(layer), plan, masking, sinks))
     out, lse = outputs
+    return numpy_of(out), numpy_of(lse)
+
+
+def mla_decode(q: Any, kv: Any, layer: int, plan: Any, masking: Any) -> tuple[np.ndarray, np.ndarray]:
+    from jaxcache.kernels.attention import decode_triton, mla_triton
+
+    def attend(units: Any) -> list:
+        options = mla_triton.decode_launch(q, kv, np.int32(layer), plan, units, masking)
+        return launch(mla_triton.decode_kernel, *options)
+
+    together = None if plan.shared is None else attend(plan.shared.units)
+    merged = decode_triton.merge_launch(attend(plan.units), plan.units, together, plan.shared, None, q.dtype)
+    out, lse = launch(decode_triton.merge_kernel, *merged)
+    return numpy_of(out), numpy_of(lse)
+
+
+def mla_extend(q: Any, kv: Any, layer: int, plan: Any, masking: Any) -> tuple[np.ndarray, np.ndarray]:
+    from jaxcache.kernels.attention import mla_triton
+
+    out, lse = launch(mla_triton.extend_kernel, *mla_triton.extend_launch(q, kv, np.int32(layer), plan, masking))
     return numpy_of(out), numpy_of(lse)
