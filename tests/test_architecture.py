@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "events": {"errors", "index"},
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
+    "attention": {"errors", "kernels", "pools", "steps"},
     "caches": _GROUND | {"components", "events", "pages", "tables"},
     "steps": _GROUND | {"caches", "pages", "tables"},
     "manager": _MEMORY,

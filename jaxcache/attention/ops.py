@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Float32
 
-    from jaxcache.decode_loop import DecodeLoop
     from jaxcache.pools.stack import LayerId, MemoryPool
-    from jaxcache.step import Batch
+    from jaxcache.steps.batch import Batch
+    from jaxcache.steps.loop import DecodeLoop
 
 
 def paged_attention(

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.decode_loop import DecodeLoop
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.attention.contract import PageOrder, Sequences
 from jaxcache.kernels.attention.launch import Launches, heads_launches, latent_launches
@@ -22,7 +21,8 @@ from jaxcache.pools.mha import HeadsConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.pools.sharding import require_one_shard
 from jaxcache.pools.swa import SWAKVPool
-from jaxcache.step import Batch
+from jaxcache.steps.batch import Batch
+from jaxcache.steps.loop import DecodeLoop
 
 if TYPE_CHECKING:
     from jaxcache.pools.stack import MemoryPool
