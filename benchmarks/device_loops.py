@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.peers import Peers
 from benchmarks.timing import Report, time_jax_donated, with_kernel_time
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "events": {"errors", "index"},
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
+    "attention": {"errors", "kernels", "pools", "steps"},
     "caches": _GROUND | {"components", "events", "pages", "tables"},
     "steps": _GROUND | {"caches", "pages", "tables"},
     "manager": _MEMORY,
@@ -56,7 +57,7 @@ ONLY_IN = {
     "zmq": {("events", "publisher.py"), ("events", "subscriber.py")},
     "safetensors": {("snapshot", "parts.py")},
     "prometheus_client": {("observe", "metrics.py")},
-    "transformers": {("torch_bridge", "transformers.py"), ("torch_bridge", "transformers_memory.py")},
+    "transformers": {("torch_bridge", f"transformers{part}.py") for part in ("", "_forward", "_memory")},
     "flashinfer": {("torch_bridge", "attention.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig

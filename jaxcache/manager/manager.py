@@ -37,7 +37,7 @@ from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
-from jaxcache.steps.buckets import StepKind, default_buckets
+from jaxcache.steps.buckets import Bucket, StepKind, default_buckets
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
@@ -75,7 +75,6 @@ class MemoryManager:
       states: Owner of the recurrent states; None without them.
       cache: The prefix cache.
       runner: The device's side: pool, device table, compiled steps.
-      buckets: Static shapes of steps.
       running: Running requests by row.
       planner: What plans steps and checks their plans.
     """
@@ -97,16 +96,16 @@ class MemoryManager:
         self.page_size = config.kv.page_size
         self._windows = allocator if isinstance(allocator, SWATokenToKVPoolAllocator) else None
         self.runner = StepRunner(pool, req_to_token_pool, self._windows)
-        self.buckets = default_buckets(
+        self.running: dict[int, Request] = {}
+        self._loops = DecodeLoops(allocator, req_to_token_pool)
+        buckets = default_buckets(
             config.max_running,
             config.chunk,
             self.page_size,
             has_window=self._windows is not None,
             has_states=states is not None,
         )
-        self.running: dict[int, Request] = {}
-        self._loops = DecodeLoops(allocator, req_to_token_pool)
-        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
+        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops, buckets)
         self._states: RunningStates | None = None
         if isinstance(req_to_token_pool, HybridReqToTokenPool) and states is not None:
             self._states = RunningStates(req_to_token_pool, states, cache, self.runner, config.state_interval)
@@ -128,6 +127,11 @@ class MemoryManager:
     def table(self) -> RequestTable:
         """Device twin of the request table; replaced as the pool is."""
         return self.runner.table
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Static shapes of steps; the planner's."""
+        return self.planner.buckets
 
     # ---- the life of a request -----------------------------------------------------------------------------------
 
@@ -301,7 +305,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
-        return self.planner.extend(work, self.buckets)
+        return self.planner.extend(work)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
@@ -312,7 +316,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
         """
-        return self.planner.decode(requests, self.buckets)
+        return self.planner.decode(requests)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
@@ -386,10 +390,7 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        plan = self.planner.decode_loop(requests, steps, width, limits, self.buckets)
-        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
-        self.planner.make_room(num_pages)
-        return self._loops.open(plan, num_pages)
+        return self.planner.decode_loop(requests, steps, width, limits, pages)
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
         """Dispatches a loop on the pools.

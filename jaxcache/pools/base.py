@@ -104,7 +104,8 @@ class KVCache(LayerStack):
 
         Args:
           loc: Slot of each token.
-          *rows: `(layers, n, *row)` for each array of the pool: k and v, or the latent rows. Cast to the pool's dtype.
+          *rows: `(layers, n, *row)` for each array of the pool: k and v, or the latent rows. Cast to the pool's dtype,
+            saturated if it is fp8.
 
         Returns:
           The updated pool; this one is consumed.

@@ -45,7 +45,7 @@ class Waiting(NamedTuple):
 
 
 class StepPlanner:
-    """Plans steps over the requests of one table.
+    """Plans steps over the requests of one table: a plan has its bucket and its pages when it leaves here.
 
     Args:
       running: The running requests by row; the manager's own dict.
@@ -53,6 +53,10 @@ class StepPlanner:
       allocator: Where fresh pages come from.
       cache: What is evicted for them.
       loops: Whose requests cannot be planned.
+      buckets: Static shapes of steps.
+
+    Attributes:
+      buckets: As given.
     """
 
     def __init__(
@@ -62,9 +66,11 @@ class StepPlanner:
         allocator: BaseTokenToKVPoolAllocator,
         cache: BasePrefixCache,
         loops: DecodeLoops,
+        buckets: Sequence[Bucket],
     ):
         self._running, self._table, self._loops = running, table, loops
         self._allocator, self._cache = allocator, cache
+        self.buckets = tuple(buckets)
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
 
@@ -106,7 +112,7 @@ class StepPlanner:
 
     # ---- plans ---------------------------------------------------------------------------------------------------
 
-    def extend(self, work: Sequence[tuple[Request, int]], buckets: Sequence[Bucket]) -> StepPlan | None:
+    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
         """`MemoryManager.extend` has the contract."""
         batch, kv_len, room = self._waiting([request for request, _ in work])
         counts = [as_count(f"work: tokens of request {request.rid}", n) for request, n in work]
@@ -119,7 +125,7 @@ class StepPlanner:
         if target.max() > table.max_context_len:
             self._refuse_longer(batch, target)
         new = pages_of(more - room, table.page_size)
-        bucket = smallest(buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
+        bucket = smallest(self.buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
         fresh = self.take_pages(int(new.sum()))
         if fresh is None:
             return None
@@ -127,7 +133,7 @@ class StepPlanner:
         table.append_pages(batch.row, fresh, new)
         return self._step_plan(bucket, batch, kv_len, target, last_loc, np.concatenate(tokens), fresh)
 
-    def decode(self, requests: Sequence[Request], buckets: Sequence[Bucket]) -> StepPlan | None:
+    def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
         cursor = self._cursor
         if cursor is None or not cursor.continues(requests):
@@ -137,7 +143,7 @@ class StepPlanner:
         if cursor.longest > self._table.max_context_len:
             self._refuse_longer(cursor.batch, target)
         num_pages = len(cursor.growing)
-        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
         fresh = self.take_pages(num_pages)
         if fresh is None:
             return None
@@ -150,18 +156,18 @@ class StepPlanner:
         requests: Sequence[Request],
         steps: int,
         width: int,
-        limits: Sequence[int] | None,
-        buckets: Sequence[Bucket],
-    ) -> LoopPlan:
-        """`MemoryManager.decode_loop` has the contract; the plan has no pages yet."""
+        limits: Sequence[int] | None = None,
+        pages: int | None = None,
+    ) -> LoopPlan | None:
+        """`MemoryManager.decode_loop` has the contract."""
         batch, kv_len, _ = self._waiting(requests)
         if len(batch.state) and width > 1:
             raise ArgumentError(
                 f"width must be 1 with recurrent states, which no draft can be taken out of, got {width}"
             )
         tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
-        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
-        return LoopPlan(
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
+        plan = LoopPlan(
             LoopShape(bucket.requests, steps, width, self._table.page_size),
             batch.requests,
             row=batch.row,
@@ -171,6 +177,9 @@ class StepPlanner:
             state=batch.state,
             tokens=tokens,
         )
+        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
+        self.make_room(num_pages)
+        return self._loops.open(plan, num_pages)
 
     def _waiting(self, requests: Sequence[Request]) -> Waiting:
         """Distinct running requests that wait for a step.

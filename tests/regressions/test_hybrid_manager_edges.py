@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcache.errors import ArgumentError
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig

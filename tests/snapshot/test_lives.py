@@ -20,7 +20,8 @@ from jaxcache.events.consumer import EventConsumer
 from jaxcache.events.events import EventBatch
 from jaxcache.index.key import Namespace
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.pools import stacks
 from jaxcache.pools.double_sparse import DoubleSparseConfig

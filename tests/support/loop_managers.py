@@ -6,7 +6,8 @@ import functools
 
 import jax.numpy as jnp
 
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig

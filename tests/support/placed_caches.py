@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig

@@ -11,7 +11,7 @@ import pytest
 
 from jaxcache.errors import CacheError, RequestStateError
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.oplog.log import record
 from jaxcache.pools.mamba import MambaConfig
