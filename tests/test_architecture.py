@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": _LEAVES | {"config", "kernels", "mirror", "packing", "pools", "request"},
     "decode_loop": _LEAVES | {"config", "kernels", "packing", "pages", "pools"},
     "loop_plan": _LEAVES | {"config", "decode_loop", "packing", "pages", "pools", "request"},
+    "attention": _LEAVES | {"decode_loop", "kernels", "pools", "step"},
     "upload": set(),
     "released": {"contents", "pools"},
     "runner": _LEAVES
