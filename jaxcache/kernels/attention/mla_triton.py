@@ -251,10 +251,7 @@ def decode_kernel(
             first = 0
             if HAS_START:
                 first = tl.load(start + u)
-            if MEMBERS > 1:
-                who = tl.load(member + u * MEMBERS + m // HB)
-            else:
-                who = m // HB + u
+            who = tl.load(member + u * MEMBERS + m // HB) if MEMBERS > 1 else m // HB + u
             live = (who >= 0) & (h < HQ)
             pages_of = table + tl.load(row + u).to(tl.int64) * max_pages
             at = tl.where(live, who, 0).to(tl.int64) * HQ + h

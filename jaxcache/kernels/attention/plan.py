@@ -174,6 +174,7 @@ def make_plan(
     """
     sequences.check(page_size)
     capacity = sequences.pages.shape[1] * page_size
+    sequences = jax.tree.map(jnp.asarray, sequences)
     sequences = dataclasses.replace(sequences, seq_len=jnp.minimum(sequences.seq_len, capacity))
     if shared is not None and window is not None:
         raise ArgumentError("shared must be None for a window: its layers do not attend to a prefix")
@@ -224,6 +225,7 @@ def _share(sequences: Sequences, shared: SharedPrefix, page_size: int, launches:
         array = getattr(shared, name)
         if array.shape != (n,) or array.dtype != jnp.int32:
             raise ArgumentError(f"shared.{name} must be int32, one a request, got {array.dtype}{list(array.shape)}")
+    shared = jax.tree.map(jnp.asarray, shared)
     me = jnp.arange(n, dtype=jnp.int32)
     before = me[None, :] < me[:, None]
     length = jnp.clip(shared.length, 0, sequences.seq_len) // page_size * page_size

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,9 +50,7 @@ def test_reference(name):
     for as_cpu in {False, np.dtype(case.dtype).itemsize < 4}:
         batch, out, lse = one_row_a_request(decode_batch(dataclasses.replace(case, as_cpu=as_cpu)))
         got_out, got_lse = run_reference(batch, plan_of(batch))
-        cases.close(
-            got_out, out, 8e-3 if batch.q.dtype == jnp.bfloat16 else 1e-3 if batch.q.dtype == np.float16 else 2e-5
-        )
+        cases.close(got_out, out, cases.reference_tolerance(batch.q))
         cases.close(got_lse, lse, 2e-5)
 
 

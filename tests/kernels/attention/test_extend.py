@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,9 +21,7 @@ def test_reference(name):
         out, lse = cases.expected(batch)
         op = jax.jit(lambda q, kv, layer, plan, sinks: paged_extend(q, kv, layer, plan, case.masking, sinks=sinks))
         got_out, got_lse = op(batch.q, batch.kv, np.int32(case.layer), plan_of(batch), batch.sinks)
-        cases.close(
-            got_out, out, 8e-3 if batch.q.dtype == jnp.bfloat16 else 1e-3 if batch.q.dtype == np.float16 else 2e-5
-        )
+        cases.close(got_out, out, cases.reference_tolerance(batch.q))
         cases.close(got_lse, lse, 2e-5)
 
 

@@ -16,10 +16,6 @@ from tests.kernels.conftest import HAS_GPU, INTERPRETS
 LAUNCHES = Launches(DecodeLaunch(32, 3, 4, 3, 16), DecodeLaunch(32, 2, 4, 3, 16), ExtendLaunch(2, 32, 4, 3, 16), 2)
 
 
-def reference_tolerance(batch: cases.Batch) -> float:
-    return {"bfloat16": 8e-3, "float16": 1e-3}.get(batch.q.dtype.name, 2e-5)
-
-
 def run(op, batch, plan, **options):
     case = batch.case
     jitted = jax.jit(lambda q, kv, layer, plan: op(q, kv, layer, plan, case.masking, **options))
@@ -39,7 +35,7 @@ def test_reference(name):
     for as_cpu in {False, np.dtype(cases.LATENTS[name].dtype).itemsize < 4}:
         for op, _, batch, out, lse in both_steps(name, as_cpu=as_cpu):
             got_out, got_lse = run(op, batch, plan_of(batch, LAUNCHES))
-            cases.close(got_out, out, reference_tolerance(batch))
+            cases.close(got_out, out, cases.reference_tolerance(batch.q))
             cases.close(got_lse, lse, 2e-5)
 
 
