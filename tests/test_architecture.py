@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
     "caches": _GROUND | {"components", "events", "pages", "tables"},
-    "steps": _GROUND | {"caches", "pages", "tables"},
+    "steps": _GROUND | {"caches", "components", "pages", "tables"},
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},
     "oplog": _MEMORY | {"manager"},

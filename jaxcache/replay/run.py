@@ -26,7 +26,6 @@ import numpy as np
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import Namespace
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
-from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for
 from jaxcache.replay.proof import Proof, count_leaks
@@ -269,8 +268,8 @@ class Replay:
         self.result.leaked_slots = count_leaks(manager)
         if not self.result.leaked_slots:
             manager.check_memory(read_device=True)
-            cached = manager.cache.full_evictable_size()
-            type(manager.cache).evict(manager.cache, cached)  # neither timed nor counted: nobody needs the room
+            cache = manager.cache
+            type(cache).evict_values(cache, list(cache.tree.evictable))  # neither timed nor counted: nobody needs room
             self.result.leaked_slots = count_leaks(manager) + manager.cache.full_evictable_size()
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ class Replay:
             ("plan", manager, "decode"),
             ("insert", cache, "cache_unfinished_req"),
             ("insert", cache, "cache_finished_req"),
-            ("evict", cache, "evict"),
+            ("evict", cache, "evict_values"),
         ):
             setattr(owner, method, self._timed(name, getattr(owner, method)))
 
@@ -341,11 +340,11 @@ class Replay:
         result.pool = config.pool.value
         result.layout = config.layout.value
         kv = manager.config.kv
-        full = kv.full if isinstance(kv, SWAConfig) else kv
+        first: Any = next(iter(manager.pool.stacks().values())).config
         result.pool_bytes = sum(buffer.nbytes for buffer in jax.tree.leaves(manager.pool))
         result.layers = kv.layer_num
-        result.row_shapes = [list(shape) for shape in full.row_shapes]
-        result.dtype = str(full.dtype)
+        result.row_shapes = [list(shape) for shape in first.row_shapes]
+        result.dtype = str(first.dtype)
         result.device = jax.local_devices()[0].device_kind
         result.jax_version = jax.__version__
         result.python_version = platform.python_version()
