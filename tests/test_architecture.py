@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"errors", "index", "pages"},
     "attention": {"errors", "kernels", "pools", "steps"},
     "caches": _GROUND | {"components", "events", "pages", "tables"},
-    "steps": _GROUND | {"caches", "pages", "tables"},
+    "steps": _GROUND | {"caches", "components", "pages", "tables"},
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},
     "oplog": _MEMORY | {"manager"},

@@ -256,7 +256,7 @@ class Sequences:
 
 def _require_prompts(memory: MemoryManager, tokens: Any, is_token: Any) -> None:
     """Raises unless these are prompts for `Sequences`."""
-    if memory.states is not None:
+    if any(component.per_request for component in memory.cache.components):
         raise UnsupportedError("memory has recurrent states: torch models keep theirs outside of a jaxcache pool")
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ArgumentError(f"input_ids must be integers (batch, columns), got {tokens.dtype} {tokens.shape}")

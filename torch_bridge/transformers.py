@@ -81,7 +81,7 @@ class JaxPagedCache(Cache):
 
     def __init__(self, memory: MemoryManager, windows: Sequence[int | None], model: Any = None):
         kv = memory.config.kv
-        if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.states is not None:
+        if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.config.states is not None:
             raise UnsupportedError(f"memory: need one for keys and values, an MHAConfig or SWAConfig, got {kv}")
         sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
         if any(side.layout is Layout.PAGE_MAJOR for side in sides):

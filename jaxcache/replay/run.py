@@ -25,7 +25,6 @@ import numpy as np
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import Namespace
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
-from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for
 from jaxcache.replay.host_time import HostTimes
@@ -321,11 +320,11 @@ class Replay:
         result.pool = config.pool.value
         result.layout = config.layout.value
         kv = manager.config.kv
-        full = kv.full if isinstance(kv, SWAConfig) else kv
+        first: Any = next(iter(manager.pool.stacks().values())).config
         result.pool_bytes = sum(buffer.nbytes for buffer in jax.tree.leaves(manager.pool))
         result.layers = kv.layer_num
-        result.row_shapes = [list(shape) for shape in full.row_shapes]
-        result.dtype = str(full.dtype)
+        result.row_shapes = [list(shape) for shape in first.row_shapes]
+        result.dtype = str(first.dtype)
         result.device = jax.local_devices()[0].device_kind
         result.jax_version = jax.__version__
         result.python_version = platform.python_version()

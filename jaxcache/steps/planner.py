@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache
+from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.arguments import as_count
@@ -74,29 +74,30 @@ class StepPlanner:
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
 
-    def require_running(self, request: Request) -> None:
-        """Raises RequestStateError unless a request runs here, in no decode loop."""
+    def require_running(self, request: Request) -> int:
+        """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
         row = request.req_pool_idx
         if request.state is not RequestState.RUNNING or row is None or self._running.get(row) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
         if self._loops.holds(row):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
+        return row
 
-    def make_room(self, num_pages: int, without_window: int = 0) -> None:
-        """Evicts what is short of so many free pages, `without_window` of which need no window page, if that is enough.
+    def make_room(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> None:
+        """Evicts what is short of so many free pages, if that is enough; `spared` as for `make_room_for_pages`.
 
         Where only window pages are short, running requests give up those that none of their tokens will attend to
-        again, one request after the other, and if that is not enough, snapshots with the windows before them.
+        again, one request after the other, and if that is not enough, checkpoints with the windows before them.
         """
-        if self._cache.make_room(num_pages, without_window=without_window):
+        if self._cache.make_room_for_pages(num_pages, spared):
             return
         most = self._allocator.full_available_size() + self._cache.evictable_size()
         if most < num_pages * self._table.page_size:
             return
-        for keep_snapshot in (True, False):
+        for keep_checkpoint in (True, False):
             for request in self._running.values():
-                self._cache.drop_out_of_window(request, keep_snapshot)
-                if self._cache.make_room(num_pages, without_window=without_window):
+                self._cache.drop_out_of_window(request, keep_checkpoint)
+                if self._cache.make_room_for_pages(num_pages, spared):
                     return
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:

@@ -117,7 +117,7 @@ def test_where_nothing_is_cached_no_snapshot_is_taken():
     manager.run(write_step, manager.extend([(request, 7)]))
     sample(request)
     decode(manager, request)
-    assert manager.states.available_size() == 1
+    assert manager.cache.usage("state")[1] == 1
     require_right(manager, request)
 
 
