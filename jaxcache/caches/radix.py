@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from jaxcache.arguments import require_counts
 from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.components.base import Keeper
 from jaxcache.components.full import FullKeeper
@@ -20,7 +21,6 @@ from jaxcache.components.window import WindowKeeper
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.events.events import EventQueue, KVCacheEvent
 from jaxcache.events.observer import CacheObserver
-from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
@@ -28,10 +28,10 @@ from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, joined
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.receipt import Receipt
-from jaxcache.index.slots import expand_pages, slots_to_pages
 from jaxcache.index.tree import RadixTree
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.request import Request
+from jaxcache.slots import first_pages, page_slots
 from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class RadixCache(BasePrefixCache):
         if value is None:
             pages = key.token_ids[:: self.page_size]
         else:
-            pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
+            pages = first_pages("value", value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages, state)
 
     def insert_pages(
@@ -222,7 +222,7 @@ class RadixCache(BasePrefixCache):
         Raises:
           ArgumentError: A number is no integer, or negative.
         """
-        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
+        require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         started = time.perf_counter() if self.observer is not None else 0.0
         size = self.page_size
         if self._others:
@@ -266,7 +266,7 @@ class RadixCache(BasePrefixCache):
 
         Cost: O(evicted).
         """
-        require_amounts(pages=pages, states=states, without_window=without_window)
+        require_counts(pages=pages, states=states, without_window=without_window)
         if states and self._states is None:
             raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
         size = self.page_size
@@ -458,7 +458,7 @@ class RadixCache(BasePrefixCache):
 
     def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
         """Every cached slot, node by node. O(cached)."""
-        return expand_pages(joined([node.value for node in self.tree.nodes()]), self.page_size)
+        return page_slots(joined([node.value for node in self.tree.nodes()]), self.page_size)
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events since the last call, oldest first; empty unless they were enabled. See `EventQueue.take`."""

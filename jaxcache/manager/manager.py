@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import ArgumentError, RequestStateError
@@ -32,7 +33,6 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.recurrent import RunningStates
 from jaxcache.manager.swap import KeptCopy, warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.arguments import as_count
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pools.stack import MemoryPool

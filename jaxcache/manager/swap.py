@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.caches.base import expand_pages
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.pools.swa import SWAKVPool
+from jaxcache.slots import page_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class KeptCopy:
           windows: Window page of each of them, 0 for none; empty without window layers.
           state: The request's state; 0 without states.
         """
-        slots = expand_pages(pages, page_size)[:num_tokens]
+        slots = page_slots(pages, page_size)[:num_tokens]
         without = np.flatnonzero(windows == 0)
         holes = int(without[-1]) + 1 if len(without) else 0
         if not isinstance(pool, HybridKVPool):
@@ -80,7 +80,7 @@ class KeptCopy:
 
     def loaded(self, pool: MemoryPool, start: int, stop: int, pages: np.ndarray, state: int) -> Any:
         """The pool with the tokens `[start, stop)` in fresh pages, and the state in `state`; consumes the old one."""
-        slots = expand_pages(pages, self.page_size)[: stop - start]
+        slots = page_slots(pages, self.page_size)[: stop - start]
         part = self.kv.tokens(start, stop)
         if not isinstance(pool, HybridKVPool):
             return pool.load_cpu_copy(part, slots)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcache.arguments import as_count
 from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import LayerStack, pad_to
 from jaxcache.pools.stacks import layer_stacks, parts_of, rows_per_part
 from jaxcache.snapshot.books import saved_books

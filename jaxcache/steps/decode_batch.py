@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import pack
 from jaxcache.index.node import NOTHING
-from jaxcache.pages.arguments import int32_array
 from jaxcache.request import Request
 from jaxcache.steps.plan import StepPlan
 from jaxcache.tables.hybrid_table import HybridReqToTokenPool
@@ -56,7 +56,7 @@ class RunningBatch:
             tuple(requests),
             row=row,
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
-            tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
+            tag=as_int32("tag: those of the batch", [request.tag for request in requests]),
             state=table.state[row] if isinstance(table, HybridReqToTokenPool) else NOTHING,
         )
 
