@@ -14,19 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
 
-_GROUND = {"errors", "device", "index", "kernels", "pools", "request", "state_dict"}
+_READERS = {"arguments", "errors", "slots", "state_dict"}
+_GROUND = _READERS | {"device", "index", "kernels", "pools", "request"}
 _MEMORY = _GROUND | {"caches", "components", "events", "pages", "steps", "tables"}
 # A room is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
+    "slots": {"errors", "arguments"},
     "state_dict": {"errors"},
-    "index": {"errors", "state_dict"},
+    "index": _READERS,
     "request": {"errors", "index"},
     "kernels": {"errors"},
     "device": {"errors"},
     "pools": {"errors", "device", "kernels"},
-    "tables": {"errors", "pools", "device", "state_dict"},
-    "pages": {"errors", "kernels", "state_dict", "tables"},
+    "tables": _READERS | {"pools", "device"},
+    "pages": _READERS | {"kernels", "tables"},
     "events": {"errors", "index"},
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
@@ -44,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torch_bridge": _MEMORY | {"manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
-NO_JAX = {"state_dict", "errors", "events", "index", "__main__"}
+NO_JAX = _READERS | {"events", "index", "__main__"}
 # Third parties that only some places may name: package -> (unit, end of the file's name).
 ONLY_IN = {
     "torch": {("torch_bridge", ".py"), ("kernels", "_torch.py")},

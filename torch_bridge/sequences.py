@@ -22,9 +22,9 @@ import torch
 from jaxcache.errors import ArgumentError, CacheError, UnsupportedError
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.expand import pages_of
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
+from jaxcache.slots import pages_of
 from torch_bridge.slots import slots_to_torch
 
 

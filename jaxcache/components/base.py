@@ -25,7 +25,7 @@ import numpy as np
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.expand import page_slots
+from jaxcache.slots import page_slots
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import TableChanges
 

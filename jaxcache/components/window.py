@@ -14,9 +14,9 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.expand import page_slots
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.slots import page_slots
 from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:

@@ -9,13 +9,6 @@ from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES
 from jaxcache.index.policies.registry import Policy
 
 
-def require_amounts(**amounts: int) -> None:
-    """Raises ArgumentError unless each is an integer that is not negative."""
-    for name, amount in amounts.items():
-        if not isinstance(amount, (int, np.integer)) or amount < 0:
-            raise ArgumentError(f"{name} must be an integer and must not be negative, got {amount!r}")
-
-
 def require_tree(page_size: int, policy: Policy, element_bytes: int) -> None:
     """Raises ArgumentError unless a tree can be built of these."""
     if not isinstance(page_size, (int, np.integer)) or page_size < 1:

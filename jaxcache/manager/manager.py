@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager.admission import Admission
@@ -30,7 +31,6 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import WholeMemory
 from jaxcache.manager.swap import KeptCopy, warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
 from jaxcache.steps.buckets import Bucket, StepKind, default_buckets

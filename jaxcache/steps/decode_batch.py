@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import pack
-from jaxcache.pages.arguments import int32_array
 from jaxcache.request import Request
 from jaxcache.steps.plan import StepPlan
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -54,7 +54,7 @@ class RunningBatch:
             tuple(requests),
             row=row,
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
-            tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
+            tag=as_int32("tag: those of the batch", [request.tag for request in requests]),
             state=table.states_of(row),
         )
 

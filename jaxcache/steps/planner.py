@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.arguments import as_count
-from jaxcache.pages.expand import pages_of
 from jaxcache.request import Request, RequestState
+from jaxcache.slots import pages_of
 from jaxcache.steps.buckets import Bucket, StepKind, smallest
 from jaxcache.steps.decode_batch import DecodeCursor, RunningBatch
 from jaxcache.steps.loop import LoopShape

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcache.arguments import as_count, as_int32
 from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
@@ -101,9 +103,7 @@ class ReqToTokenPool:
 
     def alloc(self, need_size: int) -> list[int] | None:
         """`need_size` rows, or None if fewer are free."""
-        if not isinstance(need_size, (int, np.integer)) or need_size < 0:
-            raise ArgumentError(f"need_size must be an integer and must not be negative, got {need_size!r}")
-        if need_size > len(self._free):
+        if as_count("need_size", need_size) > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
         self._is_free[rows] = False
@@ -146,18 +146,13 @@ class ReqToTokenPool:
         if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
             raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
         start, stop, step = columns.indices(self.max_context_len)
-        values = np.asarray(values)
-        is_list = values.ndim == 1 and (values.size == 0 or values.dtype.kind in "iu")
-        if not is_list or (values.size and not 0 <= values.min() <= values.max() < 2**31):
-            raise ArgumentError(f"values must be a list of slots in [0, 2**31), got {values.dtype}{list(values.shape)}")
+        values = as_int32("values", values)
         if step != 1 or len(values) != stop - start:
             raise ArgumentError(f"values: {len(values)} slots do not fit columns {start}:{stop}:{step}")
-        size = self.page_size
-        pages = values[::size] // size
-        expanded = (pages[:, None] * size + np.arange(size)).reshape(-1)[: len(values)]
-        if start % size or not np.array_equal(expanded, values):
-            raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
-        self.write_pages(int(row), start // size, pages)
+        if start % self.page_size:
+            raise ArgumentError(f"indices: the slice must start at a page of {self.page_size} slots, got {start}")
+        pages = whole_pages("values", values, self.page_size, last_may_end=True)
+        self.write_pages(int(row), start // self.page_size, pages)
 
     def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"], on_device: bool = False) -> None:
         """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
