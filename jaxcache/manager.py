@@ -111,10 +111,11 @@ class MemoryManager:
 
     @property
     def pool(self) -> MemoryPool:
-        """The KV pool. Replaced by every `run`: never keep it across one.
+        """The KV pool. Replaced by every `run`: never keep it across one. What is set must be an update of it.
 
         Raises:
           ReleasedError: Its memory was released.
+          ArgumentError: What is set is a pool of other sizes or layers.
         """
         return self.runner.pool
 
@@ -141,7 +142,8 @@ class MemoryManager:
         Raises:
           RequestStateError: It is running or done.
           ReleasedError: The pool's memory was released.
-          ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with pages of another size.
+          ArgumentError: It is longer than `max_context_len`, or its copy is of other layers, another kind of rows or
+            pages of another size than this manager's.
         """
         if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
             raise RequestStateError(
@@ -150,12 +152,9 @@ class MemoryManager:
         if request.num_tokens > self.config.max_context_len:
             limit = self.config.max_context_len
             raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
-        if request.cpu_copy is not None and request.cpu_copy.page_size != self.page_size:
-            raise ArgumentError(
-                f"request {request.rid} has a host copy in pages of {request.cpu_copy.page_size}, here they have "
-                f"{self.page_size}: set its cpu_copy to None, and it is computed again"
-            )
         self.runner.require_resumed()
+        if request.cpu_copy is not None:
+            request.cpu_copy.require_fitting(request.rid, self.pool, self.page_size)
         if not self.req_to_token_pool.available_size():
             return None
         cap = request.num_tokens - 1
@@ -251,7 +250,8 @@ class MemoryManager:
         if self._states is not None:
             self._states.fill(np.array([row], np.int32))
         self.runner.send_changes()
-        return KeptCopy.of(self.pool, self.page_size, pages, request.kv_len, windows, self.working_state(request))
+        key, state = request.computed_key, self.working_state(request)
+        return KeptCopy.of(key, self.pool, self.page_size, pages, windows, state)
 
     def _release(self, request: Request, state: RequestState) -> None:
         self.planner.require_running(request)

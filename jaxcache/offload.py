@@ -15,56 +15,75 @@ from typing import Any
 import numpy as np
 
 from jaxcache.caches.base import expand_pages
+from jaxcache.errors import ArgumentError
+from jaxcache.index.key import RadixKey
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator
 from jaxcache.pages.swa import SWATokenToKVPoolAllocator
-from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.pools.copies import PoolCopy
+from jaxcache.pools.hybrid import HybridCpuCopy, HybridKVPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.pools.swa import SWAKVPool
+from jaxcache.request import HostCopy
 
 
 @dataclass(frozen=True, eq=False)
-class KeptCopy:
+class KeptCopy(HostCopy):
     """KV, and the state if there is one, of the first tokens of a request, in host memory.
 
     Attributes:
-      num_tokens: Tokens copied.
       page_size: Tokens a page.
       holes: Pages from the start that had no window page.
-      kv: Their rows.
-      state: The state after the last of them.
+      rows: Their rows, and the state after the last of them.
     """
 
-    num_tokens: int
     page_size: int
     holes: int
-    kv: Any
-    state: Any
+    rows: PoolCopy
 
     @classmethod
     def of(
-        cls, pool: MemoryPool, page_size: int, pages: np.ndarray, num_tokens: int, windows: np.ndarray, state: int
+        cls, key: RadixKey, pool: MemoryPool, page_size: int, pages: np.ndarray, windows: np.ndarray, state: int
     ) -> KeptCopy:
-        """Copies the first `num_tokens` tokens in `pages`. Blocks until done.
+        """Copies the tokens of `key`, which are in `pages`. Blocks until done.
 
         Args:
+          key: Their tokens, in their namespace.
           pool: Read, not consumed.
           page_size: Tokens a page.
           pages: Full pages.
-          num_tokens: Tokens in them.
           windows: Window page of each of them, 0 for none; empty without window layers.
           state: The request's state; 0 without states.
         """
-        slots = expand_pages(pages, page_size)[:num_tokens]
+        slots = expand_pages(pages, page_size)[: len(key)]
         without = np.flatnonzero(windows == 0)
         holes = int(without[-1]) + 1 if len(without) else 0
-        if not isinstance(pool, HybridKVPool):
-            return cls(num_tokens, page_size, holes, pool.get_cpu_copy(slots), None)
-        kept_state = pool.states.get_cpu_copy(np.array([state], np.int32))
-        return cls(num_tokens, page_size, holes, pool.kv.get_cpu_copy(slots), kept_state)
+        if isinstance(pool, HybridKVPool):
+            return cls(key, page_size, holes, pool.get_cpu_copy(slots, np.array([state], np.int32)))
+        return cls(key, page_size, holes, pool.get_cpu_copy(slots))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens copied."""
+        return len(self.key)
+
+    def require_fitting(self, rid: str, pool: MemoryPool, page_size: int) -> None:
+        """Raises ArgumentError unless this can be loaded into `pool`: it is of the same layers, rows, dtype and pages.
+
+        Whether the weights are the same is the caller's to know.
+        """
+        remedy = "set its cpu_copy to None, and it is computed again"
+        if self.page_size != page_size:
+            raise ArgumentError(
+                f"request {rid} has a host copy in pages of {self.page_size}, here they have {page_size}: {remedy}"
+            )
+        try:
+            pool.require_copy_of_such(self.rows)
+        except ArgumentError as error:
+            raise ArgumentError(f"request {rid} has a host copy from elsewhere: {error}; {remedy}") from error
 
     def worth(self, most: int) -> int:
         """How many tokens a request that may have `most` gets from this: a state is of use at its own position only."""
-        if self.state is not None and self.num_tokens > most:
+        if isinstance(self.rows, HybridCpuCopy) and self.num_tokens > most:
             return 0
         return min(self.num_tokens, most)
 
@@ -81,11 +100,10 @@ class KeptCopy:
     def loaded(self, pool: MemoryPool, start: int, stop: int, pages: np.ndarray, state: int) -> Any:
         """The pool with the tokens `[start, stop)` in fresh pages, and the state in `state`; consumes the old one."""
         slots = expand_pages(pages, self.page_size)[: stop - start]
-        part = self.kv.tokens(start, stop)
-        if not isinstance(pool, HybridKVPool):
-            return pool.load_cpu_copy(part, slots)
-        pool = pool.with_kv(pool.kv.load_cpu_copy(part, slots))
-        return pool.with_states(pool.states.load_cpu_copy(self.state, np.array([state], np.int32)))
+        rows: Any = self.rows.tokens(start, stop)
+        if isinstance(pool, HybridKVPool):
+            return pool.load_cpu_copy(rows, slots, np.array([state], np.int32))
+        return pool.load_cpu_copy(rows, slots)
 
 
 def warmed_up(pool: MemoryPool) -> MemoryPool:

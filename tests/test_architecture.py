@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": _LEAVES
     | {"decode_loop", "donation", "loop_plan", "mirror", "packing", "pages", "pools", "released", "step", "upload"},
     "running_states": _LEAVES | {"caches", "pages", "pools", "runner", "step"},
-    "offload": _LEAVES | {"caches", "pages", "pools"},
+    "offload": _LEAVES | {"caches", "index", "pages", "pools", "request"},
     "audit": _LEAVES | {"config", "pages", "pools", "request"},
     "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
     "memory_config": _LEAVES | {"caches", "index", "pages", "pools"},
