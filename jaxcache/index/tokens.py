@@ -8,6 +8,7 @@ Both read like lists, at the same cost; what is cut out of them or added to them
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self, SupportsIndex
 
@@ -17,6 +18,8 @@ from jaxcache.errors import RequestStateError
 from jaxcache.index.key import pack
 
 _append, _extend = list.append, list.extend
+_FEW = 16
+_FORMS = tuple([struct.Struct(f"{n}i") for n in range(_FEW + 1)])
 
 
 class FixedTokens(list[int]):
@@ -81,6 +84,12 @@ class TokenList(FixedTokens):
         return self
 
 
-def _checked(token_ids: Any) -> list[int]:
+def _checked(token_ids: Any) -> Iterable[int]:
     """Tokens as Python ints, in any form that a key takes."""
+    if token_ids.__class__ is list and len(token_ids) <= _FEW:  # a few sampled tokens: the shortest way
+        try:
+            form = _FORMS[len(token_ids)]
+            return form.unpack(form.pack(*token_ids))
+        except (struct.error, TypeError):  # `pack` says which rule was broken
+            pass
     return np.frombuffer(pack(token_ids), "<i4").tolist()
