@@ -18,8 +18,9 @@ from jaxcache.kernels.alloc_pages import alloc_decode, alloc_extend
 from jaxcache.kernels.copy_kv import gather_rows, move_rows, scatter_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
 from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
+from jaxcache.kernels.quantized_pool import QuantizedPool
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
-from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+from jaxcache.kernels.write_quantized import write_kv_fp8, write_kv_int8
 from jaxcache.pools.config import storage_dtype
 from tests.kernels import oracles
 from tests.pools import numpy_pool

@@ -16,8 +16,9 @@ from benchmarks.flashinfer_append import append_kv, append_mla_kv
 from benchmarks.peers import Peers, measure_copy, random_jax, random_torch, to_torch
 from benchmarks.timing import Report, time_jax_donated, time_torch_graph
 from jaxcache.kernels.dispatch import Op
+from jaxcache.kernels.quantized_pool import QuantizedPool
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
-from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+from jaxcache.kernels.write_quantized import write_kv_fp8, write_kv_int8
 from jaxcache.pools.layout import LayerMajor, PageMajor
 
 LAYERS = 4

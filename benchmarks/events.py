@@ -33,10 +33,10 @@ from benchmarks.figures import measured_on, requests_of, write_figures
 from benchmarks.index import STEPS, Run, summarise
 from benchmarks.index_drivers import Packed
 from jaxcache.caches.radix import RadixCache
-from jaxcache.observe.event_wire import encode_batch
-from jaxcache.observe.events import EventBatch, KVCacheEvent
+from jaxcache.events.events import EventBatch, KVCacheEvent
+from jaxcache.events.publisher import KVEventsConfig, ZmqEventPublisher
+from jaxcache.events.wire import encode_batch
 from jaxcache.observe.metrics import CacheMetrics
-from jaxcache.observe.publisher import KVEventsConfig, ZmqEventPublisher
 from jaxcache.replay.trace import TraceRequest
 from tests.observe.event_driver import DEAF, HARSH, HEALABLE, MIXES, NO_FAULTS, Life
 

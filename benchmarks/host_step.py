@@ -41,10 +41,10 @@ from jaxcache import (
     StepPlan,
     init_memory_pool_and_cache,
 )
-from jaxcache.donation import DonatingStep
+from jaxcache.device.donation import DonatingStep
 from jaxcache.replay.run import count_compilations
-from jaxcache.runner import whole_step
-from jaxcache.step import Bucket, StepKind, smallest
+from jaxcache.steps.buckets import Bucket, StepKind, smallest
+from jaxcache.steps.compiled import whole_step
 
 PAGE_SIZE = 16
 LOOP_STEPS = 8

@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.sglang_tree import SGLangClasses
 from jaxcache.caches.radix import RadixCache
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.index.policies.registry import Policy
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 

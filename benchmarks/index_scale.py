@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.index.key import RadixKey
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 
 PAGE_SIZE = 16

@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.figures import as_command, machine, write_figures
 from benchmarks.policy_traces import generated_traces
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.observe.svg import Svg
 from jaxcache.replay.trace import BLOCK_TOKENS, TraceRequest, output_tokens, prompt_tokens, read_trace

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.device import current_commit
 from benchmarks.timing import Report, time_jax, time_jax_donated
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.errors import BrokenInvariant
 from jaxcache.kernels.in_place import assert_in_place
 from jaxcache.pools.base import KVCache, KVCacheConfig

@@ -27,6 +27,8 @@ from jaxcache.request import Request as Request
 from jaxcache.request import RequestState as RequestState
 
 # ruff: isort: split
+from jaxcache.compat.pymllm import EvictResult as EvictResult
+from jaxcache.compat.pymllm import InsertResult as InsertResult
 from jaxcache.index.component import FULL as FULL
 from jaxcache.index.component import Component as Component
 from jaxcache.index.hashing import compute_node_hash as compute_node_hash
@@ -37,34 +39,31 @@ from jaxcache.index.hashing import hash_token_ids as hash_token_ids
 from jaxcache.index.key import BigramKey as BigramKey
 from jaxcache.index.key import Namespace as Namespace
 from jaxcache.index.key import RadixKey as RadixKey
-from jaxcache.index.prefix_cache import EvictResult as EvictResult
-from jaxcache.index.prefix_cache import InsertResult as InsertResult
-from jaxcache.index.recency import Policy as Policy
+from jaxcache.index.policies.registry import Policy as Policy
 from jaxcache.index.tree import RadixTree as RadixTree
 
 # ruff: isort: split
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
-from jaxcache.pages.base import PageState as PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
+from jaxcache.pages.allocator import PageState as PageState
+from jaxcache.pages.graph import PageAllocatorState as PageAllocatorState
 from jaxcache.pages.paged import AscendPagedTokenToKVPoolAllocator as AscendPagedTokenToKVPoolAllocator
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator as PagedTokenToKVPoolAllocator
-from jaxcache.pages.state import PageAllocatorState as PageAllocatorState
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator as SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator as StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator as SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator as TokenToKVPoolAllocator
 
 # ruff: isort: split
-from jaxcache.donation import donating as donating
-from jaxcache.donation import reading as reading
+from jaxcache.compat.ascend import AscendMLAPagedTokenToKVPool as AscendMLAPagedTokenToKVPool
+from jaxcache.compat.ascend import AscendTokenToKVPool as AscendTokenToKVPool
+from jaxcache.device.donation import donating as donating
+from jaxcache.device.donation import reading as reading
 from jaxcache.kernels.in_place import assert_in_place as assert_in_place
 from jaxcache.kernels.in_place import prove_in_place as prove_in_place
-from jaxcache.pools.ascend import AscendMLAPagedTokenToKVPool as AscendMLAPagedTokenToKVPool
-from jaxcache.pools.ascend import AscendTokenToKVPool as AscendTokenToKVPool
 from jaxcache.pools.base import KVCache as KVCache
 from jaxcache.pools.double_sparse import DoubleSparseConfig as DoubleSparseConfig
 from jaxcache.pools.double_sparse import DoubleSparseTokenToKVPool as DoubleSparseTokenToKVPool
 from jaxcache.pools.hybrid import HybridConfig as HybridConfig
 from jaxcache.pools.hybrid import HybridKVPool as HybridKVPool
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool as HybridReqToTokenPool
 from jaxcache.pools.layout import Layout as Layout
 from jaxcache.pools.mamba import MambaConfig as MambaConfig
 from jaxcache.pools.mamba import MambaPool as MambaPool
@@ -72,10 +71,11 @@ from jaxcache.pools.mha import MHAConfig as MHAConfig
 from jaxcache.pools.mha import MHATokenToKVPool as MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig as MLAConfig
 from jaxcache.pools.mla import MLATokenToKVPool as MLATokenToKVPool
-from jaxcache.pools.requests import ReqToTokenPool as ReqToTokenPool
-from jaxcache.pools.requests import RequestTable as RequestTable
 from jaxcache.pools.swa import SWAConfig as SWAConfig
 from jaxcache.pools.swa import SWAKVPool as SWAKVPool
+from jaxcache.tables.device_table import RequestTable as RequestTable
+from jaxcache.tables.hybrid_table import HybridReqToTokenPool as HybridReqToTokenPool
+from jaxcache.tables.request_table import ReqToTokenPool as ReqToTokenPool
 
 # ruff: isort: split
 from jaxcache.caches.base import BasePrefixCache as BasePrefixCache
@@ -89,22 +89,22 @@ from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache as RadixCache
 from jaxcache.caches.radix import RadixCache as RadixCacheCpp  # noqa: F401  what that name promises is the speed
 from jaxcache.caches.swa_radix import SWARadixCache as SWARadixCache
-from jaxcache.observe.event_consumer import EventConsumer as EventConsumer
-from jaxcache.observe.events import AllBlocksCleared as AllBlocksCleared
-from jaxcache.observe.events import BlockRemoved as BlockRemoved
-from jaxcache.observe.events import BlockStored as BlockStored
-from jaxcache.observe.events import StorageMedium as StorageMedium
+from jaxcache.events.consumer import EventConsumer as EventConsumer
+from jaxcache.events.events import AllBlocksCleared as AllBlocksCleared
+from jaxcache.events.events import BlockRemoved as BlockRemoved
+from jaxcache.events.events import BlockStored as BlockStored
+from jaxcache.events.events import StorageMedium as StorageMedium
 
 # ruff: isort: split
-from jaxcache.decode_loop import DecodeLoop as DecodeLoop
-from jaxcache.decode_loop import LoopShape as LoopShape
-from jaxcache.loop_plan import LoopPlan as LoopPlan
-from jaxcache.loop_plan import LoopReplay as LoopReplay
-from jaxcache.manager import MemoryConfig as MemoryConfig
-from jaxcache.manager import MemoryManager as MemoryManager
-from jaxcache.manager import init_memory_pool_and_cache as init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig as MemoryConfig
+from jaxcache.manager.manager import MemoryManager as MemoryManager
+from jaxcache.manager.manager import init_memory_pool_and_cache as init_memory_pool_and_cache
 from jaxcache.snapshot.load import load_snapshot as load_snapshot
 from jaxcache.snapshot.load import verify_snapshot as verify_snapshot
 from jaxcache.snapshot.save import save_snapshot as save_snapshot
-from jaxcache.step import Batch as Batch
-from jaxcache.step import StepPlan as StepPlan
+from jaxcache.steps.batch import Batch as Batch
+from jaxcache.steps.loop import DecodeLoop as DecodeLoop
+from jaxcache.steps.loop import LoopShape as LoopShape
+from jaxcache.steps.loop_plan import LoopPlan as LoopPlan
+from jaxcache.steps.loop_plan import LoopReplay as LoopReplay
+from jaxcache.steps.plan import StepPlan as StepPlan

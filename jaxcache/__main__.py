@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxcache.cli import main
+from jaxcache.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ import numpy as np
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.arguments import as_integer
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.node import Receipt
+from jaxcache.index.receipt import Receipt
 from jaxcache.index.tokens import FixedTokens, TokenList
 
 if TYPE_CHECKING:

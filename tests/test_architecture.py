@@ -14,64 +14,50 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
 
-_LEAVES = {"errors"}
-_STACK = {"errors", "donation", "mirror", "kernels", "index", "pages", "pools", "observe", "request", "step", "caches"}
-_STACK |= {"packing", "upload", "decode_loop", "loop_plan", "audit", "memory_config", "runner", "cursor", "planner"}
-_STACK |= {"offload", "running_states", "columns", "contents", "released"}
-# A unit is a folder or a top-level module of jaxcache. Imports go down this table only.
+_GROUND = {"errors", "device", "index", "kernels", "pools", "request", "state_dict"}
+_MEMORY = _GROUND | {"caches", "components", "events", "pages", "steps", "tables"}
+# A room is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": _LEAVES,
-    "donation": _LEAVES,
-    "mirror": _LEAVES,
-    "columns": _LEAVES,
-    "index": _LEAVES | {"columns", "config"},
-    "kernels": _LEAVES | {"config"},
-    "observe": _LEAVES | {"config", "index", "pages"},
-    "pages": _LEAVES | {"columns", "config", "kernels", "mirror"},
-    "pools": _LEAVES | {"columns", "config", "kernels", "donation", "mirror"},
-    "contents": {"pages", "pools"},
-    "request": _LEAVES | {"config", "index"},
-    "packing": _LEAVES,
-    "step": _LEAVES | {"config", "kernels", "mirror", "packing", "pools", "request"},
-    "decode_loop": _LEAVES | {"config", "kernels", "packing", "pages", "pools"},
-    "loop_plan": _LEAVES | {"config", "decode_loop", "packing", "pages", "pools", "request"},
-    "upload": set(),
-    "released": {"contents", "pools"},
-    "runner": _LEAVES
-    | {"decode_loop", "donation", "loop_plan", "mirror", "packing", "pages", "pools", "released", "step", "upload"},
-    "running_states": _LEAVES | {"caches", "pages", "pools", "runner", "step"},
-    "offload": _LEAVES | {"caches", "index", "pages", "pools", "request"},
-    "audit": _LEAVES | {"config", "pages", "pools", "request"},
-    "caches": _LEAVES | {"config", "index", "pages", "pools", "observe", "request"},
-    "memory_config": _LEAVES | {"caches", "index", "pages", "pools"},
-    "cursor": _LEAVES | {"index", "pages", "pools", "request", "step"},
-    "planner": _LEAVES | {"caches", "cursor", "decode_loop", "index", "loop_plan", "pages", "pools", "request", "step"},
-    "manager": _STACK | {"config"},
-    "oplog": _STACK | {"config", "manager"},
-    "snapshot": _STACK | {"config", "manager"},
-    "replay": _STACK | {"config", "manager"},
-    "commands": _STACK | {"config", "manager", "replay", "snapshot"},
-    "cli": {"errors", "commands"},
+    "state_dict": {"errors"},
+    "index": {"errors", "state_dict"},
+    "request": {"errors", "index"},
+    "kernels": {"errors"},
+    "device": {"errors"},
+    "pools": {"errors", "device", "kernels"},
+    "tables": {"errors", "pools", "device", "state_dict"},
+    "pages": {"errors", "kernels", "state_dict", "tables"},
+    "events": {"errors", "index"},
+    "components": _GROUND | {"pages", "tables"},
+    "observe": {"errors", "index", "pages"},
+    "attention": {"errors", "kernels", "pools", "steps"},
+    "caches": _GROUND | {"components", "events", "pages", "tables"},
+    "steps": _GROUND | {"caches", "components", "pages", "tables"},
+    "manager": _MEMORY,
+    "snapshot": _MEMORY | {"manager"},
+    "oplog": _MEMORY | {"manager"},
+    "replay": _MEMORY | {"manager"},
+    "compat": _MEMORY | {"manager"},
+    "cli": _MEMORY | {"manager", "replay", "snapshot"},
     "__main__": {"cli"},
-    "__init__": _STACK | {"config", "manager", "snapshot"},
-    "torch_bridge": _STACK | {"config", "manager"},
+    "__init__": _MEMORY | {"compat", "manager", "snapshot"},
+    "torch_bridge": _MEMORY | {"manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
-NO_JAX = {"columns", "errors", "index", "cli", "__main__"}
+NO_JAX = {"state_dict", "errors", "events", "index", "__main__"}
 # Third parties that only some places may name: package -> (unit, end of the file's name).
 ONLY_IN = {
     "torch": {("torch_bridge", ".py"), ("kernels", "_torch.py")},
     "triton": {("kernels", "_triton.py"), ("kernels", "_torch.py"), ("kernels", "triton_call.py")},
     "jax_triton": {("kernels", "triton_call.py")},
-    "typer": {("commands", ".py")},
-    "rich": {("commands", ".py"), ("observe", "draw.py"), ("replay", "terminal.py")},
+    "typer": {("cli", "commands.py")},
+    "rich": {("cli", "commands.py"), ("observe", "draw.py"), ("replay", "terminal.py")},
     "plotly": {("observe", "draw.py")},
-    "msgspec": {("observe", "event_wire.py")},
-    "zmq": {("observe", "publisher.py"), ("observe", "subscriber.py")},
+    "msgspec": {("events", "wire.py")},
+    "zmq": {("events", "publisher.py"), ("events", "subscriber.py")},
     "safetensors": {("snapshot", "parts.py")},
     "prometheus_client": {("observe", "metrics.py")},
-    "transformers": {("torch_bridge", "transformers.py"), ("torch_bridge", "transformers_memory.py")},
+    "transformers": {("torch_bridge", f"transformers{part}.py") for part in ("", "_forward", "_memory")},
     "flashinfer": {("torch_bridge", "attention.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }
@@ -258,17 +244,17 @@ def test_files_and_functions_stay_readable() -> None:
     ("place", "source"),
     [
         ("jaxcache/index/tree.py", "import jax"),
-        ("jaxcache/index/tree.py", "from jaxcache.pages.base import X"),
+        ("jaxcache/index/tree.py", "from jaxcache.pages.allocator import X"),
         ("jaxcache/index/tree.py", "from jaxcache import kernels"),
         ("jaxcache/kernels/op.py", "def f():\n    import jaxcache.pools.mha"),
         ("jaxcache/kernels/op.py", "import torch"),
         ("jaxcache/kernels/op.py", "import triton.language as tl"),
-        ("jaxcache/pages/base.py", "from jaxcache.caches.radix import RadixCache"),
+        ("jaxcache/pages/allocator.py", "from jaxcache.caches.radix import RadixCache"),
         ("jaxcache/pools/mha.py", "from ..pages import base"),
-        ("jaxcache/caches/radix.py", "from jaxcache.manager import MemoryManager"),
-        ("jaxcache/replay/run.py", "from jaxcache.cli import main"),
+        ("jaxcache/caches/radix.py", "from jaxcache.manager.manager import MemoryManager"),
+        ("jaxcache/replay/run.py", "from jaxcache.cli.main import main"),
         ("jaxcache/replay/run.py", "import typer"),
-        ("jaxcache/manager.py", "import torch_bridge"),
+        ("jaxcache/manager/manager.py", "import torch_bridge"),
     ],
 )
 def test_planted_imports_are_found(place: str, source: str) -> None:

@@ -14,21 +14,22 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcache.decode_loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
-from jaxcache.loop_plan import LoopPlan
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
-from jaxcache.pages.base import FreeOrder, PageState
-from jaxcache.pages.state import PageAllocatorState
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
+from jaxcache.pages.allocator import FreeOrder, PageState
+from jaxcache.pages.graph import PageAllocatorState
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
-from jaxcache.pools.requests import RequestTable
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request, RequestState
-from jaxcache.runner import whole_loop
+from jaxcache.steps.compiled import whole_loop
+from jaxcache.steps.loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
+from jaxcache.steps.loop_plan import LoopPlan
+from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
-from tests.loops import (
+from tests.support.loops import (
     Oracle,
     append_tokens,
     assert_contents,

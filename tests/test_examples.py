@@ -7,7 +7,7 @@ import pytest
 
 from examples import engine
 from jaxcache import init_memory_pool_and_cache
-from jaxcache.runner import CompiledSteps
+from jaxcache.steps.compiled import CompiledSteps
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))

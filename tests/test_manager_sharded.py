@@ -12,13 +12,15 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxcache.errors import ShardingError
 from jaxcache.kernels.in_place import inspect_compiled
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
-from jaxcache.pools.requests import RequestTable
 from jaxcache.request import Request
-from jaxcache.step import StepKind, default_buckets, unpack
+from jaxcache.steps.batch import unpack
+from jaxcache.steps.buckets import StepKind, default_buckets
+from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
 
 MHA = MHAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, head_num=8, head_dim=4)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcache.errors import ArgumentError
-from jaxcache.mirror import ChangeLog
+from jaxcache.tables.changes import ChangeLog
 
 SIZE = 6
 event = st.one_of(

@@ -147,7 +147,7 @@ def expected() -> Iterator[tuple[object, str, str]]:
 
 
 def exists(module: object, name: str, member: str) -> bool:
-    owner = vars(module).get(name)
+    owner = getattr(module, name, None)
     return owner is not None and (not member or member in attributes(owner))
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from jaxcache.device.packing import NOWHERE, Field, Packing
+from jaxcache.device.staging import Uploads, fetched
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
-from jaxcache.packing import NOWHERE, Field, Packing
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps, StepRunner
-from jaxcache.upload import Uploads, fetched
+from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.runner import StepRunner
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
 # ---- packed vectors ----------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_a_slot_is_written_again_only_when_its_reader_is_done():
 
 
 def test_the_host_waits_where_too_many_steps_are_in_flight(monkeypatch):
-    monkeypatch.setattr("jaxcache.upload.MOST_SLOTS", 2)
+    monkeypatch.setattr("jaxcache.device.staging.MOST_SLOTS", 2)
     uploads, results = new_uploads(), [Result(), Result()]
     slots = [uploads.take()]
     uploads.give_back(slots[0], results[0])
@@ -132,7 +133,7 @@ def test_each_step_in_flight_sees_its_own_plan():
 
 
 def test_steps_that_are_made_anew_do_not_pile_up():
-    compiled, built = CompiledSteps(most=3), []
+    compiled, built = CompiledSteps(max_functions=3), []
 
     def find(step, shape="a"):
         return compiled.find(step, shape, lambda: built.append((step, shape)) or len(built))
@@ -154,7 +155,7 @@ def test_steps_that_are_made_anew_do_not_pile_up():
 
 def test_a_step_that_went_is_compiled_again():
     manager = small_manager()
-    manager.runner.compiled = CompiledSteps(most=1)
+    manager.runner.compiled = CompiledSteps(max_functions=1)
     request = Request("r", list(range(6)))
     manager.admit(request)
     for count, step in ((2, write_step), (1, lambda *args: write_step(*args)), (3, write_step)):

@@ -12,7 +12,7 @@ class Hidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 sys.meta_path.insert(0, Hidden())
-import jaxcache, jaxcache.manager
+import jaxcache, jaxcache.manager.manager
 """
 
 

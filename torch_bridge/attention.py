@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
-from jaxcache.manager import MemoryManager
+from jaxcache.manager.manager import MemoryManager
 from jaxcache.pages.arguments import int32_array
 from jaxcache.pages.expand import pages_of
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.config import require
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig

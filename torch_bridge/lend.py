@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from jaxcache.donation import DevicePool
+from jaxcache.device.pool import DevicePool
 from torch_bridge.pool import torch_pool
 
 

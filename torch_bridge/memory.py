@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
-from jaxcache.donation import DevicePool
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError, DeadViewError, ShardingError, UnsupportedError
 from jaxcache.pools.stack import LayerStack
 from torch_bridge.dtypes import ARRAY_INTERFACE_TYPES, torch_dtype
@@ -101,7 +101,7 @@ class PoolMemory:
             # What torch itself does to the outputs of a CUDA graph that has been replayed.
             torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, why)
 
-    # What `donating` and `reading` tell: see `jaxcache.donation.PoolView`.
+    # What `donating` and `reading` tell: see `jaxcache.device.pool.PoolView`.
 
     def before_step(self) -> Any:
         """JAX comes after what torch was given, which is nothing that matters once the view has ended."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 import numpy as np
 import torch
 
-from jaxcache.donation import DevicePool
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.pools.base import CpuCopy, KVCache
 from jaxcache.pools.config import require

@@ -13,8 +13,8 @@ import torch
 
 from jaxcache.caches.base import MatchResult
 from jaxcache.errors import ArgumentError
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.arguments import int32_array
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator
 
 
 def slots_to_torch(slots: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from jaxcache.errors import UnsupportedError
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
 from torch_bridge.dtypes import jax_dtype

@@ -7,11 +7,11 @@ import math
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.arguments import as_count
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
+from jaxcache.tables.request_table import ReqToTokenPool
 
 
 class ChunkCache(RadixCache):
@@ -75,4 +75,4 @@ class SWAChunkCache(SWARadixCache):
                 f"evict_swa needs chunks of at least one token and prelen <= {req.kv_len}, the tokens computed, got "
                 f"attention_chunk_size = {chunk}, prelen = {prelen}"
             )
-        self._free_windows_before(req, prelen // chunk * chunk)
+        self._trim_before(req, prelen // chunk * chunk)

@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxcache.errors import ArgumentError
-from jaxcache.index.hashing import DIGEST_BYTES
 from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.page_hashes import DIGEST_BYTES
 from jaxcache.pages.arguments import as_count
 
 Array: TypeAlias = jax.Array | np.ndarray

@@ -1,12 +1,19 @@
-"""The tree behind every prefix cache, and pymllm's caches over it, which know no requests.
+"""The tree behind every prefix cache. pymllm's caches, by keys and slots, are imported from here on first use.
 
-`jaxcache.RadixCache` is SGLang's, driven by requests; `jaxcache.index.RadixCache` is pymllm's, by keys and slots.
+`jaxcache.RadixCache` is SGLang's, driven by requests; `jaxcache.index.RadixCache` is pymllm's: see
+`jaxcache.compat.pymllm`.
 """
 
+from importlib import import_module
+from typing import Any
+
 from jaxcache.index.key import RadixKey as RadixKey
-from jaxcache.index.prefix_cache import BasePrefixCache as BasePrefixCache
-from jaxcache.index.prefix_cache import EvictResult as EvictResult
-from jaxcache.index.prefix_cache import InsertResult as InsertResult
-from jaxcache.index.prefix_cache import MambaRadixCache as MambaRadixCache
-from jaxcache.index.prefix_cache import MatchResult as MatchResult
-from jaxcache.index.prefix_cache import RadixCache as RadixCache
+
+_PYMLLM = frozenset(("BasePrefixCache", "EvictResult", "InsertResult", "MambaRadixCache", "MatchResult", "RadixCache"))
+
+
+def __getattr__(name: str) -> Any:
+    """pymllm's names, which stand on the tree and so cannot be imported with it."""
+    if name in _PYMLLM:
+        return getattr(import_module("jaxcache.compat.pymllm"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

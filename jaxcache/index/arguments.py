@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 
 
 def require_amounts(**amounts: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxcache.errors import BrokenInvariant
-from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.node import Node, Root
-from jaxcache.index.recency import LRU
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from jaxcache.index.policies.lru import LRU
 from jaxcache.index.tree import RadixTree
 
 

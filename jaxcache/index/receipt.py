@@ -1,23 +1,47 @@
-"""What is asked of a receipt before it is believed."""
+"""Receipts: proof of a lock, and the checks of one that is given back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.key import RadixKey
-from jaxcache.index.node import Receipt, Root
-
-if TYPE_CHECKING:
-    from jaxcache.index.tree import RadixTree
+from jaxcache.index.node import Node, Root
+from jaxcache.index.nodes import Nodes
 
 
-def require_live(receipt: Receipt, tree: RadixTree, epoch: int) -> None:
-    """O(1).
+class Receipt:
+    """Proof of a lock, to be given back exactly once.
+
+    It keeps token positions, and a split leaves the old object at the lower end, so no split invalidates it.
+
+    Attributes:
+      tree: The tree that issued it.
+      epoch: That of the tree at that time.
+      node: Deepest protected node; None for a lock on nothing.
+      length: Tokens protected.
+      since: For each component, the token position the lock reaches back to.
+      held: False once it was given back.
+    """
+
+    __slots__ = ("epoch", "held", "length", "node", "since", "tree")
+
+    def __init__(self, tree: Nodes, node: Node | None, length: int, since: list[int], epoch: int):
+        self.tree = tree
+        self.node = node
+        self.length = length
+        self.since = since
+        self.epoch = epoch
+        self.held = True
+
+    def __repr__(self) -> str:
+        return f"Receipt(length={self.length}, held={self.held})"
+
+
+def require_live(receipt: Receipt, tree: Nodes, epoch: int) -> None:
+    """Checks a receipt before its lock is changed. O(1).
 
     Args:
       receipt: What a lock returned.
-      tree: Whose it has to be.
+      tree: The tree that must have issued it.
       epoch: Of that tree: how often it was reset.
 
     Raises:
@@ -35,7 +59,7 @@ def require_live(receipt: Receipt, tree: RadixTree, epoch: int) -> None:
 
 
 def require_prefix(held: Receipt, key: RadixKey) -> None:
-    """One memory compare a node.
+    """Checks that a lock is on a prefix of `key`. One memory compare a node.
 
     Raises:
       ArgumentError: The lock is not on a prefix of `key`.

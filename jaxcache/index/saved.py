@@ -15,12 +15,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxcache.columns import Books, Columns, joined_bytes, prefixed
 from jaxcache.errors import ArgumentError, LockedError, SnapshotError
-from jaxcache.index.hashing import PageHashes
 from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node, Root, Slot, owned
+from jaxcache.index.page_hashes import PageHashes
 from jaxcache.index.tree import RadixTree
+from jaxcache.state_dict import Books, Columns, joined_bytes, prefixed
 
 _MOST_PRIORITY = 2**63 - 1
 

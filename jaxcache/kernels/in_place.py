@@ -35,7 +35,7 @@ _ALIASED_PARAMETER = re.compile(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}")
 
 @runtime_checkable
 class Lowerable(Protocol):
-    """What `jax.jit` and `jaxcache.donation.donating` return."""
+    """What `jax.jit` and `jaxcache.device.donation.donating` return."""
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered: ...
 

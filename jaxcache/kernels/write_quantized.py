@@ -17,7 +17,7 @@ Source: SGLang 0.5.2 memory_pool.py (set_kv_buffer: `cache_k.div_(k_scale)`, whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,14 @@ from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray, require_array, require_int32, require_layer, require_pool
 from jaxcache.kernels.dispatch import Implementation, Op, choose
 from jaxcache.kernels.float8 import FLOAT8_DTYPES, float8_bits
+from jaxcache.kernels.quantized_pool import INT8_STEP, QuantizedPool
 from jaxcache.kernels.write_kv import put_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-INT8_STEP = np.float32(1 / 127)
 _LARGEST = np.finfo(np.float32).max
 _ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-class QuantizedPool(NamedTuple):
-    """Payload and scales of one int8 pool. They are written, donated and returned together."""
-
-    payload: jax.Array
-    """int8 `(layers, slots, heads, dim)`."""
-    scales: jax.Array
-    """float32 `(layers, slots, heads)`; an element is worth `payload * scale`."""
 
 
 def write_kv_fp8(

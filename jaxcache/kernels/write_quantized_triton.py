@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from jaxcache.kernels.dispatch import Target, current_target
+from jaxcache.kernels.quantized_pool import INT8_STEP, QuantizedPool
 from jaxcache.kernels.triton_call import triton_call
 from jaxcache.kernels.write_kv_triton import _columns_of_program, _rows_of_program, tile
-from jaxcache.kernels.write_quantized import INT8_STEP, QuantizedPool
 
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray

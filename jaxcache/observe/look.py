@@ -12,14 +12,14 @@ import numpy as np
 from jaxcache.index.component import Component
 from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node
-from jaxcache.index.recency import LRU
+from jaxcache.index.policies.lru import LRU
 from jaxcache.index.stops import Stops
 from jaxcache.index.tree import RadixTree
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
 
-    from jaxcache.index.eviction import EvictionPolicy
+    from jaxcache.index.policies.base import EvictionPolicy
 
 TokenText = Callable[[np.ndarray], str]
 """Makes int32 tokens readable; a tokenizer's `decode` will do."""

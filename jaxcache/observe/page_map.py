@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from jaxcache.errors import ArgumentError
 from jaxcache.observe.look import LOCKED
 from jaxcache.observe.svg import CHARACTER, HEADING, INK, MARGIN, PENCIL, WIDTH, Svg, box_at, document, legend, words_at
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -5,7 +5,7 @@ Source: SGLang 0.5.2 allocator.py (PagedTokenToKVPoolAllocator).
 
 from __future__ import annotations
 
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, FreeOrder
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, FreeOrder
 
 
 class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):

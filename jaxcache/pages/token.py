@@ -5,7 +5,7 @@ Source: SGLang 0.5.2 allocator.py (TokenToKVPoolAllocator).
 
 from __future__ import annotations
 
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, CpuCopyable, FreeOrder
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, CpuCopyable, FreeOrder
 
 
 class TokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating, reading
+from jaxcache.device.donation import donating, reading
+from jaxcache.device.pool import DevicePool
 from jaxcache.kernels.copy_kv import move_rows
+from jaxcache.pools.buffers import BufferInfo, buffer_infos
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
-from jaxcache.pools.layout import BufferInfo, buffer_infos
 from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class KVCache(LayerStack):
     def get_kv_buffer(self, layer: LayerId) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
+
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """The slots themselves, in the one stack that there is."""
+        return {"kv": loc}
 
     def gather(self, loc: Int32[Array, " n"], layer: LayerId | None = None) -> Any:
         """Reads the rows of `n` slots.

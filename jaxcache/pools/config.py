@@ -22,7 +22,6 @@ from jaxcache.pools.layout import LayerMajor, Layout, PageMajor
 if TYPE_CHECKING:
     from jaxtyping import Array, Shaped
 
-    from jaxcache.pools.stack import LayerStack
 
 _POOL_DTYPES = tuple(
     map(
@@ -123,7 +122,7 @@ class PoolConfig(abc.ABC):
         """What the rows of each array are to the caller."""
 
     @property
-    def pool_type(self) -> type[LayerStack]:
+    def pool_type(self) -> type[Any]:
         """The class of the pools of these sizes."""
         raise ArgumentError(f"config must be of a kind that there is a pool for, got {type(self).__name__}")
 

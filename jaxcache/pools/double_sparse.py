@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.kernels.write_kv import put_rows, write_kv
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.config import require_positive

@@ -29,12 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcache.donation import donating, reading
+from jaxcache.device.donation import donating, reading
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import copy_large_rows
 from jaxcache.kernels.write_kv import put_rows
+from jaxcache.pools.buffers import BufferInfo, piece_infos
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
-from jaxcache.pools.layout import BufferInfo, piece_infos
 from jaxcache.pools.stack import LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.kernels.write_kv import write_kv
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.config import KVCacheConfig, require, require_positive

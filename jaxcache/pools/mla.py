@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.write_kv import write_mla_kv
 from jaxcache.pools.base import KVCache

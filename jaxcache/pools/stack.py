@@ -4,7 +4,7 @@ A pool is a frozen dataclass pytree. The arrays of a `LayerStack` hold as many r
 as `(layers, rows, *row)`; `jaxcache.pools.layout` says what else there is. Row 0 of each layer is the sink of padding,
 which is never handed out, never written and stays zero. An update returns the new pool and consumes the old one. Inside
 a jitted step that owns the pool (donated, or carried by a loop) an update is in place; outside, every method is itself
-such a step (see `jaxcache.donation`).
+such a step (see `jaxcache.device.donation`).
 
 A pool never decides who owns a row (`jaxcache.pages` does) and never looks at what a row holds.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
@@ -24,14 +24,15 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
-from jaxcache.donation import DevicePool, donating, reading
+from jaxcache.device.donation import donating, reading
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
+from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import PoolConfig, require
 from jaxcache.pools.copies import CpuCopy, PoolCopy
 from jaxcache.pools.identity import require_same_rows
-from jaxcache.pools.layout import BufferInfo
 from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:
@@ -104,6 +105,18 @@ class MemoryPool(DevicePool, abc.ABC):
         require_same_rows("copy", self.config, copy.config)
 
     @abc.abstractmethod
+    def stacks(self) -> dict[str, LayerStack]:
+        """The stacks of layers that the pool consists of, by name; a new dict each time."""
+
+    @abc.abstractmethod
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        """The pool with these stacks, which are updates of its own, one for each name of `stacks()`."""
+
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """Row of each of `n` slots in the stacks that have one a token, by name; 0, the sink, where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has rows for no tokens")
+
+    @abc.abstractmethod
     def get_kv_size_bytes(self) -> Any:
         """Bytes of the arrays, the sink included: one number, or one for each part of a row."""
 
@@ -165,6 +178,12 @@ class LayerStack(MemoryPool):
 
     def partition_specs(self) -> Self:
         return self.with_buffers(*[self.config.partition_spec] * len(self.buffers))  # pyright: ignore[reportArgumentType]
+
+    def stacks(self) -> dict[str, LayerStack]:
+        return {"kv": self}
+
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        return stacks["kv"]
 
     def with_buffers(self, *buffers: Shaped[Array, "layers rows *row"]) -> Self:
         """A pool of the same configuration around other arrays."""

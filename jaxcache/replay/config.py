@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxcache.errors import ArgumentError
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.pools.layout import Layout
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.trace import TraceRequest, read_trace

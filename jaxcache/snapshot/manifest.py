@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcache.errors import ArgumentError, SnapshotError
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.identity import described
 from jaxcache.snapshot.parts import Part, open_file
 

@@ -16,22 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.audit import check_owners
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import LockedError
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.slots import expand_pages
-from jaxcache.pages.base import PageState
+from jaxcache.manager.audit import check_owners
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
-from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
+from jaxcache.tables.hybrid_table import HybridReqToTokenPool
+from jaxcache.tables.request_table import ReqToTokenPool
 
 MOD = (1 << 61) - 1
 WIPED = -1
@@ -357,7 +357,7 @@ class ContentLife:
         self.wipe()
         self.cache.check()
         running = {request.req_pool_idx: request for request in self.running}
-        check_owners(running, self.table, self.allocator, self.states)
+        check_owners(running, self.table, self.cache.components)
         self.check_tree()
         for request in self.running:
             self.check_readable(request)

@@ -7,14 +7,14 @@ from typing import Any
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.index.key import RadixKey
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.hybrid_requests import NO_COPY, HybridReqToTokenPool
-from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
+from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
+from jaxcache.tables.request_table import ReqToTokenPool
 
 
 def make_swa_cache(window, page_size=1, size=32, size_swa=24, rows=4, **options):

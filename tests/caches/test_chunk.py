@@ -8,8 +8,8 @@ import pytest
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.errors import ArgumentError
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
+from jaxcache.tables.request_table import ReqToTokenPool
 from tests.caches.flavours import prefill
 
 

@@ -21,11 +21,11 @@ from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
-from jaxcache.pages.base import PageState
+from jaxcache.index.policies.registry import Policy
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 PAGES = 40

@@ -8,11 +8,11 @@ import pytest
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, OwnershipError
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.tables.hybrid_table import HybridReqToTokenPool
+from jaxcache.tables.request_table import ReqToTokenPool
 from tests.caches.flavours import make_mamba_cache, prefill, put, save
 
 

@@ -10,9 +10,9 @@ import pytest
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, OwnershipError
 from jaxcache.index.key import RadixKey
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from tests.caches.flavours import make_swa_cache, prefill, put, sizes
 
 

@@ -19,8 +19,10 @@ from jaxcache.index.check import draw, problems
 from jaxcache.index.component import Component
 from jaxcache.index.explain import Reason, explain
 from jaxcache.index.key import BigramKey, RadixKey
-from jaxcache.index.node import Insertion, Match, Node, Receipt
-from jaxcache.index.recency import LRU, Policy
+from jaxcache.index.node import Insertion, Match, Node
+from jaxcache.index.policies.lru import LRU
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt
 from jaxcache.index.tree import RadixTree
 from tests.index.model import Page, TreeModel
 

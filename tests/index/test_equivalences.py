@@ -15,7 +15,7 @@ from jaxcache.errors import LockedError
 from jaxcache.index.check import check
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.key import BigramKey, RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 
 STATE = Component("state", 1, spans=False)

@@ -10,17 +10,9 @@ import pytest
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.check import check
-from jaxcache.index.hashing import (
-    PageHashes,
-    compute_node_hash,
-    content_digest,
-    hash_bytes,
-    hash_to_int64,
-    hash_token_ids,
-    namespace_seed,
-    page_hashes,
-)
+from jaxcache.index.hashing import compute_node_hash, content_digest, hash_bytes, hash_to_int64, hash_token_ids
 from jaxcache.index.key import RadixKey
+from jaxcache.index.page_hashes import PageHashes, namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
 
 H1 = "cf97adeedb59e05bfd73a2b4c2a8885708c4f4f70c84c64b27120e72ab733b72"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxcache.index.check import check
-from jaxcache.index.ghosts import Ghosts
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Node
-from jaxcache.index.recency import Policy
-from jaxcache.index.reuse import ReuseModel, ShadowLRU
+from jaxcache.index.policies.ghosts import Ghosts
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.policies.reuse import ReuseModel, ShadowLRU
 from jaxcache.index.tree import RadixTree
 
 LENGTH = 8

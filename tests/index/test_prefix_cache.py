@@ -11,13 +11,13 @@ import random
 import numpy as np
 import pytest
 
+from jaxcache.compat.pymllm import EvictResult, MambaRadixCache, RadixCache
 from jaxcache.errors import ArgumentError, OwnershipError, ReceiptError
 from jaxcache.index.check import check
 from jaxcache.index.key import RadixKey
-from jaxcache.index.prefix_cache import EvictResult, MambaRadixCache, RadixCache
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 WINDOW, ROOM = 6, 48

@@ -8,13 +8,13 @@ import random
 import numpy as np
 import pytest
 
-from jaxcache.columns import Books, Columns
 from jaxcache.errors import LockedError, SnapshotError
 from jaxcache.index.component import FULL
 from jaxcache.index.key import RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.saved import restore_tree, saved_tree
 from jaxcache.index.tree import RadixTree
+from jaxcache.state_dict import Books, Columns
 from tests.index.life import same
 from tests.model.tree_driver import SHAPES, TreeDriver
 

@@ -15,8 +15,9 @@ from jaxcache.kernels.copy_kv import move_rows, scatter_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
 from jaxcache.kernels.dispatch import Implementation
 from jaxcache.kernels.in_place import inspect_compiled
+from jaxcache.kernels.quantized_pool import QuantizedPool
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
-from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+from jaxcache.kernels.write_quantized import write_kv_fp8, write_kv_int8
 from tests.kernels import h200
 
 pytestmark = pytest.mark.h200

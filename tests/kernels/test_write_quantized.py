@@ -10,7 +10,8 @@ import pytest
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels import write_quantized as quantized
-from jaxcache.kernels.write_quantized import QuantizedPool, write_kv_fp8, write_kv_int8
+from jaxcache.kernels.quantized_pool import QuantizedPool
+from jaxcache.kernels.write_quantized import write_kv_fp8, write_kv_int8
 from tests.kernels import conftest, oracles
 
 N, HEADS, DIMS, SLOTS = 30, 2, (8, 5), 40

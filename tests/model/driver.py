@@ -13,7 +13,7 @@ import random
 import time
 from collections import deque
 
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from tests.model.life import Life, Shape
 
 OPS_PER_LIFE = 1000

@@ -14,17 +14,18 @@ import numpy as np
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import CacheError, DoubleFreeError, OwnershipError, ReceiptError, SnapshotError
+from jaxcache.events.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
 from jaxcache.index.check import problems
-from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.node import Eviction, Match, Receipt
-from jaxcache.index.recency import Policy
-from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, block_name
-from jaxcache.pages.base import PageState
+from jaxcache.index.node import Eviction, Match
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
-from jaxcache.pools.requests import ReqToTokenPool
 from jaxcache.request import Request, RequestState
+from jaxcache.tables.request_table import ReqToTokenPool
 from tests.model.world import PRIVATE, TREE, Entry, World
 from tests.pages.model import three_part_extend
 

@@ -16,13 +16,14 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
-from jaxcache.pages.base import PageState
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
-from jaxcache.runner import CompiledSteps
-from jaxcache.step import StepPlan
+from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.plan import StepPlan
 
 READ_BACK_EVERY = 8
 OPS_PER_LIFE = 500
@@ -89,7 +90,7 @@ class ManagerDriver:
         self.num_pages = {1: 32, 4: 12, 16: 8}[page_size]
         self.manager = small_manager(page_size, self.num_pages, policy=policy)
         # Little room for table changes in a step, and in a patch: what does not fit has to travel ahead, in pieces.
-        self.manager.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
+        self.manager.planner.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
         self.manager.warm_up(write_step)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -197,7 +198,7 @@ class ManagerDriver:
 
 def drive(seed: int, ops: int, page_size: int, policy: Policy = Policy.LRU) -> None:
     """`ops` operations on one manager, winding down now and then."""
-    with mock.patch("jaxcache.runner.TABLE_PATCH_ENTRIES", 4):
+    with mock.patch("jaxcache.steps.runner.TABLE_PATCH_ENTRIES", 4):
         driver = ManagerDriver(seed, page_size, policy)
         for start in range(0, ops, OPS_PER_LIFE):
             driver.run(min(OPS_PER_LIFE, ops - start))

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from tests.model.life import Life, Shape
 
 keys = st.binary(min_size=1, max_size=24).map(lambda raw: bytes(byte % 2 for byte in raw))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.figures import machine
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from tests.index.life import SYMBOLS, Shape, TreeLife
 
 OPS_PER_LIFE = 400

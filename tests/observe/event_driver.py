@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import EventBatch, EventQueue, block_name
 from jaxcache.index.component import FULL, Component
-from jaxcache.index.hashing import namespace_seed, page_hashes
 from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import EventBatch, EventQueue, block_name
 
 STATE = Component("state", 1, spans=False)
 MIXES = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.index.hashing import namespace_seed, page_hashes
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import BlockStored, EventBatch, EventQueue, block_name
-from tests.caches.test_content import WEIGHTS, RandomLife
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import BlockStored, EventBatch, EventQueue, block_name
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from tests.support.random_lives import WEIGHTS, RandomLife
 
 SEEDS = [*range(40), 69]
 

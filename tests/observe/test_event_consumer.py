@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcache.index.hashing import PageHashes
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, StorageMedium
 from jaxcache.index.key import RadixKey
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, StorageMedium
+from jaxcache.index.page_hashes import PageHashes
 from tests.observe.event_driver import DEAF, HARSH, HEALABLE, MIXES, NO_FAULTS, Life
 
 

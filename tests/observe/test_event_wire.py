@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcache.errors import ArgumentError
-from jaxcache.index.hashing import PageHashes
+from jaxcache.events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, StorageMedium
+from jaxcache.events.wire import decode_batch, encode_batch
 from jaxcache.index.key import Namespace
-from jaxcache.observe.event_wire import decode_batch, encode_batch
-from jaxcache.observe.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, StorageMedium
+from jaxcache.index.page_hashes import PageHashes
 
 
 class SGLangEvent(msgspec.Struct, omit_defaults=True, tag=True):

@@ -7,11 +7,7 @@ import pytest
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError
-from jaxcache.index.component import FULL, Component
-from jaxcache.index.hashing import namespace_seed, page_hashes
-from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.tree import RadixTree
-from jaxcache.observe.events import (
+from jaxcache.events.events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -19,8 +15,12 @@ from jaxcache.observe.events import (
     StorageMedium,
     block_name,
 )
+from jaxcache.index.component import FULL, Component
+from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.page_hashes import namespace_seed, page_hashes
+from jaxcache.index.tree import RadixTree
 from tests.observe.event_driver import NO_FAULTS, Life
-from tests.regressions.test_tree_edges import count_calls
+from tests.support.counting import count_calls
 
 
 def names(tokens, page_size=1, space=None):
@@ -55,7 +55,9 @@ def test_an_event_equals_one_with_the_same_contents():
 
 def test_recording_hashes_nothing(monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxcache.index.hashing.page_hashes", lambda *args: calls.append(args) or page_hashes(*args))
+    monkeypatch.setattr(
+        "jaxcache.index.page_hashes.page_hashes", lambda *args: calls.append(args) or page_hashes(*args)
+    )
     cache = cache_of(range(8), [0, 1, 2, 9], page_size=2)
     cache.evict(2)
     events = cache.take_events()

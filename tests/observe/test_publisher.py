@@ -17,13 +17,13 @@ import zmq
 
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.events import publisher as publisher_module
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import AllBlocksCleared, BlockStored
+from jaxcache.events.publisher import END_SEQ, KVEventsConfig, ZmqEventPublisher
+from jaxcache.events.subscriber import ZmqEventSubscriber
+from jaxcache.events.wire import encode_batch
 from jaxcache.index.key import RadixKey
-from jaxcache.observe import publisher as publisher_module
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.event_wire import encode_batch
-from jaxcache.observe.events import AllBlocksCleared, BlockStored
-from jaxcache.observe.publisher import END_SEQ, KVEventsConfig, ZmqEventPublisher
-from jaxcache.observe.subscriber import ZmqEventSubscriber
 
 ANY = "tcp://127.0.0.1:*"
 ROOT = Path(__file__).parents[2]
@@ -328,7 +328,7 @@ def test_one_that_is_forgotten_ends_too():
 
 def test_a_process_that_forgets_its_publisher_ends():
     script = (
-        "from jaxcache.observe.publisher import *\n"
+        "from jaxcache.events.publisher import *\n"
         f"publisher = ZmqEventPublisher(KVEventsConfig({ANY!r}))\n"
         "publisher.publish([AllBlocksCleared()])\n"
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 

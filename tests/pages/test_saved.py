@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from jaxcache.columns import Columns
 from jaxcache.errors import SnapshotError
-from jaxcache.pages.base import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
+from jaxcache.state_dict import Columns
 
 KINDS = {
     "token": lambda need_sort: TokenToKVPoolAllocator(40, need_sort=need_sort),

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 
 from jaxcache.errors import ArgumentError
-from jaxcache.pages.base import FreeOrder, PageState
+from jaxcache.pages.allocator import FreeOrder, PageState
+from jaxcache.pages.graph import PageAllocatorState, state_of
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
-from jaxcache.pages.state import PageAllocatorState, state_of
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 ROWS, TOKENS, MAX_FREED = 4, 48, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.donation import DevicePool, donating, reading
+from jaxcache.device.donation import donating, reading
+from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 
 

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError, RequestStateError
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pools.hybrid_requests import NO_COPY, HybridReqToTokenPool
+from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
 
 
 def books(table):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 from jaxcache.pools.mamba import MambaPool, reading_order
 from tests.pools.numpy_pool import bits, make_pool, mha_config

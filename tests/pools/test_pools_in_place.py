@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.mha import MHATokenToKVPool

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.donation import donating
-from jaxcache.pages.base import PageState
+from jaxcache.device.donation import donating
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pools.hybrid_requests import NO_COPY, HybridReqToTokenPool
 from jaxcache.pools.mamba import MambaPool
+from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
 from tests.pools.linear_attention import VOCABULARY, WIDTH, in_one_piece, make_weights, model_step, state_config
 
 BATCH, TOKENS, PAGE = 4, 6, 2

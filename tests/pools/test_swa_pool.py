@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.errors import ArgumentError, BorrowedError, CacheError, StalePoolError
-from jaxcache.pages.base import PageState
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.allocator import PageState
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.base import COPY_BUCKET_TOKENS
 from jaxcache.pools.swa import SWAConfig, SWAKVPool
 from tests.pools.numpy_pool import bits, mha_config, mla_config, random_rows

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
 from jaxcache.pools.swa import SWAKVPool
 from tests.kernels import h200

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxcache.donation import donating
+from jaxcache.device.donation import donating
 from jaxcache.errors import ArgumentError, BorrowedError, ShardingError, StalePoolError
 from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.swa import SWAKVPool
@@ -24,7 +24,7 @@ from tests.pools.swa_steps import (
     scan_over_both_sides,
     swa_config,
 )
-from tests.pools.test_sharding import expect, make_mesh, place, pointers
+from tests.support.meshes import expect, make_mesh, place, pointers
 
 BY_KIND = pytest.mark.parametrize("make_config", MAKE_CONFIGS)
 BY_SHARDS = pytest.mark.parametrize("shards", [2, 8])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError, SnapshotError
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import AscendPagedTokenToKVPoolAllocator, PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 

@@ -16,7 +16,7 @@ import jaxcache
 from jaxcache import Layout
 from jaxcache.errors import ArgumentError, CacheError, SnapshotError
 from jaxcache.index.key import Namespace
-from jaxcache.memory_config import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.copies import CpuCopy
 from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
 from jaxcache.pools.mamba import MambaPool
@@ -248,7 +248,7 @@ def test_what_was_kept_of_other_tokens_is_refused_when_it_is_set(tokens, extra_k
     other = Request("other", tokens, extra_key)
     with pytest.raises(ArgumentError, match="cpu_copy of request other must be of its own tokens in its own namespace"):
         other.cpu_copy = request.cpu_copy
-    for wrong in (3, "copy", request.cpu_copy.rows, manager.pool):
+    for wrong in (3, "copy", manager.pool.get_cpu_copy([4]), manager.pool):
         with pytest.raises(ArgumentError, match="cpu_copy of request r must be None, or what a retraction"):
             request.cpu_copy = wrong
     assert other.cpu_copy is None

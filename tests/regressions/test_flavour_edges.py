@@ -7,7 +7,6 @@ import inspect
 import numpy as np
 import pytest
 
-from jaxcache.audit import check_owners
 from jaxcache.caches.base import BasePrefixCache
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.caches.lora_radix import LoRARadixCache
@@ -16,6 +15,7 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import BrokenInvariant
 from jaxcache.index.key import RadixKey
+from jaxcache.manager.audit import check_owners
 from tests.caches.content import Shape, make_cache
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
 
@@ -98,23 +98,23 @@ def test_s53_the_audit_sees_a_window_page_that_nobody_has():
     allocator, table = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     request = prefill(cache, list(range(10)))
     cache.drop_out_of_window(request)
-    check_owners(running(request), table, allocator)
+    check_owners(running(request), table, cache.components)
     allocator.window.alloc_pages(1)  # behind the back of the allocator that owns it
     with pytest.raises(BrokenInvariant, match="private window pages"):
-        check_owners(running(request), table, allocator)
+        check_owners(running(request), table, cache.components)
 
 
 def test_s53_the_audit_sees_a_state_that_no_row_has():
     cache = make_mamba_cache(page_size=2)
-    table, allocator, states = cache.req_to_token_pool, cache.token_to_kv_pool_allocator, cache.state_allocator
+    table, states = cache.req_to_token_pool, cache.state_allocator
     request = prefill(cache, list(range(6)))
     save(cache, request)
-    check_owners(running(request), table, allocator, states)
+    check_owners(running(request), table, cache.components)
     lost = states.alloc_track_slot()
     with pytest.raises(BrokenInvariant, match="private states"):
-        check_owners(running(request), table, allocator, states)
+        check_owners(running(request), table, cache.components)
     states.free_track_slot(lost)
-    check_owners(running(request), table, allocator, states)
+    check_owners(running(request), table, cache.components)
 
 
 def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
@@ -126,7 +126,7 @@ def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
     rows = running(request) | {row: prefill(make_mamba_cache(page_size=2, rows=1), [1, 2])}
     rows[row].num_pages = 0
     with pytest.raises(BrokenInvariant, match="are to be copied"):
-        check_owners(rows, table, cache.token_to_kv_pool_allocator, states)
+        check_owners(rows, table, cache.components)
 
 
 def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
@@ -134,7 +134,7 @@ def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
     request = prefill(cache, list(range(7)))
     cache.cache_unfinished_req(request)
     assert request.protected_len == 6
-    check_owners(running(request), cache.req_to_token_pool, cache.token_to_kv_pool_allocator)
+    check_owners(running(request), cache.req_to_token_pool, cache.components)
     request._key = RadixKey(np.array([0, 1, 2, 3, 4, 9, 6], np.int32))
     with pytest.raises(BrokenInvariant, match="are not the tree's pages"):
-        check_owners(running(request), cache.req_to_token_pool, cache.token_to_kv_pool_allocator)
+        check_owners(running(request), cache.req_to_token_pool, cache.components)

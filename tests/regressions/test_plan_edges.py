@@ -7,9 +7,9 @@ import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.pages.base import PageState
-from jaxcache.pools.requests import ReqToTokenPool
+from jaxcache.pages.allocator import PageState
 from jaxcache.request import Request, RequestState
+from jaxcache.tables.request_table import ReqToTokenPool
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcache.compat.ascend import AscendMLAPagedTokenToKVPool, AscendTokenToKVPool
 from jaxcache.errors import ArgumentError
-from jaxcache.pools.ascend import AscendMLAPagedTokenToKVPool, AscendTokenToKVPool
 from jaxcache.pools.double_sparse import DoubleSparseTokenToKVPool
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mla import MLATokenToKVPool

@@ -11,9 +11,9 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, OwnershipError
 from jaxcache.index.check import check
 from jaxcache.index.key import Namespace, RadixKey
-from jaxcache.index.recency import Policy
+from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool

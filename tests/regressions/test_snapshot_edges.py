@@ -10,7 +10,7 @@ import pytest
 
 import jaxcache
 from jaxcache.errors import SnapshotError
-from jaxcache.oplog import fingerprint
+from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.snapshot.manifest import FILE_NAME, Manifest
 from tests.snapshot.caches import MODEL, lived
 

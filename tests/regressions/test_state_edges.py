@@ -8,7 +8,7 @@ import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pools.hybrid_requests import HybridReqToTokenPool
+from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from tests.pools.numpy_states import filled_states, mamba_config, random_parts
 
 

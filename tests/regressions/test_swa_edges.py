@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import DoubleFreeError, OwnershipError, SnapshotError
-from jaxcache.pages.base import PageState
-from jaxcache.pages.swa import SWATokenToKVPoolAllocator
+from jaxcache.pages.allocator import PageState
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 
 PRIVATE, TREE = PageState.PRIVATE, PageState.TREE
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcache.index.key import RadixKey
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from tests.caches.content import ContentLife, Shape
 from tests.caches.flavours import make_swa_cache, prefill, put, sizes
 

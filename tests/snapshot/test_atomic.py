@@ -14,9 +14,9 @@ import pytest
 import safetensors.numpy
 
 import jaxcache
-from jaxcache import contents
 from jaxcache.errors import SnapshotError
-from jaxcache.oplog import fingerprint
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.pools import stacks
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import FOLDER
 from tests.snapshot.caches import MODEL, assert_same, lived
@@ -24,10 +24,10 @@ from tests.snapshot.caches import MODEL, assert_same, lived
 SAVE_AGAIN_AND_AGAIN = """
 import itertools, sys
 import jaxcache
-from jaxcache import contents
+from jaxcache.pools import stacks
 from tests.snapshot.caches import MODEL, lived
 
-contents.PART_BYTES = 40
+stacks.PART_BYTES = 40
 lives = [lived(1), lived(2)]
 for i in itertools.count():
     jaxcache.save_snapshot(sys.argv[1], lives[i % 2].memory, model=MODEL)
@@ -77,7 +77,7 @@ def folders(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Died()], ids=["fails", "dies"])
 def test_wherever_a_save_ends_the_snapshot_is_whole(error, tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "PART_BYTES", 400)
+    monkeypatch.setattr(stacks, "PART_BYTES", 400)
     old, new = lived(1), lived(2)
     path, prints = tmp_path / "s", {fingerprint(life.memory): life for life in (old, new)}
     outcomes = []

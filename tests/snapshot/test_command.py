@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jaxcache
-from jaxcache.cli import main
+from jaxcache.cli.main import main
 from tests.snapshot.caches import MODEL, lived
 
 

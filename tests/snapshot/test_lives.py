@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache import contents
-from jaxcache.contents import rows_in_use
 from jaxcache.errors import ArgumentError, LockedError, RequestStateError, SnapshotError
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import EventBatch
 from jaxcache.index.key import Namespace
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryConfig, init_memory_pool_and_cache
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import EventBatch
-from jaxcache.oplog import fingerprint
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
+from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.pools import stacks
 from jaxcache.pools.double_sparse import DoubleSparseConfig
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
 from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
-from tests.test_oplog import FLAVOURS, make_config
+from tests.support.recorded_lives import FLAVOURS, make_config
 
 KINDS = {
     "mha": (MHAConfig, {"head_num": 2, "head_dim": 3, "v_head_dim": 5}),
@@ -39,10 +39,10 @@ KINDS = {
 CASES = [("both", policy) for policy in Policy] + [(flavour, Policy.LRU) for flavour in FLAVOURS]
 GO_ON = """
 import sys
-from jaxcache.index.recency import Policy
-from jaxcache.observe.event_consumer import EventConsumer
-from jaxcache.observe.events import EventBatch
-from jaxcache.oplog import fingerprint
+from jaxcache.index.policies.registry import Policy
+from jaxcache.events.consumer import EventConsumer
+from jaxcache.events.events import EventBatch
+from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.snapshot.load import load_snapshot
 from tests.snapshot.caches import MODEL, gone_on, lived
 
@@ -85,12 +85,12 @@ def test_it_lives_on_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_saving_changes_nothing_and_many_parts_are_one_snapshot(seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "PART_BYTES", 40)
+    monkeypatch.setattr(stacks, "PART_BYTES", 40)
     life = lived(seed, "both", Policy.ADAPTIVE, calls=60)
     before = fingerprint(life.memory)
     manifest = jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL, threads=2)
     assert fingerprint(life.memory) == before
-    rows, sizes = rows_in_use(life.memory.allocator, life.memory.states), manifest.rows_per_part
+    rows, sizes = life.memory.cache.rows_in_use(), manifest.rows_per_part
     assert {stack: len(manifest.parts[stack]) for stack in rows} == {s: -(-len(rows[s]) // sizes[s]) for s in rows}
     assert sizes == {"full": 2, "window": 2, "states": 5}
     assert_same(life.memory, jaxcache.load_snapshot(tmp_path, life.config, model=MODEL, threads=1))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 import jaxcache
-from jaxcache.index.recency import Policy
-from jaxcache.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.index.policies.registry import Policy
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.replay.chat import generate_chat
 from jaxcache.replay.config import CacheKind, ReplayConfig
 from jaxcache.replay.proof import count_leaks
 from jaxcache.replay.run import Replay
 from jaxcache.replay.setup import memory_config
-from tests.replay.shared import share_steps
-from tests.replay.test_replay import CHAT
 from tests.snapshot.caches import MODEL, assert_same
+from tests.support.replays import CHAT
+from tests.support.shared_steps import share_steps
 
 FLAVOURS = [CacheKind.RADIX, CacheKind.SWA, CacheKind.MAMBA, CacheKind.SWA_MAMBA, CacheKind.LORA]
 CASES = [(cache, Policy.LRU) for cache in FLAVOURS] + [(cache, Policy.ADAPTIVE) for cache in FLAVOURS[::3]]

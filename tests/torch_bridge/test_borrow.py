@@ -28,7 +28,7 @@ from jaxcache import (
     UnsupportedError,
     donating,
 )
-from jaxcache.donation import DevicePool
+from jaxcache.device.pool import DevicePool
 from tests.pools import numpy_pool
 from tests.torch_bridge.tensors import DEAD, ON_GPU, bits
 from torch_bridge import TorchMHAPool, TorchMLAPool, borrow

@@ -29,7 +29,7 @@ from jaxcache import (
     UnsupportedError,
     init_memory_pool_and_cache,
 )
-from jaxcache.pages.base import PageState
+from jaxcache.pages.allocator import PageState
 from tests.torch_bridge.hf_models import MODELS, SIZES, VOCABULARY, make
 from tests.torch_bridge.tensors import DEVICE
 from torch_bridge.transformers import JaxPagedCache, ShortageError

@@ -1,0 +1,84 @@
+"""An exact audit: every value of every component, and every row, has exactly one owner, by identity, not by count.
+
+Source: SGLang 0.5.2 scheduler, check_memory, which compares counts when idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxcache.components.base import MemoryComponent
+from jaxcache.errors import BrokenInvariant
+from jaxcache.pools.stack import MemoryPool
+from jaxcache.request import Request
+from jaxcache.tables.device_table import RequestTable
+from jaxcache.tables.request_table import ReqToTokenPool
+
+
+def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, components: Sequence[MemoryComponent]) -> None:
+    """What is private is exactly what running requests own; locked prefixes are the tree's; rows are running or free.
+
+    Args:
+      running: Running requests by row.
+      table: The request table.
+      components: Of the cache.
+
+    Raises:
+      BrokenInvariant: names what has no owner, or two.
+    """
+    private = [np.empty(0, np.int32)]
+    for row, request in running.items():
+        pages = table.row_pages(row, 0, request.num_pages)
+        private.append(pages[request.protected_len // table.page_size :])
+        _check_shared(request, pages[: request.protected_len // table.page_size])
+    owned = np.concatenate(private)
+    for component in components:
+        for problem in component.private_problems(owned):
+            raise BrokenInvariant(problem)
+    if sorted([*running, *table.free_rows]) != list(range(table.size)):
+        raise BrokenInvariant(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
+
+
+def _check_shared(request: Request, pages: np.ndarray) -> None:
+    """The part of a row that its lock covers must be the tree's pages for the request's own tokens."""
+    values: list[np.ndarray] = [np.empty(0, np.int32)]
+    keys: list[bytes] = []
+    key = request.key
+    if request.lock is not None and request.lock.tree.element_bytes != key.element_bytes:
+        key = key.bigrams()
+    node = request.lock.node if request.lock is not None else None
+    while node is not None and node.parent is not None:
+        values.insert(1, node.value)
+        keys.insert(0, node.key)
+        node = node.parent
+    is_same = np.array_equal(np.concatenate(values), pages)
+    if not is_same or b"".join(keys) != key.packed[: key.element_bytes * request.protected_len]:
+        raise BrokenInvariant(
+            f"row {request.req_pool_idx} of request {request.rid}: "
+            f"its first {request.protected_len} tokens are not the tree's pages"
+        )
+
+
+def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, device_table: RequestTable) -> None:
+    """The rows of running requests are the same on the device. Reads the device table back.
+
+    Raises:
+      BrokenInvariant: names the row that differs.
+    """
+    device = np.asarray(device_table.pages)
+    for row, request in running.items():
+        if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
+            raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
+
+
+def check_device_maps(pool: MemoryPool, components: Sequence[MemoryComponent]) -> None:
+    """The maps of all components are the same on the device. Reads them back.
+
+    Raises:
+      BrokenInvariant: names an entry that differs.
+    """
+    for component in components:
+        for problem in component.device_problems(pool):
+            raise BrokenInvariant(problem)

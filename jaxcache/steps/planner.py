@@ -1,0 +1,261 @@
+"""From running requests to a step plan, and whether that plan still holds when it is to run.
+
+Lengths and pages of all running requests stand in the arrays of the request table: a plan is NumPy calls over a batch,
+not a loop over requests. Only what an engine appends to, `output_ids`, is read request by request.
+
+Source: jaxcache's own; SGLang 0.5.2 schedule_batch.py, prepare_for_extend and prepare_for_decode, do the same in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
+from jaxcache.errors import ArgumentError, RequestStateError
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
+from jaxcache.pages.arguments import as_count
+from jaxcache.pages.expand import pages_of
+from jaxcache.request import Request, RequestState
+from jaxcache.steps.buckets import Bucket, StepKind, smallest
+from jaxcache.steps.decode_batch import DecodeCursor, RunningBatch
+from jaxcache.steps.loop import LoopShape
+from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, loop_limits
+from jaxcache.steps.plan import StepPlan
+from jaxcache.tables.request_table import ReqToTokenPool
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+class Waiting(NamedTuple):
+    """A batch that waits for a step, and how far its requests are.
+
+    Attributes:
+      batch: The batch.
+      kv_len: int32, tokens of each request that have KV.
+      room: int32, slots left in the last page of each: 0 .. page_size - 1.
+    """
+
+    batch: RunningBatch
+    kv_len: np.ndarray
+    room: np.ndarray
+
+
+class StepPlanner:
+    """Plans steps over the requests of one table: a plan has its bucket and its pages when it leaves here.
+
+    Args:
+      running: The running requests by row; the manager's own dict.
+      table: The host's request table.
+      allocator: Where fresh pages come from.
+      cache: What is evicted for them.
+      loops: Whose requests cannot be planned.
+      buckets: Static shapes of steps.
+
+    Attributes:
+      buckets: As given.
+    """
+
+    def __init__(
+        self,
+        running: Mapping[int, Request],
+        table: ReqToTokenPool,
+        allocator: BaseTokenToKVPoolAllocator,
+        cache: BasePrefixCache,
+        loops: DecodeLoops,
+        buckets: Sequence[Bucket],
+    ):
+        self._running, self._table, self._loops = running, table, loops
+        self._allocator, self._cache = allocator, cache
+        self.buckets = tuple(buckets)
+        self._last_batch: RunningBatch | None = None
+        self._cursor: DecodeCursor | None = None
+
+    def require_running(self, request: Request) -> int:
+        """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
+        row = request.req_pool_idx
+        if request.state is not RequestState.RUNNING or row is None or self._running.get(row) is not request:
+            raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
+        if self._loops.holds(row):
+            raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
+        return row
+
+    def make_room(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> None:
+        """Evicts what is short of so many free pages, if that is enough; `spared` as for `make_room_for_pages`.
+
+        Where only window pages are short, running requests give up those that none of their tokens will attend to
+        again, one request after the other, and if that is not enough, checkpoints with the windows before them.
+        """
+        if self._cache.make_room_for_pages(num_pages, spared):
+            return
+        most = self._allocator.full_available_size() + self._cache.evictable_size()
+        if most < num_pages * self._table.page_size:
+            return
+        for keep_checkpoint in (True, False):
+            for request in self._running.values():
+                self._cache.drop_out_of_window(request, keep_checkpoint)
+                if self._cache.make_room_for_pages(num_pages, spared):
+                    return
+
+    def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
+        """Fresh pages, evicting only what is short; None, with no page taken, if that is not enough."""
+        if not num_pages:
+            return np.empty(0, np.int32)
+        self.make_room(num_pages)
+        return self._allocator.alloc_pages(num_pages)
+
+    def forget_batch(self) -> None:
+        """Requests came or went: the next batch is looked at anew."""
+        self._last_batch = self._cursor = None
+
+    # ---- plans ---------------------------------------------------------------------------------------------------
+
+    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
+        """`MemoryManager.extend` has the contract."""
+        batch, kv_len, room = self._waiting([request for request, _ in work])
+        counts = [as_count(f"work: tokens of request {request.rid}", n) for request, n in work]
+        for request, n in work:
+            if not 1 <= n <= request.num_tokens - request.kv_len:
+                raise ArgumentError(f"work: {request.rid} has {request.num_tokens - request.kv_len} tokens, not {n}")
+        tokens = [request.key.token_ids[request.kv_len : request.kv_len + n] for request, n in work]
+        more, table = np.array(counts, np.int32), self._table
+        target = kv_len + more
+        if target.max() > table.max_context_len:
+            self._refuse_longer(batch, target)
+        new = pages_of(more - room, table.page_size)
+        bucket = smallest(self.buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
+        fresh = self.take_pages(int(new.sum()))
+        if fresh is None:
+            return None
+        last_loc = table.last_slots(batch.row)
+        table.append_pages(batch.row, fresh, new)
+        return self._step_plan(bucket, batch, kv_len, target, last_loc, np.concatenate(tokens), fresh)
+
+    def decode(self, requests: Sequence[Request]) -> StepPlan | None:
+        """`MemoryManager.decode` has the contract."""
+        cursor = self._cursor
+        if cursor is None or not cursor.continues(requests):
+            cursor = self._cursor = DecodeCursor(self._table, *self._waiting(requests))
+        tokens = cursor.last_tokens()
+        prefix, target, last_loc = cursor.lengths()
+        if cursor.longest > self._table.max_context_len:
+            self._refuse_longer(cursor.batch, target)
+        num_pages = len(cursor.growing)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
+        fresh = self.take_pages(num_pages)
+        if fresh is None:
+            return None
+        self._table.append_pages(cursor.batch.row[cursor.growing], fresh)
+        cursor.plan = self._step_plan(bucket, cursor.batch, prefix, target, last_loc, tokens, fresh)
+        return cursor.plan
+
+    def decode_loop(
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        width: int,
+        limits: Sequence[int] | None = None,
+        pages: int | None = None,
+    ) -> LoopPlan | None:
+        """`MemoryManager.decode_loop` has the contract."""
+        batch, kv_len, _ = self._waiting(requests)
+        if len(batch.state) and width > 1:
+            raise ArgumentError(
+                f"width must be 1 with recurrent states, which no draft can be taken out of, got {width}"
+            )
+        tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
+        plan = LoopPlan(
+            LoopShape(bucket.requests, steps, width, self._table.page_size),
+            batch.requests,
+            row=batch.row,
+            seq_len=kv_len,
+            limit=loop_limits(batch.requests, kv_len, limits, self._table.max_context_len),
+            tag=batch.tag,
+            state=batch.state,
+            tokens=tokens,
+        )
+        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
+        self.make_room(num_pages)
+        return self._loops.open(plan, num_pages)
+
+    def _waiting(self, requests: Sequence[Request]) -> Waiting:
+        """Distinct running requests that wait for a step.
+
+        Raises:
+          RequestStateError: One is not running, is in a decode loop, or has a plan that has not run.
+          ArgumentError: One is named twice, or there is none.
+        """
+        batch = self._last_batch
+        if batch is None or batch.requests != tuple(requests) or self._loops.holds(batch.row):
+            for request in requests:
+                self.require_running(request)
+            if len(set(map(id, requests))) != len(requests) or not requests:
+                raise ArgumentError("requests: name each request once, and at least one")
+            batch = self._last_batch = RunningBatch.of(requests, self._table)
+        table = self._table
+        kv_len = table.kv_len[batch.row]
+        room = table.num_pages[batch.row] * table.page_size - kv_len
+        if room.max() >= table.page_size:
+            rid = batch.requests[int(room.argmax())].rid
+            raise RequestStateError(f"request {rid} has a plan that has not run: run or cancel it first")
+        return Waiting(batch, kv_len, room)
+
+    def _refuse_longer(self, batch: RunningBatch, target: np.ndarray) -> None:
+        i = int(target.argmax())
+        raise ArgumentError(
+            f"request {batch.requests[i].rid} would have {target[i]} tokens, max_context_len is "
+            f"{self._table.max_context_len}: finish it"
+        )
+
+    def _step_plan(
+        self,
+        bucket: Bucket,
+        batch: RunningBatch,
+        prefix: np.ndarray,
+        target: np.ndarray,
+        last_loc: np.ndarray,
+        tokens: np.ndarray,
+        fresh: np.ndarray,
+    ) -> StepPlan:
+        """The plan, once its pages are in the table."""
+        return StepPlan(
+            bucket,
+            batch.requests,
+            row=batch.row,
+            prefix_len=prefix,
+            seq_len=target,
+            last_loc=last_loc,
+            tag=batch.tag,
+            tokens=tokens,
+            new_pages=fresh,
+            state=batch.state,
+            stamp=self._table.stamp(batch.row),
+        )
+
+    # ---- plans that were made ------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan) -> None:
+        """The plan's step was dispatched: its tokens have KV."""
+        self._table.commit(plan.row, plan.seq_len)
+        if self._cursor is not None and self._cursor.plan is plan:
+            self._cursor.advance(plan.new_pages)
+
+    def require_current(self, plan: StepPlan) -> None:
+        """Raises RequestStateError unless every request is in its row, as long as the plan expects, with its pages.
+
+        Cost: one comparison of a number a row, unless it raises.
+        """
+        if plan.stamp is None or self._table.is_current(plan.stamp):
+            return
+        for request in plan.requests:
+            self.require_running(request)
+        request, row = plan.requests[0], int(plan.row[0])
+        now = (request.req_pool_idx, request.kv_len, request.num_pages)
+        raise RequestStateError(
+            f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
+            f"(row, tokens, pages) = {now}; plan again"
+        )

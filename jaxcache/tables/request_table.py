@@ -1,0 +1,316 @@
+"""The request table: which page holds which part of which request. The host decides, the device follows.
+
+`ReqToTokenPool` is the truth, in NumPy. `RequestTable` is its twin on the device, a donated pytree, which follows by
+`jaxcache.tables.changes`: only entries that changed travel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.state_dict import Books, Columns
+from jaxcache.tables.changes import ChangeLog, TableChanges
+from jaxcache.tables.device_table import RequestTable
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+@dataclass(frozen=True, eq=False)
+class RowStamp:
+    """What rows of a table were at some moment, without a copy of them: `ReqToTokenPool.is_current` tells.
+
+    Attributes:
+      table: Whose rows.
+      rows: Which.
+      clock: The moment, counted in changes of the table.
+    """
+
+    table: ReqToTokenPool
+    rows: np.ndarray
+    clock: int
+
+
+class ReqToTokenPool:
+    """Rows of the request table, on the host.
+
+    Args:
+      size: Requests that can run at once. Rows start at 0 and there is no padding row.
+      max_context_len: Longest request, in tokens.
+      page_size: Tokens an entry. With 1 it is SGLang's table of one slot a token.
+
+    Rows are handed out first in, first out. A freed row keeps its old entries; nobody may read them.
+
+    Attributes:
+      kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
+      num_pages: int32 (size,), entries of each row in use.
+
+    Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
+    """
+
+    def __init__(self, size: int, max_context_len: int, page_size: int = 1):
+        sizes = size, max_context_len, page_size
+        if not all(isinstance(value, (int, np.integer)) for value in sizes) or min(sizes) < 1:
+            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {sizes}")
+        self.size = size
+        self.max_context_len = max_context_len
+        self.page_size = page_size
+        self.max_pages = -(-max_context_len // page_size)
+        if size * self.max_pages >= 2**31:
+            raise ArgumentError(f"size * max_pages = {size * self.max_pages} entries do not fit int32 indices")
+        self._pages = np.zeros((size, self.max_pages), np.int32)
+        self._flat = self._pages.reshape(-1)
+        self._changes = ChangeLog(self._pages)
+        self.kv_len = np.zeros(size, np.int32)
+        self.num_pages = np.zeros(size, np.int32)
+        self._changed_at = np.zeros(size, np.int64)
+        self._clock = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Gives every row back. Entries stay as they are."""
+        self._free = deque(range(self.size))
+        self._is_free = np.ones(self.size, bool)
+        self._changes.forget()
+        self.touch(slice(None))
+
+    def available_size(self) -> int:
+        """Free rows."""
+        return len(self._free)
+
+    @property
+    def free_rows(self) -> list[int]:
+        """The free rows, in the order in which they will be handed out."""
+        return list(self._free)
+
+    @property
+    def req_to_token(self) -> Int32[np.ndarray, "rows max_context_len"]:
+        """The table with one slot a token, expanded. O(size * max_context_len): for looking, not for stepping."""
+        offsets = np.arange(self.page_size, dtype=np.int32)
+        slots = self._pages[:, :, None] * self.page_size + offsets
+        return slots.reshape(self.size, -1)[:, : self.max_context_len]
+
+    def alloc(self, need_size: int) -> list[int] | None:
+        """`need_size` rows, or None if fewer are free."""
+        if not isinstance(need_size, (int, np.integer)) or need_size < 0:
+            raise ArgumentError(f"need_size must be an integer and must not be negative, got {need_size!r}")
+        if need_size > len(self._free):
+            return None
+        rows = [self._free.popleft() for _ in range(need_size)]
+        self._is_free[rows] = False
+        self.touch(rows)
+        return rows
+
+    def free(self, free_index: int | Sequence[int]) -> None:
+        """Gives rows back.
+
+        Raises:
+          ArgumentError: A row is out of range or named twice.
+          DoubleFreeError: A row is free already. Nothing changes.
+        """
+        rows = self._rows_to_free(free_index)
+        self._is_free[rows] = True
+        self.touch(rows)
+        self._free.extend(rows.tolist())
+
+    def _rows_to_free(self, free_index: int | Sequence[int]) -> np.ndarray:
+        """The rows that `free` was given, checked: distinct and in use."""
+        rows = np.atleast_1d(np.asarray(free_index))
+        if rows.size == 0:
+            return np.empty(0, np.intp)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
+            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {free_index!r}")
+        if len(set(rows.tolist())) != len(rows):
+            raise ArgumentError(f"free_index names a row twice: {free_index!r}")
+        if self._is_free[rows].any():
+            raise DoubleFreeError(f"free_index: row {rows[self._is_free[rows]][0]} is free already")
+        return rows
+
+    def write(self, indices: tuple[int, slice], values: np.ndarray) -> None:
+        """SGLang's write: `values` are the slots of the tokens in `indices = (row, slice)`.
+
+        Raises:
+          ArgumentError: The slice does not start at a page, or the slots are not int32, from 0 on, and consecutive
+            within pages.
+        """
+        row, columns = indices
+        if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
+            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
+        start, stop, step = columns.indices(self.max_context_len)
+        values = np.asarray(values)
+        is_list = values.ndim == 1 and (values.size == 0 or values.dtype.kind in "iu")
+        if not is_list or (values.size and not 0 <= values.min() <= values.max() < 2**31):
+            raise ArgumentError(f"values must be a list of slots in [0, 2**31), got {values.dtype}{list(values.shape)}")
+        if step != 1 or len(values) != stop - start:
+            raise ArgumentError(f"values: {len(values)} slots do not fit columns {start}:{stop}:{step}")
+        size = self.page_size
+        pages = values[::size] // size
+        expanded = (pages[:, None] * size + np.arange(size)).reshape(-1)[: len(values)]
+        if start % size or not np.array_equal(expanded, values):
+            raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
+        self.write_pages(int(row), start // size, pages)
+
+    def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"], on_device: bool = False) -> None:
+        """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
+
+        Args:
+          row: A row in use.
+          first: Entry to start at.
+          pages: What to write.
+          on_device: The device has written these entries itself: nothing is sent.
+
+        Raises:
+          ArgumentError: The row is not in use or the entries do not fit.
+        """
+        stop = first + len(pages)
+        self._require_in_use(row)
+        if first < 0 or stop > self.max_pages:
+            raise ArgumentError(
+                f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len"
+            )
+        if len(pages):
+            self._pages[row, first:stop] = pages
+            self.touch(row)
+            if not on_device:
+                base = row * self.max_pages
+                self._changes.mark(np.arange(base + first, base + stop, dtype=np.int32))
+
+    def _require_in_use(self, row: int) -> None:
+        if not 0 <= row < self.size or self._is_free[row]:
+            raise ArgumentError(f"row {row} is not in use: allocate it first")
+
+    def append_pages(
+        self,
+        rows: Int32[np.ndarray, " rows"],
+        pages: Int32[np.ndarray, " pages"],
+        counts: Int32[np.ndarray, " rows"] | None = None,
+        on_device: bool = False,
+    ) -> None:
+        """The next `counts[i]` of `pages`, by default one, go behind the last page in use of `rows[i]`, for all rows.
+
+        The rows must be in use and distinct, and have room. `on_device`: as for `write_pages`.
+
+        Cost: some NumPy calls, whatever the number of rows.
+        """
+        if not len(pages):
+            return
+        held = self.num_pages[rows]
+        first = rows * self.max_pages + held
+        index = (first if counts is None else _runs(first, counts)).astype(np.int32)
+        self._flat[index] = pages
+        self.num_pages[rows] = held + (1 if counts is None else counts)
+        self.touch(rows)
+        if not on_device:
+            self._changes.mark(index)
+
+    def cut_spare_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
+        """Takes the pages behind those of the tokens with KV from distinct rows; the caller frees them.
+
+        Returns:
+          A copy of them, row after row. Cost: as `append_pages`.
+        """
+        keep = -(-self.kv_len[rows] // self.page_size)
+        counts = self.num_pages[rows] - keep
+        longer = np.flatnonzero(counts)
+        rows, keep, counts = rows[longer], keep[longer], counts[longer]
+        pages = self._pages[np.repeat(rows, counts), _runs(keep, counts)]
+        self.num_pages[rows] = keep
+        self.touch(rows)
+        return pages
+
+    def commit(self, rows: Int32[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
+        """These rows have so many tokens with KV from now on."""
+        self.kv_len[rows] = kv_len
+        self.touch(rows)
+
+    def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
+        """The owner, the length or the pages of these rows changed: stamps of before are no longer current.
+
+        Called wherever the table changes; whoever writes to `kv_len` or `num_pages` calls it.
+        """
+        self._clock += 1
+        self._changed_at[rows] = self._clock
+
+    def stamp(self, rows: Int32[np.ndarray, " rows"]) -> RowStamp:
+        """Remembers these rows as they are. O(1)."""
+        return RowStamp(self, rows, self._clock)
+
+    def is_current(self, stamp: RowStamp) -> bool:
+        """Whether its rows are this table's and have not changed since, not even to and fro.
+
+        Cost: O(1) if no row has, else three calls.
+        """
+        if stamp.table is not self:
+            return False
+        return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
+
+    def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last token with KV of each row; -1 where there is none."""
+        last = self.kv_len[rows] - 1
+        slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
+        return np.where(last < 0, np.int32(-1), slots)
+
+    def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
+        """Entries `[first, stop)` of `row`, as a view that the next write changes."""
+        return self._pages[row, first:stop]
+
+    def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
+        """Working state of each of these rows; empty, as rows have none here."""
+        return np.empty(0, np.int32)
+
+    @property
+    def pages(self) -> Int32[np.ndarray, "rows max_pages"]:
+        """The whole host table, read-only."""
+        view = self._pages.view()
+        view.setflags(write=False)
+        return view
+
+    def saved_books(self) -> Books:
+        """The free rows, in the order in which they will be handed out. What is in rows is not kept."""
+        return {"free_rows": np.array(self._free, np.int64)}
+
+    def restore_books(self, books: Columns) -> None:
+        """Hands out rows as the table with these books would have; a larger one, those it has more after them.
+
+        Raises:
+          SnapshotError: These are no books of a table without running requests.
+        """
+        order = books.distinct("free_rows", high=2**31 - 1).tolist()
+        known = set(order)
+        self._free = deque(row for row in order if row < self.size)
+        self._free.extend(row for row in range(self.size) if row not in known)
+
+    def num_changed(self) -> int:
+        """Entries waiting to be sent to the device."""
+        return len(self._changes)
+
+    def take_changes(self, limit: int) -> TableChanges:
+        """At most `limit` changed entries with their values of this moment; they count as sent."""
+        return self._changes.take(limit)
+
+    def give_back(self, changes: TableChanges) -> None:
+        """Changes that were taken and did not reach the device wait again."""
+        self._changes.give_back(changes)
+
+    def device_table(self, mesh: Mesh | None = None) -> RequestTable:
+        """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
+        self._changes.forget()
+        if mesh is None:
+            return RequestTable(jnp.array(self._pages))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
+
+
+def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`counts[i]` consecutive numbers from `first[i]` on, one run after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
