@@ -7,7 +7,7 @@ argument. They run on every call, so each is a few vectorised operations. Operan
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,6 +40,16 @@ def require_counts(**values: int) -> None:
     """Raises ArgumentError unless each is an integer that is not negative."""
     for name, value in values.items():
         as_count(name, value)
+
+
+def as_integer(name: str, value: Any, bits: int) -> int:
+    """`value` as a Python int. Raises ArgumentError unless it is an integer that fits so many bits, with its sign."""
+    if not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} must be an integer, got {value!r}")
+    number = int(value)
+    if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+        raise ArgumentError(f"{name} must fit int{bits}, got {number}")
+    return number
 
 
 def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:

@@ -7,15 +7,18 @@ tokens  0 ......... lock.length ......... kv_len ......... len(row pages) * P
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from jaxcache.arguments import as_integer
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.receipt import Receipt
+from jaxcache.index.tokens import FixedTokens, TokenList
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -41,18 +44,33 @@ class RowLengths(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class HostCopy:
+    """What is kept of a request's KV in host memory, as far as a request needs to know it.
+
+    Attributes:
+      key: The tokens whose KV it is, in their namespace.
+    """
+
+    key: RadixKey
+
+
 @dataclass(eq=False)
 class Request:
     """One request and what it owns in the cache.
 
+    What a user may set is checked when it is set, here or later. The rest is the manager's: it is no argument, and to
+    be read only.
+
     Attributes:
       rid: Its name in messages.
-      origin_input_ids: Prompt tokens.
-      output_ids: Tokens sampled so far; the engine appends, nothing is ever taken back while the request runs.
-      extra_key: Namespace; KV is shared only inside one.
-      priority: Higher stays longer under `Policy.PRIORITY`.
-      tag: A number of the engine's own that its steps see, such as the index of an adapter. Fixed while it runs.
+      origin_input_ids: Prompt tokens; fixed. They were copied: what the caller does to its list later changes nothing.
+      extra_key: Namespace; KV is shared only inside one. Fixed.
+      priority: Higher stays longer under `Policy.PRIORITY`. 64 bits.
+      tag: An int32 of the engine's own that its steps see, such as the index of an adapter. Fixed while it runs.
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
+      output_ids: Tokens sampled so far. The engine appends; nothing is ever changed or taken back, for it may have KV.
+        So a token that is not known yet has no placeholder here: append it once it is.
       state: See `RequestState`.
       req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
@@ -60,8 +78,13 @@ class Request:
       branching_len: Tokens that were cached then, but without a recurrent state to go on from; 0 for none. A state
         saved there serves whoever comes with the same prefix.
       evicted_seqlen_local: Tokens, from the start, without window pages of its own any more.
-      cpu_copy: KV kept in host memory across a retraction.
-      prompt_len: Prompt tokens. They were copied: what the caller does to its list later changes nothing.
+      cpu_copy: KV kept in host memory across a retraction. It may be set to None, to have it computed again, and to
+        what was kept of the same tokens in the same namespace.
+      prompt_len: Prompt tokens.
+
+    Raises:
+      ArgumentError: A value is none of those.
+      RequestStateError: Something fixed is set again.
     """
 
     rid: str
@@ -70,14 +93,15 @@ class Request:
     priority: int = 0
     tag: int = 0
     logprob_start_len: int | None = None
-    output_ids: list[int] = field(default_factory=list)
-    state: RequestState = RequestState.WAITING
-    req_pool_idx: int | None = None
-    lock: Receipt | None = None
-    cached_tokens: int = 0
-    branching_len: int = 0
-    evicted_seqlen_local: int = 0
-    cpu_copy: Any = None
+    output_ids: list[int] = field(default_factory=TokenList)
+    state: RequestState = field(default=RequestState.WAITING, init=False)
+    req_pool_idx: int | None = field(default=None, init=False)
+    lock: Receipt | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)
+    branching_len: int = field(default=0, init=False)
+    evicted_seqlen_local: int = field(default=0, init=False)
+    cpu_copy: Any = field(default=None, init=False)
+    prompt_len: int = field(init=False)
 
     def __post_init__(self):
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
@@ -86,15 +110,12 @@ class Request:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
-        for name in ("priority", "tag"):
-            if not isinstance(getattr(self, name), (int, np.integer)):
-                raise ArgumentError(f"{name} of request {self.rid} must be an integer, got {getattr(self, name)!r}")
-        start = self.logprob_start_len
-        if start is not None and (not isinstance(start, (int, np.integer)) or start < 0):
-            raise ArgumentError(
-                f"logprob_start_len of request {self.rid} must be an integer and must not be negative, got {start!r}"
-            )
         self._lengths: RowLengths | None = None
+        vars(self)["origin_input_ids"] = _fixed_prompt(self.origin_input_ids, self._key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(self, name, value))
 
     def enter(self, table: RowLengths, row: int) -> None:
         """Takes a row of the request table, which holds the request's lengths from now on."""
@@ -145,17 +166,7 @@ class Request:
 
     @property
     def key(self) -> RadixKey:
-        """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended.
-
-        Raises:
-          RequestStateError: Tokens were taken back from `output_ids`, but may have KV.
-          ArgumentError: A sampled token is no int32.
-        """
-        if self.num_tokens < self._key.length:
-            raise RequestStateError(
-                f"request {self.rid} had {self._key.length} tokens, now {self.num_tokens}: output_ids only grows; "
-                "make another request"
-            )
+        """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended."""
         return self._packed_to(self.num_tokens)
 
     @property
@@ -174,3 +185,77 @@ class Request:
     def protected_len(self) -> int:
         """Tokens, from the start, whose pages belong to the tree."""
         return self.lock.length if self.lock is not None else 0
+
+
+# ---- what a user may set: checked whenever it is set, the first time too ---------------------------------------------
+
+
+def _once(request: Request, name: str, value: Any) -> Any:
+    if name in vars(request):
+        raise RequestStateError(f"{name} of request {request.rid} is fixed, for KV depends on it: make another request")
+    return value
+
+
+def _priority(request: Request, name: str, value: Any) -> int:
+    return as_integer(f"{name} of request {request.rid}", value, bits=64)
+
+
+def _tag(request: Request, name: str, value: Any) -> int:
+    if request.state is RequestState.RUNNING:
+        raise RequestStateError(
+            f"{name} of request {request.rid} is fixed while it runs, for plans know it: retract it first"
+        )
+    return as_integer(f"{name} of request {request.rid}", value, bits=32)
+
+
+def _logprob_start_len(request: Request, name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    start = as_integer(f"{name} of request {request.rid}", value, bits=64)
+    if start < 0:
+        raise ArgumentError(f"{name} of request {request.rid} must not be negative, got {start}")
+    return start
+
+
+def _output_ids(request: Request, name: str, value: Any) -> TokenList:
+    present = vars(request).get(name)
+    if present is None:
+        return TokenList(value)
+    if value is not present:  # it is where `output_ids += tokens` has appended to it
+        raise RequestStateError(f"{name} of request {request.rid} only grows: append to it, or make another request")
+    return value
+
+
+def _cpu_copy(request: Request, name: str, value: Any) -> HostCopy | None:
+    if value is None:
+        return None
+    if not isinstance(value, HostCopy):
+        rule = "must be None, or what a retraction with offload=True kept"
+        raise ArgumentError(f"{name} of request {request.rid} {rule}; got {type(value).__name__}")
+    if request.key[: len(value.key)] != value.key:
+        raise ArgumentError(
+            f"{name} of request {request.rid} must be of its own tokens in its own namespace, got a copy of "
+            f"{len(value.key)} others: set it to None, and they are computed again"
+        )
+    return value
+
+
+_CHECKS: Mapping[str, Callable[[Request, str, Any], Any]] = MappingProxyType(
+    {
+        "origin_input_ids": _once,
+        "extra_key": _once,
+        "prompt_len": _once,
+        "priority": _priority,
+        "tag": _tag,
+        "logprob_start_len": _logprob_start_len,
+        "output_ids": _output_ids,
+        "cpu_copy": _cpu_copy,
+    }
+)
+
+
+def _fixed_prompt(token_ids: Any, key: RadixKey) -> Any:
+    """The prompt as it was given, but so that it stays what the key says."""
+    if isinstance(token_ids, (bytes, tuple, range)):
+        return token_ids
+    return key.token_ids if isinstance(token_ids, np.ndarray) else FixedTokens(token_ids)

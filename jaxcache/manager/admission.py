@@ -68,6 +68,8 @@ class Admission:
         """`MemoryManager.admit` has the contract. The request is running afterwards, but in nobody's list yet."""
         self._require_admissible(request)
         self._runner.require_resumed()
+        if request.cpu_copy is not None:
+            request.cpu_copy.require_fitting(request.rid, self._runner.pool, self._table.page_size)
         if not self._table.available_size():
             return None
         with contextlib.ExitStack() as undo:  # undoes everything, unless `pop_all` keeps it
@@ -86,12 +88,6 @@ class Admission:
         if request.num_tokens > self._max_context_len:
             limit = self._max_context_len
             raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
-        page_size = self._table.page_size
-        if request.cpu_copy is not None and request.cpu_copy.page_size != page_size:
-            raise ArgumentError(
-                f"request {request.rid} has a host copy in pages of {request.cpu_copy.page_size}, here they have "
-                f"{page_size}: set its cpu_copy to None, and it is computed again"
-            )
 
     def _take(self, request: Request, undo: contextlib.ExitStack) -> Entry | None:
         """All that the request starts with; None if memory is short."""

@@ -101,10 +101,11 @@ class MemoryManager:
 
     @property
     def pool(self) -> MemoryPool:
-        """The KV pool. Replaced by every `run`: never keep it across one.
+        """The KV pool. Replaced by every `run`: never keep it across one. What is set must be an update of it.
 
         Raises:
           ReleasedError: Its memory was released.
+          ArgumentError: What is set is a pool of other sizes or layers.
         """
         return self.runner.pool
 
@@ -136,7 +137,8 @@ class MemoryManager:
         Raises:
           RequestStateError: It is running or done.
           ReleasedError: The pool's memory was released.
-          ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with other pages or layers.
+          ArgumentError: It is longer than `max_context_len`, or its copy is of other layers, another kind of rows or
+            pages of another size than this manager's.
         """
         entry = self._admission.admit(request)
         if entry is None:
@@ -179,7 +181,8 @@ class MemoryManager:
         for component in self._stepping:
             component.before_step(np.array([row], np.int32), self.runner)
         pages = self.req_to_token_pool.row_pages(row, 0, -(-request.kv_len // self.page_size))
-        return KeptCopy.of(self.pool, self.cache.components, self.page_size, row, pages, request.kv_len)
+        components, key = self.cache.components, request.computed_key
+        return KeptCopy.of(key, self.pool, components, self.page_size, row, pages)
 
     def _release(self, request: Request, state: RequestState) -> None:
         row = self.planner.require_running(request)

@@ -19,7 +19,10 @@ import numpy as np
 
 from jaxcache.components.base import MemoryComponent
 from jaxcache.errors import ArgumentError
-from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool
+from jaxcache.index.key import RadixKey
+from jaxcache.pools.copies import CpuCopy
+from jaxcache.pools.stack import LayerStack, MemoryPool
+from jaxcache.request import HostCopy
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -44,17 +47,15 @@ class StackCopy:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptCopy:
+class KeptCopy(HostCopy):
     """What a request's first tokens have in each stack of a pool, in host memory.
 
     Attributes:
-      num_tokens: Tokens copied.
       page_size: Tokens a page.
       stacks: What was copied, by name of the stack.
       holes: By component, pages from the start up to the last one in which a token has no row.
     """
 
-    num_tokens: int
     page_size: int
     stacks: Mapping[str, StackCopy]
     holes: Mapping[str, int]
@@ -62,33 +63,70 @@ class KeptCopy:
     @classmethod
     def of(
         cls,
+        key: RadixKey,
         pool: MemoryPool,
         components: Sequence[MemoryComponent],
         page_size: int,
         row: int,
         pages: Int32[np.ndarray, " pages"],
-        num_tokens: int,
     ) -> KeptCopy:
-        """Copies the first `num_tokens` tokens of a request. Blocks until done.
+        """Copies the first tokens of a request. Blocks until done.
 
         Args:
+          key: Those tokens, in their namespace.
           pool: Read, not consumed.
           components: Of the cache.
           page_size: Tokens a page.
           row: The request's row in the request table.
           pages: Its full pages.
-          num_tokens: Tokens in them.
         """
         stacks = pool.stacks()
         copies: dict[str, StackCopy] = {}
         holes: dict[str, int] = {}
         for component in components:
-            rows = component.token_rows(row, pages, 0, num_tokens)
+            rows = component.token_rows(row, pages, 0, len(key))
             tokens, missing = np.flatnonzero(rows), np.flatnonzero(rows == 0)
             holes[component.name] = int(missing[-1]) // page_size + 1 if len(missing) else 0
             for name in component.stack_names:
                 copies[name] = StackCopy(stacks[name].get_cpu_copy(rows[tokens]), tokens)
-        return cls(num_tokens, page_size, copies, holes)
+        return cls(key, page_size, copies, holes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens copied."""
+        return len(self.key)
+
+    def require_fitting(self, rid: str, pool: MemoryPool, page_size: int) -> None:
+        """Refuses what this cannot be loaded into: stacks of other layers, another kind of rows, other pages.
+
+        Whether the weights are the same is the caller's to know.
+
+        Args:
+          rid: The request's name.
+          pool: Where it is to be loaded.
+          page_size: Tokens a page there.
+
+        Raises:
+          ArgumentError: It does not fit, and why; it names both sides.
+        """
+        remedy = "set its cpu_copy to None, and it is computed again"
+        if self.page_size != page_size:
+            raise ArgumentError(
+                f"request {rid} has a host copy in pages of {self.page_size}, here they have {page_size}: {remedy}"
+            )
+        stacks = pool.stacks()
+        if stacks.keys() != self.stacks.keys():
+            raise ArgumentError(
+                f"request {rid} has a host copy from elsewhere: it has {sorted(self.stacks)}, this pool has "
+                f"{sorted(stacks)}: {remedy}"
+            )
+        for name, stack in stacks.items():
+            try:
+                stack.require_copy_of_such(self.stacks[name].rows)
+            except ArgumentError as error:
+                raise ArgumentError(
+                    f"request {rid} has a host copy from elsewhere: in {name}, {error}; {remedy}"
+                ) from error
 
     def restorable_tokens(self, components: Sequence[MemoryComponent], limit: int) -> int:
         """Tokens that this copy can restore, at most `limit`."""
@@ -109,16 +147,12 @@ class KeptCopy:
     ) -> Any:
         """The pool with the tokens `[start, stop)` in fresh pages of the request in `row`; consumes the old one.
 
+        It must fit, see `require_fitting`.
+
         Raises:
-          ArgumentError: The copy is of a pool with other stacks or layers. The pool is as before.
           StalePoolError, BorrowedError: The pool cannot be donated.
         """
         stacks: dict[str, LayerStack] = pool.stacks()
-        if stacks.keys() != self.stacks.keys():
-            raise ArgumentError(
-                f"cpu_copy: it has {sorted(self.stacks)}, this pool has {sorted(stacks)}: set it to None, and the "
-                "request is computed again"
-            )
         pool.require_donatable()
         loads: list[tuple[str, CpuCopy, np.ndarray]] = []
         for component in components:

@@ -77,6 +77,8 @@ class PoolConfig(abc.ABC):
       axis_name: Mesh axis that the pool is sharded over, or None for a pool on one device. Every op on a sharded pool
         runs inside a `jax.shard_map` over that axis; see `jaxcache.pools.sharding`.
       shards: Devices along that axis.
+      global_layers: Ids in the model of the layers of one side of an `SWAConfig`, which sets it; None where they are
+        `start_layer` and those that follow. Methods count from `start_layer` all the same: this tells rows apart.
 
     Raises:
       ArgumentError: on sizes that do not fit together.
@@ -90,6 +92,7 @@ class PoolConfig(abc.ABC):
     end_layer: int | None = None
     axis_name: str | None = None
     shards: int = 1
+    global_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "layer_num", "shards")
@@ -99,6 +102,8 @@ class PoolConfig(abc.ABC):
         rule = f"must be {last}, for {self.layer_num} layers from layer {self.start_layer} on, or None"
         require(self.end_layer in (None, last), "end_layer", rule, self.end_layer)
         require(self.axis_name is not None or self.shards == 1, "shards", "must be 1 without an axis_name", self.shards)
+        if self.global_layers is not None:
+            require_layers("global_layers", self.global_layers, self.layer_num)
         object.__setattr__(self, "end_layer", last)
 
     @property
@@ -202,6 +207,13 @@ def pool_dtype(name: str, dtype: DTypeLike) -> np.dtype:
         raise ArgumentError(f"{name} {rule}; got {dtype!r}") from error
     require(known in _POOL_DTYPES, name, rule, known)
     return known
+
+
+def require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
+    """Raises ArgumentError unless these are `count` distinct ids of layers."""
+    are_ids = isinstance(layers, tuple) and all(isinstance(i, (int, np.integer)) and i >= 0 for i in layers)
+    require(are_ids, name, "must be a tuple of layer ids, integers from 0 on", layers)
+    require(len(set(layers)) == len(layers) == count, name, f"must name {count} layers, each once", layers)
 
 
 def require_positive(config: PoolConfig, *names: str) -> None:

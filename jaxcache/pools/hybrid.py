@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.copies import CpuCopy, PoolCopy
 from jaxcache.pools.mamba import MambaConfig, MambaPool
-from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool
+from jaxcache.pools.stack import LayerStack, MemoryPool
 from jaxcache.pools.swa import SWAConfig, SWACpuCopy
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class HybridConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class HybridCpuCopy:
+class HybridCpuCopy(PoolCopy):
     """What a request has in both pools, in host memory.
 
     Attributes:
@@ -71,8 +72,12 @@ class HybridCpuCopy:
     states: CpuCopy
 
     @property
+    def config(self) -> HybridConfig:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The configuration of the pools they came from."""
+        return HybridConfig(kv=self.kv.config, states=self.states.config)  # pyright: ignore[reportArgumentType]
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens copied."""
         return self.kv.num_tokens
 
     def tokens(self, start: int, stop: int) -> HybridCpuCopy:
@@ -98,6 +103,8 @@ class HybridKVPool(MemoryPool):
       kv: Any KV pool, also one with windows.
       states: The pool of states.
     """
+
+    copy_type = HybridCpuCopy
 
     kv: MemoryPool
     states: MambaPool
@@ -183,7 +190,7 @@ class HybridKVPool(MemoryPool):
         Raises:
           StalePoolError, BorrowedError, ArgumentError, ShardingError: as `KVCache.load_cpu_copy`.
         """
-        require(isinstance(copy, HybridCpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        self.require_copy_of_such(copy)
         self.require_donatable()
         self.states.require_loadable(copy.states, states)  # else the KV would be lost when the states are refused
         kv = self.kv.load_cpu_copy(copy.kv, indices)

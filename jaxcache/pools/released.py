@@ -9,11 +9,11 @@ Source: SGLang's memory saver (release_memory_occupation), which keeps addresses
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxcache.pools.copies import CpuCopy
 from jaxcache.pools.stack import MemoryPool, pad_to
 from jaxcache.pools.stacks import parts_of, rows_per_part
 
@@ -38,15 +38,15 @@ class ReleasedPool:
         pool.require_unshared()
         self._type, self._config, self._mesh = type(pool), pool.config, pool.mesh
         self._device = next(iter(pool.buffers[0].devices())) if self._mesh is None else None
-        self._parts: dict[str, list[tuple[np.ndarray, tuple[Any, ...]]]] = {}
+        self._parts: dict[str, list[tuple[np.ndarray, CpuCopy]]] = {}
         for name, stack in pool.stacks().items():
             size = rows_per_part(stack)
             parts = self._parts[name] = []
             for rows in parts_of(_EMPTY_ROWS if kept is None else kept[name], size):
                 rows = pad_to(rows, size)
                 parts.append((rows, stack.start_copy(rows)))
-                jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])  # each needs room on the device
-        jax.block_until_ready(self._parts)
+                jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0][1].buffers)  # each needs room on the device
+        jax.block_until_ready([copy.buffers for parts in self._parts.values() for _, copy in parts])
         for buffer in pool.buffers:
             buffer.delete()
 
@@ -58,8 +58,8 @@ class ReleasedPool:
         pool = self._type.create(self._config, device=self._device, mesh=self._mesh)
         stacks = pool.stacks()
         for name, parts in self._parts.items():
-            for i, (rows, copies) in enumerate(parts):
-                stacks[name] = stacks[name].with_rows(rows, *stacks[name].placed(*copies))
+            for i, (rows, copy) in enumerate(parts):
+                stacks[name] = stacks[name].with_rows(rows, stacks[name].placed(copy))
                 if i % _MAX_IN_FLIGHT == 0:
                     jax.block_until_ready(stacks[name])
         return pool.with_stacks(stacks)

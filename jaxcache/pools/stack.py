@@ -31,6 +31,8 @@ from jaxcache.kernels.arguments import require_array
 from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import PoolConfig, require
+from jaxcache.pools.copies import CpuCopy, PoolCopy
+from jaxcache.pools.identity import require_same_rows
 from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:
@@ -41,34 +43,15 @@ if TYPE_CHECKING:
 PoolT = TypeVar("PoolT", bound="LayerStack")
 
 
-@dataclass(frozen=True, eq=False)
-class CpuCopy:
-    """Rows of some tokens (or states) in host memory, independent of the pool they came from.
-
-    Attributes:
-      config: The configuration of that pool.
-      buffers: `(layers, tokens, *row)` for each array of the pool, in its storage dtype. Owned by this object.
-    """
-
-    config: PoolConfig
-    buffers: tuple[np.ndarray, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens copied; of a pool of states, states."""
-        return self.buffers[0].shape[1]
-
-    def tokens(self, start: int, stop: int) -> CpuCopy:
-        """Tokens `[start, stop)` of the copy, in the same memory."""
-        return CpuCopy(self.config, tuple(buffer[:, start:stop] for buffer in self.buffers))
-
-
 class MemoryPool(DevicePool, abc.ABC):
     """What a manager needs of its pool, be it one stack of layers or several pools in one.
 
     Attributes:
       config: The sizes.
     """
+
+    copy_type: ClassVar[type[PoolCopy]]
+    """What `get_cpu_copy` returns."""
 
     config: Any
 
@@ -113,6 +96,14 @@ class MemoryPool(DevicePool, abc.ABC):
     def load_cpu_copy(self, copy: Any, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
 
+    def require_copy_of_such(self, copy: Any) -> None:
+        """Raises ArgumentError, naming both pools, unless `copy` was taken of rows like this pool's."""
+        if not isinstance(copy, self.copy_type):
+            mine = type(self.config).__name__
+            theirs = f" of a {type(copy.config).__name__}, not of a {mine}" if isinstance(copy, PoolCopy) else ""
+            raise ArgumentError(f"copy must be what get_cpu_copy returned; got {type(copy).__name__}{theirs}")
+        require_same_rows("copy", self.config, copy.config)
+
     @abc.abstractmethod
     def stacks(self) -> dict[str, LayerStack]:
         """The stacks of layers that the pool consists of, by name; a new dict each time."""
@@ -150,6 +141,7 @@ class LayerStack(MemoryPool):
     makes XLA keep both: on the CPU a copy of the pool, even if the read comes first in the program.
     """
 
+    copy_type = CpuCopy
     rows_per_copy: ClassVar[int] = 1
     """Rows of each layer that one step of `get_cpu_copy` and `load_cpu_copy` moves: one compilation serves every
     length."""
@@ -224,7 +216,8 @@ class LayerStack(MemoryPool):
     def load_cpu_copy(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes rows taken by `get_cpu_copy` to as many rows, the same or others, of this pool or a like one.
 
-        The pools may be sharded differently: a copy holds whole rows.
+        A like one has the same layers, by their ids, and the same kind, shapes and dtypes of rows. Size, page size,
+        layout and sharding may differ: a copy holds whole rows.
 
         Args:
           copy: What `get_cpu_copy` returned. Stays valid.
@@ -235,7 +228,8 @@ class LayerStack(MemoryPool):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
-          ArgumentError: on another number of rows, another kind of pool, or rows outside the pool or named twice.
+          ArgumentError: on another number of rows, a copy of other layers or of another kind of rows, or rows outside
+            the pool or named twice.
           ShardingError: if this pool is sharded and lies elsewhere than on its mesh, or is traced.
 
         Cost: `n` rows of every layer over the host link, `rows_per_copy` at a time.
@@ -245,7 +239,7 @@ class LayerStack(MemoryPool):
         pool, mesh = self, self.mesh
         for start, chunk in self._chunks(slots):
             rows = (
-                pad_to(stored[:, start : start + len(chunk)].view(buffer.dtype), self.rows_per_copy, axis=1)
+                pad_to(np.asarray(stored)[:, start : start + len(chunk)].view(buffer.dtype), self.rows_per_copy, axis=1)
                 for stored, buffer in zip(copy.buffers, pool.buffers, strict=True)
             )
             if mesh is not None:  # a mesh of explicit axes wants them cut beforehand
@@ -253,10 +247,10 @@ class LayerStack(MemoryPool):
             pool = _load(pool, pad_to(chunk, self.rows_per_copy), *rows, mesh=mesh)
         return pool
 
-    def start_copy(self, rows: Int32[np.ndarray, " n"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
+    def start_copy(self, rows: Int32[np.ndarray, " n"]) -> CpuCopy:
         """Starts to copy `n` rows of every layer to page-locked host memory, in storage dtype; waits for nothing.
 
-        For parts of one size: each `n` compiles once. `np.asarray` of what it returns waits for the copy; of a pool on
+        For parts of one size: each `n` compiles once. `np.asarray` of a buffer of the copy waits for it; of a pool on
         one GPU it is that memory itself. A step that is dispatched next may overwrite the rows.
 
         Raises:
@@ -266,15 +260,21 @@ class LayerStack(MemoryPool):
         Cost: `n` rows of every layer over the host link, and room for them on the device meanwhile.
         """
         copies = _read(self, rows, mesh=self.mesh)
-        return tuple(jax.device_put(copy, copy.sharding.with_memory_kind("pinned_host")) for copy in copies)
+        pinned = (jax.device_put(copy, copy.sharding.with_memory_kind("pinned_host")) for copy in copies)
+        return CpuCopy(self.config, tuple(pinned))
 
-    def placed(self, *values: Shaped[ArrayLike, "layers n *row"]) -> tuple[Shaped[Array, "layers n *row"], ...]:
-        """Rows of every layer from host memory, in storage dtype, on the devices of the pool. Threads may call it."""
+    def placed(self, copy: CpuCopy) -> CpuCopy:
+        """Rows of every layer from host memory, in storage dtype, on the devices of the pool. Threads may call it.
+
+        Raises:
+          ArgumentError: on a copy of other layers or of another kind of rows.
+        """
+        self.require_copy_of_such(copy)
         where = self.buffers[0].sharding
-        pinned = [jax.device_put(value, where.with_memory_kind("pinned_host")) for value in values]
-        return tuple(jax.device_put(value, where) for value in pinned)
+        pinned = [jax.device_put(buffer, where.with_memory_kind("pinned_host")) for buffer in copy.buffers]
+        return CpuCopy(copy.config, tuple(jax.device_put(buffer, where) for buffer in pinned))
 
-    def with_rows(self, rows: Int32[np.ndarray, " n"], *values: Shaped[Array, "layers n *row"]) -> Self:
+    def with_rows(self, rows: Int32[np.ndarray, " n"], copy: CpuCopy) -> Self:
         """Writes what `placed` returned to rows of every layer, distinct but for 0. Each `n` compiles once.
 
         Returns:
@@ -282,17 +282,18 @@ class LayerStack(MemoryPool):
 
         Raises:
           StalePoolError, BorrowedError: if this pool cannot be donated.
+          ArgumentError: on a copy of other layers or of another kind of rows.
         """
+        self.require_copy_of_such(copy)
+        values: Any = copy.buffers
         return _load(self, rows, *values, mesh=self.mesh)
 
     def require_loadable(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Int32[np.ndarray, " n"]:
         """Refuses what `load_cpu_copy` would refuse, and returns the rows as int32."""
-        require(isinstance(copy, CpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        self.require_copy_of_such(copy)
         slots = self.host_loc("indices", indices)
         require(len(slots) == copy.num_tokens, "indices", f"must name {copy.num_tokens} slots, one a token", len(slots))
         require_distinct("indices", slots)
-        mine, theirs = (_row_layout(config) for config in (self.config, copy.config))
-        require(mine == theirs, "copy", f"must come from a pool of the same layers, rows and dtype, {mine}", theirs)
         return slots
 
     def _chunks(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -406,7 +407,3 @@ def require_distinct(name: str, slots: np.ndarray) -> None:
     used = np.sort(slots[slots != 0])
     repeated = used[1:][used[1:] == used[:-1]]
     require(not len(repeated), name, "must name each slot once (0 is padding), but repeats slot", repeated[:1])
-
-
-def _row_layout(config: PoolConfig) -> tuple[Any, ...]:
-    return config.layer_num, config.row_shapes, config.row_dtypes

@@ -29,8 +29,9 @@ from jax.typing import ArrayLike
 from jaxcache.device.donation import donating
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
-from jaxcache.pools.config import KVCacheConfig, require
-from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool, bucketed
+from jaxcache.pools.config import KVCacheConfig, require, require_layers
+from jaxcache.pools.copies import CpuCopy, PoolCopy
+from jaxcache.pools.stack import LayerStack, MemoryPool, bucketed
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
@@ -69,7 +70,8 @@ class SWAConfig:
             require(
                 side.start_layer == 0, f"{name}.start_layer", "must be 0: sides count by themselves", side.start_layer
             )
-            _require_layers(f"{name}_layers", layers, side.layer_num)
+            require_layers(f"{name}_layers", layers, side.layer_num)
+            object.__setattr__(self, name, dataclasses.replace(side, global_layers=tuple(map(int, layers))))
         both = set(self.full_layers) & set(self.window_layers)
         require(not both, "window_layers", "must not name a layer of full_layers", sorted(both))
 
@@ -129,36 +131,39 @@ class SWAConfig:
         return layers.index(layer), is_window
 
 
-def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
-    are_ids = isinstance(layers, tuple) and all(isinstance(i, (int, np.integer)) and i >= 0 for i in layers)
-    require(are_ids, name, "must be a tuple of layer ids, integers from 0 on", layers)
-    require(len(set(layers)) == len(layers) == count, name, f"must name {count} layers, each once", layers)
-
-
 @dataclass(frozen=True, eq=False)
-class SWACpuCopy:
+class SWACpuCopy(PoolCopy):
     """Rows of some tokens in host memory, those of the window's layers for the tokens that had a window page.
 
     Attributes:
+      config: The configuration of the pool they came from.
       full: Rows of the layers of full attention.
       window: Rows of the window's layers.
       has_window: Which of the tokens `window` holds, in their order.
+
+    Raises:
+      ArgumentError: The parts do not fit together.
     """
 
+    config: SWAConfig
     full: CpuCopy
     window: CpuCopy
     has_window: np.ndarray
 
+    def __post_init__(self) -> None:
+        is_mask = self.has_window.shape == (self.full.num_tokens,) and self.has_window.dtype == bool
+        require(is_mask, "has_window", f"must be {self.full.num_tokens} bools, one a token", self.has_window.shape)
+        count = int(np.count_nonzero(self.has_window))
+        require(self.window.num_tokens == count, "window", f"must hold {count} tokens", self.window.num_tokens)
+
     @property
     def num_tokens(self) -> int:
-        """Tokens copied."""
         return self.full.num_tokens
 
     def tokens(self, start: int, stop: int) -> SWACpuCopy:
-        """Tokens `[start, stop)` of the copy, in the same memory."""
         before, until = (int(np.count_nonzero(self.has_window[:i])) for i in (start, stop))
         window = self.window.tokens(before, until)
-        return SWACpuCopy(self.full.tokens(start, stop), window, self.has_window[start:stop])
+        return SWACpuCopy(self.config, self.full.tokens(start, stop), window, self.has_window[start:stop])
 
 
 @functools.partial(
@@ -182,6 +187,8 @@ class SWAKVPool(MemoryPool):
       window: The pool of the window's layers.
       full_to_window: int32, the window page of each full page, index = full page id; 0 = none.
     """
+
+    copy_type = SWACpuCopy
 
     config: SWAConfig
     full: KVCache
@@ -345,14 +352,14 @@ class SWAKVPool(MemoryPool):
         slots = self.full.host_loc("indices", indices)
         windows = self._window_slots(slots)
         window = self.window.get_cpu_copy(windows[windows > 0])
-        return SWACpuCopy(self.full.get_cpu_copy(slots), window, windows > 0)
+        return SWACpuCopy(self.config, self.full.get_cpu_copy(slots), window, windows > 0)
 
     def load_cpu_copy(self, copy: SWACpuCopy, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes rows taken by `get_cpu_copy` to as many full slots, the same or others, as `KVCache.load_cpu_copy`.
 
         In the window's layers, a token is written if it had a window page then and its slot has one now.
         """
-        require(isinstance(copy, SWACpuCopy), "copy", "must be what get_cpu_copy returned", type(copy).__name__)
+        self.require_copy_of_such(copy)
         self.require_donatable()
         slots = self.full.require_loadable(copy.full, indices)
         windows = self._window_slots(slots)[copy.has_window]

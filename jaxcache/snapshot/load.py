@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxcache.errors import SnapshotError
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.pools.copies import CpuCopy
 from jaxcache.pools.stack import LayerStack, pad_to
 from jaxcache.pools.stacks import parts_of
 from jaxcache.snapshot.books import load_state_dict, max_bytes
@@ -137,13 +138,14 @@ def _read_rows(
     parts = list(parts_of(rows, size))
     where = pool
 
-    def read(i: int) -> tuple[Any, ...]:
+    def read(i: int) -> CpuCopy:
         values = _rows_of(part_path(folder, stack, i), manifest.parts[stack][i], where, len(parts[i]))
-        return where.placed(*[pad_to(value, size, axis=1) if len(parts[i]) < size else value for value in values])
+        whole = tuple(pad_to(value, size, axis=1) if len(parts[i]) < size else value for value in values)
+        return where.placed(CpuCopy(where.config, whole))  # `require_same` has compared the configs
 
     with ThreadPoolExecutor(threads) as workers:
-        for part, values in zip(parts, _ahead(workers, read, len(parts), threads + 1), strict=True):
-            pool = pool.with_rows(pad_to(part, size), *values)
+        for part, copy in zip(parts, _ahead(workers, read, len(parts), threads + 1), strict=True):
+            pool = pool.with_rows(pad_to(part, size), copy)
     return pool
 
 

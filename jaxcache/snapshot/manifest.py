@@ -7,7 +7,6 @@ to the next, and the caller's name of the model.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import io
 import json
 import re
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxcache.errors import ArgumentError, SnapshotError
 from jaxcache.manager.config import MemoryConfig
+from jaxcache.pools.identity import described
 from jaxcache.snapshot.parts import Part, open_file
 
 VERSION = 1
@@ -130,7 +128,7 @@ def fingerprint(model: str, config: MemoryConfig) -> dict[str, Any]:
     """
     if not isinstance(model, str) or not model:
         raise ArgumentError(f"model must name the weights, such as their revision, as a str, got {model!r}")
-    return {"model": model, **_flat("config", config)}
+    return {"model": model, **described("config", config, _MAY_DIFFER)}
 
 
 def require_same(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -141,20 +139,3 @@ def require_same(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> No
                 f"{name} is {mine.get(name)!r}, but the snapshot in {path} was made with {theirs.get(name)!r}: what it "
                 "holds would be wrong here; load it with what it was made with, or start without it"
             )
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    """A value as JSON has it, by name; a record field by field."""
-    if dataclasses.is_dataclass(value):
-        flat: dict[str, Any] = {name: type(value).__name__}
-        for field in dataclasses.fields(value):
-            if field.name not in _MAY_DIFFER:
-                flat |= _flat(f"{name}.{field.name}", getattr(value, field.name))
-        return flat
-    if isinstance(value, enum.Enum):
-        return {name: value.value}
-    if isinstance(value, tuple):
-        return {name: [int(item) for item in value]}
-    if isinstance(value, np.dtype):
-        return {name: value.name}
-    return {name: value if value is None or isinstance(value, (bool, str)) else int(value)}

@@ -84,7 +84,7 @@ def _write_rows(folder: Path, stack: str, pool: LayerStack, rows: np.ndarray, si
     with ThreadPoolExecutor(threads) as workers:
         try:
             for i, part in enumerate(parts_of(rows, size)):
-                copies = pool.start_copy(pad_to(part, size))
+                copies = pool.start_copy(pad_to(part, size)).buffers
                 waiting.append(workers.submit(_write_copies, part_path(folder, stack, i), pool, copies, len(part)))
                 if len(waiting) > threads + 1:
                     written.append(waiting.popleft().result())

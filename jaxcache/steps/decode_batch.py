@@ -8,15 +8,14 @@ Source: jaxcache's own.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError
-from jaxcache.index.key import pack
 from jaxcache.request import Request
 from jaxcache.steps.plan import StepPlan
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -32,29 +31,28 @@ class RunningBatch:
     Attributes:
       requests: Distinct running requests.
       row: Their rows, as NumPy likes its indices: int32 would be converted at each use.
+      outputs: Their `output_ids`, which are never replaced.
       prompt_len, tag: int32, one a request.
       state: int32 recurrent state of each request; empty without states.
     """
 
     requests: tuple[Request, ...]
     row: np.ndarray
+    outputs: tuple[list[int], ...]
     prompt_len: np.ndarray
     tag: np.ndarray
     state: np.ndarray
 
     @classmethod
     def of(cls, requests: Sequence[Request], table: ReqToTokenPool) -> RunningBatch:
-        """The batch of requests that all have a row.
-
-        Raises:
-          ArgumentError: A tag is no int32.
-        """
+        """The batch of requests that all have a row."""
         row = np.array([request.req_pool_idx for request in requests], np.intp)
         return cls(
             tuple(requests),
             row=row,
+            outputs=tuple([request.output_ids for request in requests]),
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
-            tag=as_int32("tag: those of the batch", [request.tag for request in requests]),
+            tag=np.array([request.tag for request in requests], np.int32),
             state=table.states_of(row),
         )
 
@@ -62,9 +60,9 @@ class RunningBatch:
         """The one token that each request has to compute, once it has sampled so many.
 
         Raises:
-          ArgumentError: One has none to compute, or several, or it is no int32.
+          ArgumentError: One has none to compute, or several.
         """
-        outputs = [request.output_ids for request in self.requests]
+        outputs = self.outputs
         lengths = np.fromiter(map(len, outputs), np.int32, len(outputs))
         if (lengths != sampled).any():
             i = int((lengths != sampled).argmax())
@@ -74,7 +72,7 @@ class RunningBatch:
             last = [tokens[-1] for tokens in outputs]
         except IndexError:  # nothing was sampled yet
             last = [(request.output_ids or request.key.token_ids)[-1] for request in self.requests]
-        return np.frombuffer(pack(last), np.int32)
+        return np.frombuffer(array("i", last), np.int32)
 
 
 class DecodeCursor:

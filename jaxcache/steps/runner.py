@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxcache.components.base import MemoryComponent
-from jaxcache.device.donation import DonatingStep, donating
+from jaxcache.device.donation import DonatingStep, donating, is_update
 from jaxcache.device.packing import NOWHERE
 from jaxcache.device.staging import Uploads
-from jaxcache.errors import ReleasedError
+from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
@@ -74,10 +74,11 @@ class StepRunner:
 
     @property
     def pool(self) -> Any:
-        """The KV pool. Replaced by every step: never keep it across one.
+        """The KV pool. Replaced by every step: never keep it across one. What is set must be an update of it.
 
         Raises:
           ReleasedError: Its memory was released.
+          ArgumentError: What is set is a pool of other sizes or layers.
         """
         if self._released is not None:
             self.require_resumed()
@@ -86,6 +87,9 @@ class StepRunner:
     @pool.setter
     def pool(self, pool: MemoryPool) -> None:
         self.require_resumed()
+        if not is_update(pool, self._pool):
+            theirs = pool.config if isinstance(pool, MemoryPool) else type(pool).__name__
+            raise ArgumentError(f"pool must be an update of the one that is here, {self._pool.config}; got {theirs}")
         self._pool = pool
 
     def require_resumed(self) -> None:
@@ -142,7 +146,7 @@ class StepRunner:
         slot = self._uploads[size].take()
         pack(slot.values)
         slot.fill_copies()
-        self.pool, self.table, packed, out = jitted.on_own_pools(2, self.pool, self.table, slot.array, *args)
+        self._pool, self.table, packed, out = jitted.on_own_pools(2, self.pool, self.table, slot.array, *args)
         self._uploads[size].give_back(slot, packed)
         return out
 

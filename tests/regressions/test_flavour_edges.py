@@ -135,7 +135,6 @@ def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
     cache.cache_unfinished_req(request)
     assert request.protected_len == 6
     check_owners(running(request), cache.req_to_token_pool, cache.components)
-    request.origin_input_ids = [0, 1, 2, 3, 4, 9, 6]
-    request._key = RadixKey(np.array(request.origin_input_ids, np.int32))
+    request._key = RadixKey(np.array([0, 1, 2, 3, 4, 9, 6], np.int32))
     with pytest.raises(BrokenInvariant, match="are not the tree's pages"):
         check_owners(running(request), cache.req_to_token_pool, cache.components)

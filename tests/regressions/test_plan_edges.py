@@ -144,12 +144,15 @@ def test_a_step_that_does_not_fit_evicts_nothing():
 @pytest.mark.parametrize("tag", [2**31, -(2**31) - 1])
 def test_a_tag_that_does_not_fit_takes_no_pages(tag):
     """It ended in an OverflowError, after the pages were taken."""
+    with pytest.raises(ArgumentError, match="tag of request r must fit int32"):
+        Request("r", [1], tag=tag)
     manager = small_manager()
-    request = admitted(manager, list(range(6)), tag=tag)
-    before = books(manager)
-    with pytest.raises(ArgumentError, match="tag"):
-        manager.extend([(request, 6)])
-    assert books(manager) == before
+    request = Request("r", list(range(6)))
+    with pytest.raises(ArgumentError, match="tag of request r must fit int32"):
+        request.tag = tag
+    assert request.tag == 0
+    manager.admit(request)
+    compute(manager, request, 6)
     manager.finish(request)
 
 
@@ -159,10 +162,15 @@ def test_a_sampled_token_that_is_none_is_not_computed_and_its_request_can_end(to
     manager = small_manager()
     request = admitted(manager, list(range(6)))
     compute(manager, request, 6)
-    request.output_ids.append(token)
     before = books(manager)
+    for add in (request.output_ids.append, lambda token: request.output_ids.extend([1, token])):
+        with pytest.raises(ArgumentError, match="token"):
+            add(token)
     with pytest.raises(ArgumentError, match="token"):
-        manager.decode([request])
+        request.output_ids += [1, token]
+    with pytest.raises(ArgumentError, match="token"):
+        Request("r", [1], output_ids=[token])
+    assert request.output_ids == []
     assert books(manager) == before
     manager.abort(request)
     assert request.state is RequestState.DONE
@@ -174,9 +182,9 @@ def test_tokens_taken_back_are_refused():
     request = Request("r", [1, 2, 3])
     request.output_ids += [4, 5]
     assert request.key == RadixKey([1, 2, 3, 4, 5])
-    request.output_ids.pop()
     with pytest.raises(RequestStateError, match="output_ids only grows"):
-        _ = request.key
+        request.output_ids.pop()
+    assert request.key == RadixKey([1, 2, 3, 4, 5])
 
 
 def test_what_becomes_of_the_callers_prompt_does_not_matter():
