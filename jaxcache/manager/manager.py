@@ -17,7 +17,7 @@ Every acquisition is all or nothing: what fails, or comes back None, has changed
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,13 @@ from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
-from jaxcache.steps.buckets import Bucket, StepKind, default_buckets
+from jaxcache.steps.buckets import Bucket, StepKind
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.runner import StepRunner
+from jaxcache.steps.warm_up import Progress
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -98,14 +99,9 @@ class MemoryManager:
         self.runner = StepRunner(pool, req_to_token_pool, self._windows)
         self.running: dict[int, Request] = {}
         self._loops = DecodeLoops(allocator, req_to_token_pool)
-        buckets = default_buckets(
-            config.max_running,
-            config.chunk,
-            self.page_size,
-            has_window=self._windows is not None,
-            has_states=states is not None,
+        self.planner = StepPlanner(
+            self.running, req_to_token_pool, allocator, cache, self._loops, config.step_sizes, config.has_window
         )
-        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops, buckets)
         self._states: RunningStates | None = None
         if isinstance(req_to_token_pool, HybridReqToTokenPool) and states is not None:
             self._states = RunningStates(req_to_token_pool, states, cache, self.runner, config.state_interval)
@@ -269,15 +265,24 @@ class MemoryManager:
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
-    def next_chunk(self, request: Request, most: int) -> int:
-        """How many tokens of a running request to compute in its next step: `most`, or what is left, if fewer.
+    def next_chunk(self, request: Request, most: int, beside: int = 0) -> int:
+        """How many tokens of a running request to compute in its next step: what is left, but at most `most`.
 
-        With recurrent states it is less where that lets the step end at a point whose state is worth keeping: where an
-        earlier request branched off, or at the last page boundary.
+        It is fewer where several steps save more padding than they cost (`Buckets.step_cost`), and with recurrent
+        states where that lets the step end at a point whose state is worth keeping: where an earlier request branched
+        off, or at the last page boundary.
+
+        Args:
+          request: A running request.
+          most: At least 1.
+          beside: Tokens of other requests in the same step.
+
+        Returns:
+          At least 1, or 0 where the others fill the largest step.
 
         Raises:
           RequestStateError: The request is not running.
-          ArgumentError: `most` is not positive.
+          ArgumentError: `most` is not positive, or `beside` is negative.
         """
         self.planner.require_running(request)
         if as_count("most", most) < 1:
@@ -286,7 +291,7 @@ class MemoryManager:
         end = min(request.num_tokens, start + most)
         if self._states is not None:
             end = self._states.next_stop(start, end, request.num_tokens, request.branching_len)
-        return end - start
+        return self.planner.sizes.chunk(end - start, as_count("beside", beside))
 
     def working_state(self, request: Request) -> int:
         """The recurrent state that a running request's steps go on from; 0 without states."""
@@ -354,9 +359,29 @@ class MemoryManager:
         self.req_to_token_pool.touch(left_rows)  # also where the plan took no pages
         self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
 
-    def warm_up(self, step: Callable, *args: Any) -> None:
-        """Compiles `step` for every bucket, and the table patch, with batches of padding."""
-        for bucket in self.buckets:
+    def warm_up(
+        self,
+        step: Callable,
+        *args: Any,
+        kinds: Iterable[StepKind] = tuple(StepKind),
+        threads: int | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Compiles `step` for every bucket, and the table patch, and runs each with a batch of padding.
+
+        Args:
+          step: As for `run`.
+          *args: As for `run`; what has other shapes or dtypes later compiles again.
+          kinds: Steps of which kinds: call it once a kind where extend and decode are two functions.
+          threads: That compile; by default as many as there are processors, up to 8.
+          progress: Called after each executable, such as `jaxcache.steps.warm_up.show_progress`.
+
+        Cost: one XLA compilation a bucket, or a look into JAX's persistent compilation cache.
+        """
+        kinds = set(kinds)
+        buckets = [bucket for bucket in self.buckets if bucket.kind in kinds]
+        self.runner.compile_ahead(step, buckets, args, threads, progress)
+        for bucket in buckets:
             self.run(step, StepPlan.empty(bucket), *args)
         self.runner.warm_up()
 
@@ -435,11 +460,11 @@ class MemoryManager:
         self._loops.cancel(plan)
 
     def warm_up_loop(self, step: Callable, steps: int, width: int = 1, *args: Any) -> None:
-        """Compiles a loop of that many steps for every batch size, with batches of padding."""
-        for bucket in self.buckets:
-            if bucket.kind is StepKind.DECODE:
-                plan = LoopPlan.empty(LoopShape(bucket.requests, steps, width, self.page_size))
-                self.runner.run_loop(step, plan, *args)
+        """Compiles a loop of that many steps for every batch size, in threads, and runs each with padding."""
+        shapes = [LoopShape(size, steps, width, self.page_size) for size in self.planner.loop_sizes]
+        self.runner.compile_ahead(step, shapes, args)
+        for shape in shapes:
+            self.runner.run_loop(step, LoopPlan.empty(shape), *args)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
