@@ -96,7 +96,7 @@ from jaxcache.events.events import BlockStored as BlockStored
 from jaxcache.events.events import StorageMedium as StorageMedium
 
 # ruff: isort: split
-from jaxcache.manager.manager import MemoryConfig as MemoryConfig
+from jaxcache.manager.config import MemoryConfig as MemoryConfig
 from jaxcache.manager.manager import MemoryManager as MemoryManager
 from jaxcache.manager.manager import init_memory_pool_and_cache as init_memory_pool_and_cache
 from jaxcache.snapshot.load import load_snapshot as load_snapshot

@@ -17,7 +17,8 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
@@ -357,7 +358,7 @@ class Fault(Exception):
     [
         ("cache", "match_prefix", 1),
         ("cache", "inc_lock_ref", 1),
-        ("cache", "evict", 1),
+        ("cache", "evict_values", 1),
         ("allocator", "alloc_pages", 1),
         ("req_to_token_pool", "alloc", 1),
         ("req_to_token_pool", "write_pages", 1),
@@ -401,7 +402,7 @@ def test_a_fault_between_two_steps_of_an_admission_loses_nothing(monkeypatch, pa
     assert_contents(manager, [request])
 
 
-@pytest.mark.parametrize(("part", "method"), [("allocator", "alloc_pages"), ("cache", "evict")])
+@pytest.mark.parametrize(("part", "method"), [("allocator", "alloc_pages"), ("cache", "evict_values")])
 def test_a_fault_in_planning_loses_nothing(monkeypatch, part, method):
     manager = small_manager(num_pages=8)
     manager.finish(prefilled(manager, [1] * 24, rid="filler"))

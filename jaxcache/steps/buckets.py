@@ -48,7 +48,7 @@ class Bucket:
       tokens: Tokens computed.
       pages: Fresh pages.
       changes: Changed entries of the request table.
-      window_changes: Changed entries of the map to window pages; 0 without window layers.
+      maps: Names of the maps in the pool that steps bring changes of; for each as many entries as `changes`.
       has_states: Whether each request has a recurrent state.
       context: Tokens of a request that `Batch.block_table` has pages for; None for `max_context_len`.
     """
@@ -58,7 +58,7 @@ class Bucket:
     tokens: int
     pages: int
     changes: int
-    window_changes: int = 0
+    maps: tuple[str, ...] = ()
     has_states: bool = False
     context: int | None = None
 
@@ -70,8 +70,8 @@ class Bucket:
             lengths["state"] = self.requests
         fields = [Field(name, length) for name, length in lengths.items()]
         fields += Field("index", self.changes, NOWHERE), Field("page", self.changes)
-        if self.window_changes:
-            fields += Field("window_index", self.window_changes, NOWHERE), Field("window_page", self.window_changes)
+        for name in self.maps:
+            fields += Field(f"{name}_index", self.changes, NOWHERE), Field(f"{name}_page", self.changes)
         return Packing(tuple(fields))
 
     def holds(self, requests: int, tokens: int, pages: int, longest: int = 0) -> bool:
@@ -148,18 +148,14 @@ class Buckets:
                 break
         return found
 
-    def shapes(self, page_size: int, *, has_window: bool = False, has_states: bool = False) -> tuple[Bucket, ...]:
-        """The static shapes of these sizes, decode before extend."""
+    def shapes(self, page_size: int, *, maps: tuple[str, ...] = (), has_states: bool = False) -> tuple[Bucket, ...]:
+        """The static shapes of these sizes, decode before extend; `maps` and `has_states` as in `Bucket`."""
         sizes = [(StepKind.DECODE, size, size, size, size + self.changes) for size in self.decode_sizes]
         for tokens in self.extend_tokens:
             for requests in sorted({min(size, tokens) for size in self.extend_requests}):
                 pages = min(tokens, -(-tokens // page_size) + requests)
                 sizes.append((StepKind.EXTEND, requests, tokens, pages, pages + 2 * self.changes))
-        return tuple(
-            Bucket(*size, size[-1] if has_window else 0, has_states, context)
-            for size in sizes
-            for context in self.contexts or (None,)
-        )
+        return tuple(Bucket(*size, maps, has_states, context) for size in sizes for context in self.contexts or (None,))
 
     def chunk(self, tokens: int, beside: int = 0) -> int:
         """How many of `tokens` to compute in the next step, which computes `beside` tokens of other requests already.

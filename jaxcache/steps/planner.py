@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache
+from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.arguments import as_count
@@ -24,7 +24,6 @@ from jaxcache.steps.decode_batch import DecodeCursor, RunningBatch
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, loop_limits
 from jaxcache.steps.plan import StepPlan
-from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
@@ -55,7 +54,8 @@ class StepPlanner:
       cache: What is evicted for them.
       loops: Whose requests cannot be planned.
       sizes: How large the steps are that are compiled.
-      has_window: Whether changes of a map to window pages travel with a step.
+      maps: Names of the maps in the pool that steps bring changes of.
+      has_states: Whether each request has a recurrent state.
 
     Attributes:
       sizes: As given.
@@ -70,13 +70,13 @@ class StepPlanner:
         cache: BasePrefixCache,
         loops: DecodeLoops,
         sizes: Buckets,
-        has_window: bool = False,
+        maps: tuple[str, ...] = (),
+        has_states: bool = False,
     ):
         self._running, self._table, self._loops = running, table, loops
         self._allocator, self._cache = allocator, cache
         self.sizes = sizes
-        has_states = isinstance(table, HybridReqToTokenPool)
-        self.buckets = sizes.shapes(table.page_size, has_window=has_window, has_states=has_states)
+        self.buckets = sizes.shapes(table.page_size, maps=maps, has_states=has_states)
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
 
@@ -85,29 +85,30 @@ class StepPlanner:
         """Rows that decode loops are padded to, ascending."""
         return sorted({bucket.requests for bucket in self.buckets if bucket.kind is StepKind.DECODE})
 
-    def require_running(self, request: Request) -> None:
-        """Raises RequestStateError unless a request runs here, in no decode loop."""
+    def require_running(self, request: Request) -> int:
+        """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
         row = request.req_pool_idx
         if request.state is not RequestState.RUNNING or row is None or self._running.get(row) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
         if self._loops.holds(row):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
+        return row
 
-    def make_room(self, num_pages: int, without_window: int = 0) -> None:
-        """Evicts what is short of so many free pages, `without_window` of which need no window page, if that is enough.
+    def make_room(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> None:
+        """Evicts what is short of so many free pages, if that is enough; `spared` as for `make_room_for_pages`.
 
         Where only window pages are short, running requests give up those that none of their tokens will attend to
-        again, one request after the other, and if that is not enough, snapshots with the windows before them.
+        again, one request after the other, and if that is not enough, checkpoints with the windows before them.
         """
-        if self._cache.make_room(num_pages, without_window=without_window):
+        if self._cache.make_room_for_pages(num_pages, spared):
             return
         most = self._allocator.full_available_size() + self._cache.evictable_size()
         if most < num_pages * self._table.page_size:
             return
-        for keep_snapshot in (True, False):
+        for keep_checkpoint in (True, False):
             for request in self._running.values():
-                self._cache.drop_out_of_window(request, keep_snapshot)
-                if self._cache.make_room(num_pages, without_window=without_window):
+                self._cache.drop_out_of_window(request, keep_checkpoint)
+                if self._cache.make_room_for_pages(num_pages, spared):
                     return
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:

@@ -280,6 +280,10 @@ class ReqToTokenPool:
         indices = self._pages[np.repeat(rows, counts), _runs(np.zeros_like(counts), counts)]
         return PageList(indptr, indices, seq_len - np.maximum(counts - 1, 0) * self.page_size)
 
+    def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
+        """Working state of each of these rows; empty, as rows have none here."""
+        return np.empty(0, np.int32)
+
     @property
     def pages(self) -> Int32[np.ndarray, "rows max_pages"]:
         """The whole host table, read-only."""

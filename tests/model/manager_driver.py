@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
