@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.arguments import require_tree
 from jaxcache.errors import ArgumentError
+from jaxcache.index.arguments import require_tree
 from jaxcache.index.component import Component
 from jaxcache.index.graves import Graves
 from jaxcache.index.key import RadixKey, first_mismatch

@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike
 from jaxcache.arguments import as_count, as_int32, require_rows
 from jaxcache.errors import ArgumentError
 from jaxcache.pages.batch import batch_lengths
+from jaxcache.pages.expand import extend_slots
 from jaxcache.pages.ownership import PageState
-from jaxcache.slots import distinct_pages, extend_slots, page_slots, pages_of
+from jaxcache.slots import distinct_pages, page_slots, pages_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
