@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,9 @@ class Simulator:
         self.plain.insert(tokens)
         self.plain.unlock(tokens[: self._locked.pop(request.rid)])
 
-    def _evict(self, amounts: Sequence[int]) -> None:
-        self._evictions.append(self.plain.evict(amounts[0] * self.plain.page_bytes) // TOKEN_BYTES)
+    def _evict(self, amounts: list[int]) -> None:
+        amount = max(amounts[0], 0) * self.plain.page_bytes
+        self._evictions.append(self.plain.evict(amount) // TOKEN_BYTES)
 
     @property
     def evicted_tokens(self) -> int:
