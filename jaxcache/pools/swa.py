@@ -29,7 +29,8 @@ from jax.typing import ArrayLike
 from jaxcache.device.donation import donating
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
-from jaxcache.pools.config import KVCacheConfig, require
+from jaxcache.pools.config import KVCacheConfig, require, require_layers
+from jaxcache.pools.layer_pages import LayerPages
 from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool, bucketed
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class SWAConfig:
             require(
                 side.start_layer == 0, f"{name}.start_layer", "must be 0: sides count by themselves", side.start_layer
             )
-            _require_layers(f"{name}_layers", layers, side.layer_num)
+            rule = f"must be None: give the ids to {name}_layers, sides count by themselves"
+            require(side.layers is None, f"{name}.layers", rule, side.layers)
+            require_layers(f"{name}_layers", layers, side.layer_num)
         both = set(self.full_layers) & set(self.window_layers)
         require(not both, "window_layers", "must not name a layer of full_layers", sorted(both))
 
@@ -127,12 +130,6 @@ class SWAConfig:
         layers = self.window_layers if is_window else self.full_layers
         require(layer in layers, "layer", f"must be one of {self.full_layers} or {self.window_layers}", layer)
         return layers.index(layer), is_window
-
-
-def _require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
-    are_ids = isinstance(layers, tuple) and all(isinstance(i, (int, np.integer)) and i >= 0 for i in layers)
-    require(are_ids, name, "must be a tuple of layer ids, integers from 0 on", layers)
-    require(len(set(layers)) == len(layers) == count, name, f"must name {count} layers, each once", layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +314,13 @@ class SWAKVPool(MemoryPool):
     def get_kv_buffer(self, layer: int) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
+
+    def pages(self, layer: int) -> LayerPages:
+        """The pages of a layer's side, as `KVCache.pages`; its `locate` takes full pages, also of a window's layer."""
+        index, is_window = self.config.locate(layer)
+        if not is_window:
+            return self.full.pages(index)
+        return dataclasses.replace(self.window.pages(index), window=self.full_to_window)
 
     def gather(self, loc: Int32[Array, " n"], layer: int) -> Any:
         """Reads the rows of `n` full slots in one layer, as `KVCache.gather`. Zeros where there is no window page."""

@@ -20,6 +20,7 @@ from jaxcache.errors import ArgumentError, DoubleFreeError
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
+from jaxcache.tables.page_list import PageList
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -262,6 +263,22 @@ class ReqToTokenPool:
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
         return self._pages[row, first:stop]
+
+    def page_list(self, rows: Int32[np.ndarray, " rows"], seq_len: Int32[np.ndarray, " rows"]) -> PageList:
+        """The pages of the first `seq_len` tokens of some rows in one list, for kernels that are planned on the host.
+
+        Raises:
+          ArgumentError: A row has no pages for so many tokens.
+
+        Cost: some NumPy calls, and a copy of the pages.
+        """
+        counts = -(-seq_len // self.page_size)
+        if (counts > self.num_pages[rows]).any() or (seq_len < 0).any():
+            raise ArgumentError(f"seq_len must be tokens that rows have pages for, got {seq_len} for rows {rows}")
+        indptr = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=indptr[1:])
+        indices = self._pages[np.repeat(rows, counts), _runs(np.zeros_like(counts), counts)]
+        return PageList(indptr, indices, seq_len - np.maximum(counts - 1, 0) * self.page_size)
 
     def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
         """Working state of each of these rows; empty, as rows have none here."""
