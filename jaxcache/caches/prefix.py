@@ -176,9 +176,11 @@ class PrefixCache:
         if self.disable:
             return 0
         key = self._as_key(key)
+        values: Sequence[int] = ()
         if state or self._further:
+            values = self._values_with(state)
             self._require_insertable(key, pages, state)
-        return self._insert(key, pages, self._values_with(state)).present
+        return self._insert(key, pages, values).present
 
     def _values_with(self, state: int) -> list[int]:
         """For each further component what stands for a whole prefix: `state`, or 0 where there is an id a page."""
@@ -212,11 +214,12 @@ class PrefixCache:
         """
         started = time.perf_counter() if self.observer is not None else 0.0
         offered = [pages]
-        for i, component in enumerate(self._further):
-            offered.append(component.candidates(pages, values[i]))
+        if self._further:
+            offered += [part.candidates(pages, value) for part, value in zip(self._further, values, strict=True)]
         inserted = self.tree.insert(key, offered, held, priority, self.full.claim)
-        for i, component in enumerate(self._further):
-            component.adopt(pages, values[i], inserted, inserted.spare[i + 1])
+        if self._further:
+            for component, value, spare in zip(self._further, values, inserted.spare[1:], strict=True):
+                component.adopt(pages, value, inserted, spare)
         if self.events is not None:
             for node in inserted.added:
                 self.events.stored(node, key.namespace)

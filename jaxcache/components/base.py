@@ -194,6 +194,16 @@ class MemoryComponent(ABC):
         """
         return iter(())
 
+    def read_problems(self, row: int, pages: Int32[np.ndarray, " pages"], kv_len: int) -> Iterator[str]:
+        """What the next token of the request in `row` attends to and is not there, one sentence each.
+
+        Args:
+          row: Its row in the request table.
+          pages: Its full pages.
+          kv_len: Tokens in them.
+        """
+        return iter(())
+
     def device_problems(self, pool: Any) -> Iterator[str]:
         """Where the device's copies of its maps differ from the host's. Reads them back."""
         return iter(())

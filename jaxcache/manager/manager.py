@@ -26,7 +26,7 @@ from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager.admission import Admission
-from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners
+from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_readable
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import WholeMemory
 from jaxcache.manager.swap import KeptCopy, warmed_up
@@ -455,6 +455,8 @@ class MemoryManager:
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
 
+        Also that the next token of each of these finds what it attends to.
+
         Args:
           read_device: Also read the device table back and compare it with the host's.
 
@@ -465,6 +467,7 @@ class MemoryManager:
         """
         self.cache.check()
         check_owners(self.running, self.req_to_token_pool, self.cache.components)
+        check_readable(self.running, self.req_to_token_pool, self.cache.components)
         if read_device:
             self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)
