@@ -118,6 +118,34 @@ def cap_logits(s, CAP: tl.constexpr):
 
 
 @triton.jit
+def key_logits(
+    qt, q_mul, k, rows, keep, k_scale, h, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAP: tl.constexpr,
+    KIND: tl.constexpr, MATH: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Logits to base 2 of the keys of head `h` in `rows`, capped; what is not kept is any number."""
+    kt = load_tile(k + h * D, rows, keep, HKV * D, D, DP, False)
+    s = multiply(qt, to_math(kt, MATH).T, tl.zeros([qt.shape[0], rows.shape[0]], tl.float32), PRECISE)
+    if KIND == 3:
+        s = s * tl.load(k_scale + rows * HKV + h)[None, :]
+    return cap_logits(s * q_mul[:, None], CAP)
+
+
+@triton.jit
+def no_softmax(M: tl.constexpr, DVP: tl.constexpr):
+    """A running softmax before the first key: maximum, denominator, sum of values."""
+    return tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DVP], tl.float32)
+
+
+@triton.jit
+def add_sinks(top, den, acc, sinks, heads, inside):
+    """A running softmax that also ran over the sinks of `heads`, a head a row."""
+    sink = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
+    new = tl.maximum(top, sink)
+    fade = tl.exp2(top - new)
+    return new, den * fade + tl.exp2(sink - new), acc * fade[:, None]
+
+
+@triton.jit
 def scale_of(scale, h, KIND: tl.constexpr):
     """What a tensor or head scale says of head `h`; 1 for others."""
     if KIND == 1:

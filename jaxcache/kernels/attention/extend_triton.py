@@ -15,14 +15,14 @@ import triton.language as tl
 
 from jaxcache.kernels.attention.common_triton import (
     LOG2E,
-    cap_logits,
+    add_sinks,
     first_page,
+    key_logits,
     load_tile,
-    multiply,
+    no_softmax,
     queries_to_math,
     rows_of_block,
     scale_of,
-    to_math,
     weigh_values,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
@@ -112,12 +112,8 @@ def _fold_block(
     n = i * BLOCK + tl.arange(0, BLOCK)
     inside = n < total
     rows = rows_of_block(pages_of, i, total, page0, stride, PAGE, BLOCK, PAGE_POWER, WHOLE)
-    kt = load_tile(k + h * D, rows, inside, HKV * D, D, DP, False)
     vt = load_tile(v + h * DV, rows, inside, HKV * DV, DV, DVP, not WHOLE)
-    s = multiply(qt, to_math(kt, MATH).T, tl.zeros([qt.shape[0], BLOCK], tl.float32), PRECISE)
-    if K_KIND == 3:
-        s = s * tl.load(k_scale + rows * HKV + h)[None, :]
-    s = cap_logits(s * q_mul[:, None], CAP)
+    s = key_logits(qt, q_mul, k, rows, inside, k_scale, h, HKV, D, DP, CAP, K_KIND, MATH, PRECISE)
     if WHOLE:
         new = tl.maximum(top, tl.max(s, 1))
     else:
@@ -179,6 +175,7 @@ def extend_kernel(
     PRECISE: tl.constexpr,  # float32 rows
     STAGES: tl.constexpr,
 ):
+    """One tile for one KV head: see the module."""
     h = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     b = tl.load(tile_request + tile)
@@ -202,9 +199,7 @@ def extend_kernel(
     at = token.to(tl.int64) * (HKV * G) + h * G + g
     qt, q_mul = queries_to_math(load_tile(q, at, live, D, D, DP, True), MATH, NARROW)
     q_mul = q_mul * (scale_of(k_scale, h, K_KIND) * BASE)
-    top = tl.full([M], float("-inf"), tl.float32)
-    den = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DVP], tl.float32)
+    top, den, acc = no_softmax(M, DVP)
     if prefix + t0 < total:
         last = tl.minimum(prefix + t0 + TOKENS, total)
         begin = 0
@@ -225,13 +220,7 @@ def extend_kernel(
         acc = acc * scale_of(v_scale, h, V_KIND)
     den = tl.where(live, den, 0.0)
     if HAS_SINKS:
-        sink = tl.load(sinks + h * G + g, mask=g < G, other=0.0) * LOG2E
-        top = tl.where(live, top, float("-inf"))
-        new = tl.maximum(top, sink)
-        fade = tl.exp2(top - new)
-        acc = acc * fade[:, None]
-        den = den * fade + tl.exp2(sink - new)
-        top = new
+        top, den, acc = add_sinks(tl.where(live, top, float("-inf")), den, acc, sinks, h * G + g, g < G)
     o = tl.where(live[:, None], acc / tl.where(den > 0, den, 1.0)[:, None], 0.0)
     dv = tl.arange(0, DVP)
     tl.store(

@@ -20,6 +20,7 @@ from jaxcache.kernels.attention.common_triton import (
     first_page,
     load_tile,
     multiply,
+    no_softmax,
     queries_to_math,
     rows_of_block,
     to_math,
@@ -227,6 +228,7 @@ def decode_kernel(
     NARROW: tl.constexpr,  # 8-bit rows
     PRECISE: tl.constexpr,  # float32 rows
 ):
+    """The part of one program for one block of query heads: see the module."""
     p = tl.program_id(1)
     total = tl.load(first_block + units)
     share = tl.cdiv(total, tl.num_programs(1))
@@ -258,9 +260,7 @@ def decode_kernel(
             q1, mul1, q2, mul2 = _load_queries(q, at, live, RANK, RANKP, ROPE, ROPEP, MATH, NARROW)
             mul1 = mul1 * (worth * BASE)
             mul2 = mul2 * (worth * BASE)
-            top = tl.full([M], float("-inf"), tl.float32)
-            den = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, RANKP], tl.float32)
+            top, den, acc = no_softmax(M, RANKP)
             shift = first // BLOCK - lo
             for i in tl.range(begin + shift, unit_end + shift, num_stages=STAGES):
                 n = i * BLOCK + j
@@ -327,6 +327,7 @@ def extend_kernel(
     NARROW: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
+    """One tile for one block of query heads: see the module."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     b = tl.load(tile_request + tile)
     if b >= requests:
@@ -353,9 +354,7 @@ def extend_kernel(
     q1, mul1, q2, mul2 = _load_queries(q, at, live, RANK, RANKP, ROPE, ROPEP, MATH, NARROW)
     mul1 = mul1 * (worth * BASE)
     mul2 = mul2 * (worth * BASE)
-    top = tl.full([M], float("-inf"), tl.float32)
-    den = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, RANKP], tl.float32)
+    top, den, acc = no_softmax(M, RANKP)
     if prefix + t0 < total:
         begin = 0
         if WINDOW > 0:
