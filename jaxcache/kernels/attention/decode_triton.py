@@ -17,16 +17,20 @@ from jaxcache.kernels.attention.common_triton import (
     LOG2E,
     add_sinks,
     first_page,
+    half,
     key_logits,
+    load_pairs,
     load_tile,
     no_softmax,
     queries_to_math,
     rows_of_block,
     scale_of,
+    scale_weights,
     weigh_values,
+    whole,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
-from jaxcache.kernels.attention.launch import power_of_two
+from jaxcache.kernels.attention.launch import power_of_two, takes_pairs
 from jaxcache.kernels.attention.plan import Plan, SharedUnits, Units
 from jaxcache.kernels.triton_call import triton_call
 
@@ -104,6 +108,7 @@ def decode_launch(
         K_KIND=scale_kind("k_scale", kv.k_scale, kv.k.shape[:3]).value,
         V_KIND=scale_kind("v_scale", kv.v_scale, kv.k.shape[:3]).value,
         NARROW=kv.dtype.itemsize == 1,
+        PAIRS=takes_pairs(kv.dtype, max(power_of_two(group) * members, 16), v_dim),
         PRECISE=kv.dtype.itemsize == 4,
         STAGES=launch.stages,
     )
@@ -193,6 +198,7 @@ def decode_kernel(
     K_KIND: tl.constexpr,
     V_KIND: tl.constexpr,
     NARROW: tl.constexpr,  # 8-bit rows
+    PAIRS: tl.constexpr,  # 8-bit values of an even width: see `half`
     PRECISE: tl.constexpr,  # float32 rows
     STAGES: tl.constexpr,
 ):
@@ -231,7 +237,9 @@ def decode_kernel(
             raw = load_tile(q, q_rows, live, D, D, DP, True)
             qt, q_mul = queries_to_math(raw, MATH, NARROW)
             q_mul = q_mul * sm
-            top, den, acc = no_softmax(M, DVP)
+            top, den, acc = no_softmax(M, DVP // 2 if PAIRS else DVP)
+            odd = acc  # if PAIRS: `acc` has the even columns
+            most = 1.0
             shift = first // BLOCK - lo
             for i in tl.range(begin + shift, unit_end + shift, num_stages=STAGES):
                 n = i * BLOCK + j
@@ -241,16 +249,25 @@ def decode_kernel(
                 rows = rows_of_block(pages_of, i, last, page0, stride, PAGE, BLOCK, PAGE_POWER, False)
                 s = key_logits(qt, q_mul, k, rows, keep, k_scale, h, HKV, D, DP, CAP, K_KIND, MATH, PRECISE)
                 s = tl.where(keep[None, :], s, float("-inf"))
-                vt = load_tile(v + h * DV, rows, keep, HKV * DV, DV, DVP, True)
                 new = tl.maximum(top, tl.max(s, 1))
                 w = tl.exp2(s - new[:, None])
                 fade = tl.exp2(top - new)
                 den = den * fade + tl.sum(w, 1)
-                acc = weigh_values(w, vt, acc, fade, v_scale + h, rows * HKV, keep, MATH, V_KIND, PRECISE)
                 top = new
+                if V_KIND == 3:
+                    w, fade, most = scale_weights(w, fade, most, v_scale + h, rows * HKV, keep)
+                if PAIRS:
+                    vt = load_pairs(v + h * DV, rows, keep, HKV * DV, DV, DVP)
+                    acc = weigh_values(w, half(vt, v.dtype.element_ty, False), acc, fade, MATH, PRECISE)
+                    odd = weigh_values(w, half(vt, v.dtype.element_ty, True), odd, fade, MATH, PRECISE)
+                else:
+                    vt = load_tile(v + h * DV, rows, keep, HKV * DV, DV, DVP, True)
+                    acc = weigh_values(w, vt, acc, fade, MATH, PRECISE)
             at = ((p + u).to(tl.int64) * MEMBERS + m // GP) * (HKV * G) + h * G + g
             dv = tl.arange(0, DVP)
-            o = acc * (v_mul / den)[:, None]
+            if PAIRS:
+                acc = whole(acc, odd)
+            o = acc * (v_mul * most / den)[:, None]
             tl.store(part_o + at[:, None] * DV + dv[None, :], o, mask=live[:, None] & (dv < DV)[None, :])
             tl.store(part_lse + at, top + tl.log2(den), mask=live)
         begin = unit_end

@@ -23,6 +23,7 @@ from jaxcache.kernels.attention.common_triton import (
     queries_to_math,
     rows_of_block,
     scale_of,
+    scale_weights,
     weigh_values,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
@@ -103,7 +104,7 @@ def extend_launch(
 
 @triton.jit
 def _fold_block(
-    qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+    qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
     HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     PAGE_POWER: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, K_KIND: tl.constexpr,
     V_KIND: tl.constexpr, MATH: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
@@ -125,8 +126,9 @@ def _fold_block(
     w = tl.exp2(s - new[:, None])
     fade = tl.exp2(top - new)
     den = den * fade + tl.sum(w, 1)
-    acc = weigh_values(w, vt, acc, fade, v_scale + h, rows * HKV, inside, MATH, V_KIND, PRECISE)
-    return new, den, acc
+    if V_KIND == 3:
+        w, fade, most = scale_weights(w, fade, most, v_scale + h, rows * HKV, inside)
+    return new, den, weigh_values(w, vt, acc, fade, MATH, PRECISE), most
 
 
 @triton.jit(do_not_specialize=["layers", "pages", "max_pages", "requests"])
@@ -200,6 +202,7 @@ def extend_kernel(
     qt, q_mul = queries_to_math(load_tile(q, at, live, D, D, DP, True), MATH, NARROW)
     q_mul = q_mul * (scale_of(k_scale, h, K_KIND) * BASE)
     top, den, acc = no_softmax(M, DVP)
+    most = 1.0
     if prefix + t0 < total:
         last = tl.minimum(prefix + t0 + TOKENS, total)
         begin = 0
@@ -208,16 +211,16 @@ def extend_kernel(
             begin = tl.maximum(prefix + t0 - WINDOW + 1, 0) // BLOCK
             whole = begin
         for i in tl.range(begin, whole, num_stages=STAGES):
-            top, den, acc = _fold_block(
-                qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+            top, den, acc, most = _fold_block(
+                qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
                 HKV, D, DP, DV, DVP, PAGE, PAGE_POWER, BLOCK, CAP, WINDOW, K_KIND, V_KIND, MATH, PRECISE, True,
             )  # fmt: skip
         for i in tl.range(whole, tl.cdiv(last, BLOCK), num_stages=STAGES):
-            top, den, acc = _fold_block(
-                qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+            top, den, acc, most = _fold_block(
+                qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
                 HKV, D, DP, DV, DVP, PAGE, PAGE_POWER, BLOCK, CAP, WINDOW, K_KIND, V_KIND, MATH, PRECISE, False,
             )  # fmt: skip
-        acc = acc * scale_of(v_scale, h, V_KIND)
+        acc = acc * (most * scale_of(v_scale, h, V_KIND))
     den = tl.where(live, den, 0.0)
     if HAS_SINKS:
         top, den, acc = add_sinks(tl.where(live, top, float("-inf")), den, acc, sinks, h * G + g, g < G)
