@@ -189,8 +189,8 @@ def build(case: Case) -> Problem:
         latent = PagedLatent(_numbers(next(keys), (*rows, case.dim), dtype), scale, order, dtype, case.rank)
         return Problem(case, q, latent, sequences, masking)
     k, v = (_numbers(next(keys), (*rows, case.heads, case.dim), dtype) for _ in range(2))
-    scales = [_scale(next(keys), case.scales, (*rows, case.heads)) for _ in range(2)]
-    return Problem(case, q, PagedKV(k, v, *scales, order, dtype), sequences, masking)
+    k_scale, v_scale = (_scale(next(keys), case.scales, (*rows, case.heads)) for _ in range(2))
+    return Problem(case, q, PagedKV(k, v, k_scale, v_scale, order, dtype), sequences, masking)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

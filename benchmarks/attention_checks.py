@@ -50,12 +50,11 @@ def checks(*, small: bool) -> Iterator[dict[str, Any]]:
 def check(attend: Any, case: cases.Case, implementation: Implementation) -> dict[str, Any]:
     """The error of one case, over several runs."""
     is_decode = attend in (paged_decode, mla_decode)
-    batch = cases.decode_case(case) if is_decode else cases.make(case)
-    out, lse = cases.expected(batch)
     if is_decode:
-        s = batch.sequences
-        at = np.where(s.seq_len > 0, s.first_token, len(batch.q) - 1)
-        batch.q, out, lse = batch.q[at], out[at], lse[at]
+        batch, out, lse = cases.decode_problem(case)
+    else:
+        batch = cases.make(case)
+        out, lse = cases.expected(batch)
     requests, itemsize = batch.sequences.requests, np.dtype(case.dtype).itemsize
     capability = current_target().compute_capability()
     if case.latent:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from benchmarks.attention_cases import Problem
 
 READ_BYTES = 4 << 30
+PALLAS_BLOCK = 128
+"""Keys that Pallas' op takes at a time: twice as many do not fit into shared memory."""
 MOST_GATHERED = 8 << 30
 """Bytes of keys and values that a peer which copies them is given."""
 
@@ -48,16 +50,18 @@ def read_limit() -> float | None:
 def measure(problem: Problem, want: np.ndarray, sglang: Path | None) -> Iterator[tuple[str, Time, float]]:
     """Name, time and error of each peer that can take the case."""
     case = problem.case
-    is_plain = isinstance(problem.kv, PagedKV) and problem.kv.dtype.itemsize == 2 and not case.window
-    if jax.default_backend() != "gpu" or not is_plain or case.is_extend:
+    kv = problem.kv
+    if jax.default_backend() != "gpu" or not isinstance(kv, PagedKV) or case.is_extend:
+        return
+    if kv.dtype.itemsize != 2 or case.window:
         return
     if case.read_bytes * 2 <= MOST_GATHERED:
-        yield from _pallas(problem, want)
-        yield from _torch_sdpa(problem, want)
-    yield from _sglang(problem, want, sglang)
+        yield from _pallas(problem, kv, want)
+        yield from _torch_sdpa(problem, kv, want)
+    yield from _sglang(problem, kv, want, sglang)
 
 
-def _pallas(problem: Problem, want: np.ndarray) -> Iterator[tuple[str, Time, float]]:
+def _pallas(problem: Problem, kv: PagedKV, want: np.ndarray) -> Iterator[tuple[str, Time, float]]:
     """JAX's own op, deprecated: one layer, transposed beforehand."""
     try:
         with warnings.catch_warnings():
@@ -65,16 +69,19 @@ def _pallas(problem: Problem, want: np.ndarray) -> Iterator[tuple[str, Time, flo
             from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
     except ImportError:
         return
-    kv, case = problem.kv, problem.case
+    case = problem.case
     k, v = (a[0].reshape(-1, case.page, *a.shape[2:]).transpose(2, 0, 1, 3) for a in (kv.k, kv.v))
-    pages = problem.sequences.pages
-    splits = max(1, min(16, pages.shape[1] // 8))
-    pages = pages[:, : pages.shape[1] // splits * splits]
+    block = max(PALLAS_BLOCK // case.page, 1)  # pages; it takes whole blocks, as many in each split
+    blocks = -(-max(case.seq) // (case.page * block))
+    splits = max(n for n in range(1, 17) if blocks % n == 0)
+    pages = problem.sequences.pages[:, : blocks * block]
+    if pages.shape[1] < blocks * block:
+        return
     q = problem.q * jnp.asarray(problem.masking.scale, problem.q.dtype)  # it has no scale
 
     @jax.jit
     def step(q: Any, k: Any, v: Any, pages: Any, lengths: Any) -> Any:
-        return paged_attention(q, k, v, pages, lengths, k_splits=splits)
+        return paged_attention(q, k, v, pages, lengths, k_splits=splits, pages_per_compute_block=block)
 
     args = q, k, v, pages, problem.sequences.seq_len
     with warnings.catch_warnings():
@@ -84,11 +91,11 @@ def _pallas(problem: Problem, want: np.ndarray) -> Iterator[tuple[str, Time, flo
     yield "pallas paged_attention", took, error
 
 
-def _torch_sdpa(problem: Problem, want: np.ndarray) -> Iterator[tuple[str, Time, float]]:
+def _torch_sdpa(problem: Problem, kv: PagedKV, want: np.ndarray) -> Iterator[tuple[str, Time, float]]:
     torch = _torch()
     if torch is None:
         return
-    kv, case, seq = problem.kv, problem.case, problem.case.seq
+    case, seq = problem.case, problem.case.seq
     if len(set(seq)) > 1:
         return
     k, v = (torch.from_dlpack(a)[0].view(-1, case.page, *a.shape[2:]) for a in (kv.k, kv.v))
@@ -104,13 +111,13 @@ def _torch_sdpa(problem: Problem, want: np.ndarray) -> Iterator[tuple[str, Time,
     yield "torch gather + SDPA", time_torch_graph(work), error
 
 
-def _sglang(problem: Problem, want: np.ndarray, folder: Path | None) -> Iterator[tuple[str, Time, float]]:
+def _sglang(problem: Problem, kv: PagedKV, want: np.ndarray, folder: Path | None) -> Iterator[tuple[str, Time, float]]:
     """SGLang's Triton decode kernel, launched as its backend does."""
     torch = _torch()
     decode = None if torch is None else _sglang_decode(folder)
     if torch is None or decode is None:
         return
-    kv, case = problem.kv, problem.case
+    case = problem.case
     k, v = (torch.from_dlpack(a)[0] for a in (kv.k, kv.v))
     q = torch.from_dlpack(problem.q)
     seq = torch.tensor(case.seq, device="cuda", dtype=torch.int32)

@@ -3,11 +3,11 @@
     python -m benchmarks.readme_table            # rewrites the table
     python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
 
-Nine kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
+Ten kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
 policies (`benchmarks.policies --json`), components of the tree (`benchmarks.components --json`), events
 (`benchmarks.events --json`), the host's part of a step (`benchmarks.host_step --json`), snapshots and released memory
-(`benchmarks.snapshot --json`) and kernels (`benchmarks.device` and `benchmarks.sharded`, JSONL). Another kind is an
-error: no result should go unseen by accident.
+(`benchmarks.snapshot --json`), kernels (`benchmarks.device` and `benchmarks.sharded`, JSONL) and attention
+(`benchmarks.attention`, JSONL). Another kind is an error: no result should go unseen by accident.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def rows_of(path: Path) -> Iterator[Row]:
     records = read(path)
     if "plan_us" in records[0]:
         yield host_row(records[0], path)
+    elif any("of_limit" in record for record in records):
+        yield from attention_rows(records, path)
     elif all("bench" in record for record in records):
         yield from kernel_rows(records, path)
     elif "verified_slots" in records[0]:
@@ -227,6 +229,33 @@ def kernel_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
         peers = [row for row in rows if row["is_peer"] and row["case"] == case and "copy" not in row["implementation"]]
         beside = ", ".join(f"{row['implementation']} {row['median_us']:,.1f} µs" for row in peers) or "-"
         yield Row(2, f"`{bench}`", case, measured, beside, best["device"].replace("-", " "), path)
+
+
+def attention_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
+    """The checks against float64; then the largest case of each group, if possible one with peers."""
+    checks = [record for record in records if record["bench"] == "check"]
+    if checks:
+        wrong = sum("failed" in check for check in checks)
+        what, case = "attention against float64", "random ragged batches; what nobody owns is NaN"
+        yield Row(2, what, case, f"{len(checks)} cases, {wrong} wrong", "-", checks[0]["device"], path)
+    timed = [record for record in records if record.get("us")]
+    for bench, group in itertools.groupby(timed, key=lambda record: record["bench"]):
+        rows = list(group)
+        compared = {row["case"] for row in rows if row.get("is_peer")}
+        case = max(rows, key=lambda row: (row["case"] in compared, row["us"]))["case"]
+        rows = sorted((row for row in rows if row["case"] == case), key=lambda row: row["us"])
+        best = next(row for row in rows if not row.get("is_peer"))
+        measured = f"{best['us']:,.1f} µs a layer ({best['implementation'].removeprefix('jaxcache-')})"
+        if 0.5 < best["of_limit"] <= 1:
+            measured += f", {best['gb_per_s']:,.0f} GB/s ({best['of_limit']:.0%} of a plain read)"
+        else:
+            measured += f", {best['tflops']:,.0f} TFLOP/s"
+        others = (
+            f"{row['implementation'].removeprefix('jaxcache-')} {row['us']:,.1f} µs (**{row['us'] / best['us']:.2f}x**)"
+            for row in rows
+            if row is not best
+        )
+        yield Row(2, f"attention, {bench}", case, measured, ", ".join(others) or "-", best["device"], path)
 
 
 def table(folder: Path = RESULTS, relative_to: Path = ROOT) -> str:

@@ -92,7 +92,7 @@ def side_of(pool: Any, is_window: bool) -> tuple[Any, bool]:
     return (pool.window, True) if is_window else (pool.full, False)
 
 
-def pool_with_windows(pool: Any) -> SWAKVPool:
+def pool_with_windows(pool: Any) -> Any:
     """The pool itself, or the KV pool of a hybrid one."""
     return pool.kv if isinstance(pool, HybridKVPool) else pool
 

@@ -118,6 +118,34 @@ def cap_logits(s, CAP: tl.constexpr):
 
 
 @triton.jit
+def key_logits(
+    qt, q_mul, k, rows, keep, k_scale, h, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAP: tl.constexpr,
+    KIND: tl.constexpr, MATH: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Logits to base 2 of the keys of head `h` in `rows`, capped; what is not kept is any number."""
+    kt = load_tile(k + h * D, rows, keep, HKV * D, D, DP, False)
+    s = multiply(qt, to_math(kt, MATH).T, tl.zeros([qt.shape[0], rows.shape[0]], tl.float32), PRECISE)
+    if KIND == 3:
+        s = s * tl.load(k_scale + rows * HKV + h)[None, :]
+    return cap_logits(s * q_mul[:, None], CAP)
+
+
+@triton.jit
+def no_softmax(M: tl.constexpr, DVP: tl.constexpr):
+    """A running softmax before the first key: maximum, denominator, sum of values."""
+    return tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DVP], tl.float32)
+
+
+@triton.jit
+def add_sinks(top, den, acc, sinks, heads, inside):
+    """A running softmax that also ran over the sinks of `heads`, a head a row."""
+    sink = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
+    new = tl.maximum(top, sink)
+    fade = tl.exp2(top - new)
+    return new, den * fade + tl.exp2(sink - new), acc * fade[:, None]
+
+
+@triton.jit
 def scale_of(scale, h, KIND: tl.constexpr):
     """What a tensor or head scale says of head `h`; 1 for others."""
     if KIND == 1:
@@ -129,18 +157,80 @@ def scale_of(scale, h, KIND: tl.constexpr):
 
 
 @triton.jit
-def weigh_values(w, v, acc, fade, v_scale, rows, keep, MATH: tl.constexpr, KIND: tl.constexpr, PRECISE: tl.constexpr):
-    """Folds values into the sum: `acc * fade + (w * scale) @ v`.
+def scale_weights(w, fade, most, v_scale, rows, keep):
+    """Scales of rows as part of the weights, relative to the largest of the block, so that fp16 holds any of them.
 
-    Scales of rows are part of the weights, relative to the largest of the block, so that fp16 holds any of them.
-    `v_scale` points at that of row 0.
+    `most` is what the sum of values was relative to; the fade makes it relative to the one returned. `v_scale` points
+    at the scale of row 0.
     """
-    acc = acc * fade[:, None]
-    if KIND == 3:
-        scale = tl.load(v_scale + rows, mask=keep, other=0.0)
-        most = tl.max(scale, 0)
-        part = scale / tl.where(most > 0, most, 1.0)
-        zeros = tl.zeros(acc.shape, tl.float32)
-        return acc + most * multiply((w * part[None, :]).to(MATH), to_math(v, MATH), zeros, PRECISE)
+    scale = tl.load(v_scale + rows, mask=keep, other=0.0)
+    new = tl.maximum(tl.max(scale, 0), 1e-15)
+    return w * (scale * (1.0 / new))[None, :], fade * (most / new), new
+
+
+@triton.jit
+def weigh_values(w, v, acc, fade, MATH: tl.constexpr, PRECISE: tl.constexpr):
+    """Folds values into their sum: `acc * fade + w @ v`."""
+    return multiply(w.to(MATH), to_math(v, MATH), acc * fade[:, None], PRECISE)
+
+
+@triton.jit
+def load_pairs(base, rows, keep, STRIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """A tile of 8-bit rows as pairs of neighbours, int16 (rows, DP / 2); masked like `load_tile`. D is even."""
+    return load_tile(base.to(tl.pointer_type(tl.int16)), rows, keep, STRIDE // 2, D // 2, DP // 2, True)
+
+
+@triton.jit
+def half(pairs, dtype: tl.constexpr, ODD: tl.constexpr):
+    """One number of each pair, of type `dtype`, as fp16. Exact.
+
+    Tensor cores take pairs of 16 bits that lie one below the other, and only 16-bit tiles are turned on their way from
+    shared memory; so columns of bytes would be read one byte at a time. Read as pairs, even and odd columns are apart:
+    two products, of half the width each.
+    """
+    if COMPILES and dtype == tl.int8:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, c; xor.b32 t, $1, 0x80808080; prmt.b32 t, t, 0x64646464, "
+            + ("0x4341" if ODD else "0x4240")
+            + "; mov.b32 c, 0x64806480; sub.f16x2 $0, t, c; }",
+            "=r,r",
+            [pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif COMPILES and dtype == tl.float8e4nv:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; .reg .b16 lo, hi; prmt.b32 t, $1, 0, "
+            + ("0x4431" if ODD else "0x4420")
+            + "; mov.b32 {lo, hi}, t; cvt.rn.f16x2.e4m3x2 $0, lo; }",
+            "=r,r",
+            [pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif COMPILES and dtype == tl.float8e5:  # the upper byte of an fp16
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, " + ("0x3414" if ODD else "0x2404") + ";",
+            "=r,r",
+            [pairs],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return multiply(w.to(MATH), to_math(v, MATH), acc, PRECISE)
+        numbers = (pairs >> 8) if ODD else pairs
+        return numbers.to(tl.int8).to(dtype, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def halves(x):
+    """Even and odd columns of a tile."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def whole(even, odd):
+    """The tile whose even and odd columns these are."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.kernels.arguments import AnyArray, require_array, require_layer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32, Int32, Shaped
+    from jaxtyping import Float32, Int32, Shaped
 
 T = TypeVar("T")
 
@@ -71,11 +72,11 @@ class Sequences:
         without padding between them.
     """
 
-    pages: Int32[Array, "rows max_pages"]
-    row: Int32[Array, " requests"]
-    prefix_len: Int32[Array, " requests"]
-    seq_len: Int32[Array, " requests"]
-    first_token: Int32[Array, " requests"]
+    pages: Int32[AnyArray, "rows max_pages"]
+    row: Int32[AnyArray, " requests"]
+    prefix_len: Int32[AnyArray, " requests"]
+    seq_len: Int32[AnyArray, " requests"]
+    first_token: Int32[AnyArray, " requests"]
 
     @property
     def requests(self) -> int:
@@ -99,7 +100,7 @@ class Sequences:
                 f"pages must be an int32 table (rows, max_pages), got {self.pages.dtype}{list(self.pages.shape)}"
             )
         capacity = self.pages.shape[1] * page_size
-        if isinstance(self.seq_len, jax.core.Tracer) or not self.requests:
+        if isinstance(self.seq_len, Tracer) or not self.requests:
             return
         longest = int(np.max(self.seq_len))
         if longest > capacity:
@@ -124,8 +125,8 @@ class PagedKV:
       dtype: What the rows are. Arrays of unsigned integers of its width are bitcast.
     """
 
-    k: Shaped[Array, "stack rows heads k_dim"]
-    v: Shaped[Array, "stack rows heads v_dim"]
+    k: Shaped[AnyArray, "stack rows heads k_dim"]
+    v: Shaped[AnyArray, "stack rows heads v_dim"]
     k_scale: Float32[AnyArray, "..."] | None
     v_scale: Float32[AnyArray, "..."] | None
     order: PageOrder = field(metadata={"static": True})
@@ -165,7 +166,7 @@ class PagedLatent:
       rank: Width of the latent part, which is the value as well.
     """
 
-    rows: Shaped[Array, "stack rows rank+rope"]
+    rows: Shaped[AnyArray, "stack rows rank+rope"]
     scale: Float32[AnyArray, ""] | None
     order: PageOrder = field(metadata={"static": True})
     dtype: np.dtype = field(metadata={"static": True})
@@ -229,7 +230,7 @@ class Masking:
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, jax.core.Tracer) or not math.isfinite(self.scale):
+        if isinstance(self.scale, Tracer) or not math.isfinite(self.scale):
             raise ArgumentError(f"scale must be a finite number that is known while tracing, got {self.scale}")
         if self.window is not None and (not isinstance(self.window, (int, np.integer)) or self.window < 1):
             raise ArgumentError(f"window must be a positive integer, or None, got {self.window!r}")

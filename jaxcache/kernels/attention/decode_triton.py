@@ -15,18 +15,22 @@ import triton.language as tl
 
 from jaxcache.kernels.attention.common_triton import (
     LOG2E,
-    cap_logits,
+    add_sinks,
     first_page,
+    half,
+    key_logits,
+    load_pairs,
     load_tile,
-    multiply,
+    no_softmax,
     queries_to_math,
     rows_of_block,
     scale_of,
-    to_math,
+    scale_weights,
     weigh_values,
+    whole,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
-from jaxcache.kernels.attention.launch import power_of_two
+from jaxcache.kernels.attention.launch import power_of_two, takes_pairs
 from jaxcache.kernels.attention.plan import Plan, SharedUnits, Units
 from jaxcache.kernels.triton_call import triton_call
 
@@ -104,6 +108,7 @@ def decode_launch(
         K_KIND=scale_kind("k_scale", kv.k_scale, kv.k.shape[:3]).value,
         V_KIND=scale_kind("v_scale", kv.v_scale, kv.k.shape[:3]).value,
         NARROW=kv.dtype.itemsize == 1,
+        PAIRS=takes_pairs(kv.dtype, max(power_of_two(group) * members, 16), v_dim),
         PRECISE=kv.dtype.itemsize == 4,
         STAGES=launch.stages,
     )
@@ -193,9 +198,11 @@ def decode_kernel(
     K_KIND: tl.constexpr,
     V_KIND: tl.constexpr,
     NARROW: tl.constexpr,  # 8-bit rows
+    PAIRS: tl.constexpr,  # 8-bit values of an even width: see `half`
     PRECISE: tl.constexpr,  # float32 rows
     STAGES: tl.constexpr,
 ):
+    """The part of one program for one KV head: see the module."""
     h = tl.program_id(0)
     p = tl.program_id(1)
     total = tl.load(first_block + units)
@@ -230,9 +237,9 @@ def decode_kernel(
             raw = load_tile(q, q_rows, live, D, D, DP, True)
             qt, q_mul = queries_to_math(raw, MATH, NARROW)
             q_mul = q_mul * sm
-            top = tl.full([M], float("-inf"), tl.float32)
-            den = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, DVP], tl.float32)
+            top, den, acc = no_softmax(M, DVP // 2 if PAIRS else DVP)
+            odd = acc  # if PAIRS: `acc` has the even columns
+            most = 1.0
             shift = first // BLOCK - lo
             for i in tl.range(begin + shift, unit_end + shift, num_stages=STAGES):
                 n = i * BLOCK + j
@@ -240,22 +247,27 @@ def decode_kernel(
                 if HAS_START:
                     keep = keep & (n >= first)
                 rows = rows_of_block(pages_of, i, last, page0, stride, PAGE, BLOCK, PAGE_POWER, False)
-                kt = load_tile(k + h * D, rows, keep, HKV * D, D, DP, False)
-                s = multiply(qt, to_math(kt, MATH).T, tl.zeros([M, BLOCK], tl.float32), PRECISE)
-                if K_KIND == 3:
-                    s = s * tl.load(k_scale + rows * HKV + h)[None, :]
-                s = cap_logits(s * q_mul[:, None], CAP)
+                s = key_logits(qt, q_mul, k, rows, keep, k_scale, h, HKV, D, DP, CAP, K_KIND, MATH, PRECISE)
                 s = tl.where(keep[None, :], s, float("-inf"))
-                vt = load_tile(v + h * DV, rows, keep, HKV * DV, DV, DVP, True)
                 new = tl.maximum(top, tl.max(s, 1))
                 w = tl.exp2(s - new[:, None])
                 fade = tl.exp2(top - new)
                 den = den * fade + tl.sum(w, 1)
-                acc = weigh_values(w, vt, acc, fade, v_scale + h, rows * HKV, keep, MATH, V_KIND, PRECISE)
                 top = new
+                if V_KIND == 3:
+                    w, fade, most = scale_weights(w, fade, most, v_scale + h, rows * HKV, keep)
+                if PAIRS:
+                    vt = load_pairs(v + h * DV, rows, keep, HKV * DV, DV, DVP)
+                    acc = weigh_values(w, half(vt, v.dtype.element_ty, False), acc, fade, MATH, PRECISE)
+                    odd = weigh_values(w, half(vt, v.dtype.element_ty, True), odd, fade, MATH, PRECISE)
+                else:
+                    vt = load_tile(v + h * DV, rows, keep, HKV * DV, DV, DVP, True)
+                    acc = weigh_values(w, vt, acc, fade, MATH, PRECISE)
             at = ((p + u).to(tl.int64) * MEMBERS + m // GP) * (HKV * G) + h * G + g
             dv = tl.arange(0, DVP)
-            o = acc * (v_mul / den)[:, None]
+            if PAIRS:
+                acc = whole(acc, odd)
+            o = acc * (v_mul * most / den)[:, None]
             tl.store(part_o + at[:, None] * DV + dv[None, :], o, mask=live[:, None] & (dv < DV)[None, :])
             tl.store(part_lse + at, top + tl.log2(den), mask=live)
         begin = unit_end
@@ -307,12 +319,11 @@ def merge_kernel(
     MEMBERS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
+    """The result of one request, for some heads: its parts in their order, then the sinks."""
     b = tl.program_id(0)
     h = tl.program_id(1) * HB + tl.arange(0, HB)
     inside = h < HQ
-    top = tl.full([HB], float("-inf"), tl.float32)
-    den = tl.zeros([HB], tl.float32)
-    acc = tl.zeros([HB, DVP], tl.float32)
+    top, den, acc = no_softmax(HB, DVP)
     if SHARED:
         u = tl.load(shared_unit + b)
         if u >= 0:
@@ -329,12 +340,7 @@ def merge_kernel(
     if hi > lo:
         top, den, acc = _fold_parts(top, den, acc, part_o, part_lse, lo, hi, share, b, HQ, h, inside, DV, DVP)
     if HAS_SINKS:
-        sink = tl.load(sinks + h, mask=inside, other=0.0) * LOG2E
-        new = tl.maximum(top, sink)
-        fade = tl.exp2(top - new)
-        acc = acc * fade[:, None]
-        den = den * fade + tl.exp2(sink - new)
-        top = new
+        top, den, acc = add_sinks(top, den, acc, sinks, h, inside)
     acc = acc / tl.where(den > 0, den, 1.0)[:, None]
     dv = tl.arange(0, DVP)
     at = (b * HQ + h)[:, None] * DV + dv[None, :]

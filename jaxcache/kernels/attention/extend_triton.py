@@ -15,14 +15,15 @@ import triton.language as tl
 
 from jaxcache.kernels.attention.common_triton import (
     LOG2E,
-    cap_logits,
+    add_sinks,
     first_page,
+    key_logits,
     load_tile,
-    multiply,
+    no_softmax,
     queries_to_math,
     rows_of_block,
     scale_of,
-    to_math,
+    scale_weights,
     weigh_values,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
@@ -103,7 +104,7 @@ def extend_launch(
 
 @triton.jit
 def _fold_block(
-    qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+    qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
     HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     PAGE_POWER: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, K_KIND: tl.constexpr,
     V_KIND: tl.constexpr, MATH: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
@@ -112,12 +113,8 @@ def _fold_block(
     n = i * BLOCK + tl.arange(0, BLOCK)
     inside = n < total
     rows = rows_of_block(pages_of, i, total, page0, stride, PAGE, BLOCK, PAGE_POWER, WHOLE)
-    kt = load_tile(k + h * D, rows, inside, HKV * D, D, DP, False)
     vt = load_tile(v + h * DV, rows, inside, HKV * DV, DV, DVP, not WHOLE)
-    s = multiply(qt, to_math(kt, MATH).T, tl.zeros([qt.shape[0], BLOCK], tl.float32), PRECISE)
-    if K_KIND == 3:
-        s = s * tl.load(k_scale + rows * HKV + h)[None, :]
-    s = cap_logits(s * q_mul[:, None], CAP)
+    s = key_logits(qt, q_mul, k, rows, inside, k_scale, h, HKV, D, DP, CAP, K_KIND, MATH, PRECISE)
     if WHOLE:
         new = tl.maximum(top, tl.max(s, 1))
     else:
@@ -129,8 +126,9 @@ def _fold_block(
     w = tl.exp2(s - new[:, None])
     fade = tl.exp2(top - new)
     den = den * fade + tl.sum(w, 1)
-    acc = weigh_values(w, vt, acc, fade, v_scale + h, rows * HKV, inside, MATH, V_KIND, PRECISE)
-    return new, den, acc
+    if V_KIND == 3:
+        w, fade, most = scale_weights(w, fade, most, v_scale + h, rows * HKV, inside)
+    return new, den, weigh_values(w, vt, acc, fade, MATH, PRECISE), most
 
 
 @triton.jit(do_not_specialize=["layers", "pages", "max_pages", "requests"])
@@ -179,6 +177,7 @@ def extend_kernel(
     PRECISE: tl.constexpr,  # float32 rows
     STAGES: tl.constexpr,
 ):
+    """One tile for one KV head: see the module."""
     h = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     b = tl.load(tile_request + tile)
@@ -202,9 +201,8 @@ def extend_kernel(
     at = token.to(tl.int64) * (HKV * G) + h * G + g
     qt, q_mul = queries_to_math(load_tile(q, at, live, D, D, DP, True), MATH, NARROW)
     q_mul = q_mul * (scale_of(k_scale, h, K_KIND) * BASE)
-    top = tl.full([M], float("-inf"), tl.float32)
-    den = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DVP], tl.float32)
+    top, den, acc = no_softmax(M, DVP)
+    most = 1.0
     if prefix + t0 < total:
         last = tl.minimum(prefix + t0 + TOKENS, total)
         begin = 0
@@ -213,25 +211,19 @@ def extend_kernel(
             begin = tl.maximum(prefix + t0 - WINDOW + 1, 0) // BLOCK
             whole = begin
         for i in tl.range(begin, whole, num_stages=STAGES):
-            top, den, acc = _fold_block(
-                qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+            top, den, acc, most = _fold_block(
+                qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
                 HKV, D, DP, DV, DVP, PAGE, PAGE_POWER, BLOCK, CAP, WINDOW, K_KIND, V_KIND, MATH, PRECISE, True,
             )  # fmt: skip
         for i in tl.range(whole, tl.cdiv(last, BLOCK), num_stages=STAGES):
-            top, den, acc = _fold_block(
-                qt, q_mul, top, den, acc, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
+            top, den, acc, most = _fold_block(
+                qt, q_mul, top, den, acc, most, i, position, total, pages_of, page0, stride, k, v, k_scale, v_scale, h,
                 HKV, D, DP, DV, DVP, PAGE, PAGE_POWER, BLOCK, CAP, WINDOW, K_KIND, V_KIND, MATH, PRECISE, False,
             )  # fmt: skip
-        acc = acc * scale_of(v_scale, h, V_KIND)
+        acc = acc * (most * scale_of(v_scale, h, V_KIND))
     den = tl.where(live, den, 0.0)
     if HAS_SINKS:
-        sink = tl.load(sinks + h * G + g, mask=g < G, other=0.0) * LOG2E
-        top = tl.where(live, top, float("-inf"))
-        new = tl.maximum(top, sink)
-        fade = tl.exp2(top - new)
-        acc = acc * fade[:, None]
-        den = den * fade + tl.exp2(sink - new)
-        top = new
+        top, den, acc = add_sinks(tl.where(live, top, float("-inf")), den, acc, sinks, h * G + g, g < G)
     o = tl.where(live[:, None], acc / tl.where(den > 0, den, 1.0)[:, None], 0.0)
     dv = tl.arange(0, DVP)
     tl.store(

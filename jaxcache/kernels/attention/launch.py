@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxcache.kernels.dispatch import Implementation
 
 SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
@@ -108,13 +110,22 @@ def latent_launches(requests: int, heads: int, width: int, itemsize: int, capabi
     rows = max(power_of_two(min(heads, 16 if is_small else 64)), 16)
     blocks, row_bytes = -(-heads // rows), width * itemsize
     block = 16 if is_small else 64
-    wide = DecodeLaunch(block, max(PROGRAMS // 4 // blocks, 1), 4 if is_small else 8, 3, rows)
+    stages = 2 if rows == 64 else 3  # 64 rows of queries leave no registers for a third
+    wide = DecodeLaunch(block, max(PROGRAMS // 4 // blocks, 1), 4 if is_small else 8, stages, rows)
     decode = wide
     if rows <= 16 and requests > 8 and not is_small:
         decode = DecodeLaunch(32, PROGRAMS // 2, 4, _stages(32 * row_bytes, 2, room // 2), rows)
     tile = 16 if is_small else 64
     extend = ExtendLaunch(max(tile // rows, 1), block, wide.warps, 3, rows)
     return Launches(decode, wide, extend, members=max(tile // rows, 1))
+
+
+def takes_pairs(dtype: np.dtype, query_rows: int, *widths: int) -> bool:
+    """Whether 8-bit rows, of parts that wide, are read as pairs of numbers (`half` in `common_triton`).
+
+    That is for products whose right side goes through registers: those of fewer than 64 rows of queries.
+    """
+    return dtype.itemsize == 1 and query_rows < 64 and not any(width % 2 for width in widths)
 
 
 def power_of_two(n: int) -> int:

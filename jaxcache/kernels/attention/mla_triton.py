@@ -18,15 +18,21 @@ from jaxcache.kernels.attention.common_triton import (
     LOG2E,
     cap_logits,
     first_page,
+    half,
+    halves,
+    load_pairs,
     load_tile,
     multiply,
+    no_softmax,
     queries_to_math,
     rows_of_block,
     to_math,
+    weigh_values,
+    whole,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedLatent
 from jaxcache.kernels.attention.decode_triton import merge_parts
-from jaxcache.kernels.attention.launch import power_of_two
+from jaxcache.kernels.attention.launch import power_of_two, takes_pairs
 from jaxcache.kernels.attention.plan import Plan, Units
 from jaxcache.kernels.triton_call import triton_call
 
@@ -85,12 +91,11 @@ def decode_launch(
     options = dict(
         grid=(triton.cdiv(heads, launch.heads), units.programs),
         num_warps=launch.warps,
-        M=launch.heads * members,
         MEMBERS=members,
         BLOCK=launch.block,
         HAS_START=plan.window is not None or plan.shared is not None,
         STAGES=launch.stages,
-        **_constants(heads, launch.heads, kv, masking),
+        **_constants(heads, launch.heads, launch.heads * members, kv, masking),
     )
     scalars = kv.order.layers, kv.order.pages, plan.sequences.pages.shape[1], units.count
     return arrays, scalars, shapes, options
@@ -123,20 +128,20 @@ def extend_launch(
     options = dict(
         grid=(triton.cdiv(heads, launch.heads), plan.tiles.request.shape[0]),
         num_warps=launch.warps,
-        M=launch.heads * launch.tokens,
         TOKENS=launch.tokens,
         BLOCK=launch.block,
         WINDOW=masking.window or 0,
         STAGES=launch.stages,
-        **_constants(heads, launch.heads, kv, masking),
+        **_constants(heads, launch.heads, launch.heads * launch.tokens, kv, masking),
     )
     scalars = kv.order.layers, kv.order.pages, sequences.pages.shape[1], sequences.requests
     return arrays, scalars, shapes, options
 
 
-def _constants(heads: int, block: int, kv: PagedLatent, masking: Masking) -> dict:
-    """What both kernels are compiled for."""
+def _constants(heads: int, block: int, rows: int, kv: PagedLatent, masking: Masking) -> dict:
+    """What both kernels are compiled for: `block` heads a program, `rows` rows of queries."""
     return dict(
+        M=rows,
         HQ=heads,
         HB=block,
         RANK=kv.rank,
@@ -150,42 +155,70 @@ def _constants(heads: int, block: int, kv: PagedLatent, masking: Masking) -> dic
         CAP=float(masking.soft_cap or 0.0),
         HAS_SCALE=kv.scale is not None,
         NARROW=kv.dtype.itemsize == 1,
+        PAIRS=takes_pairs(kv.dtype, rows, kv.rank, kv.rope),
         PRECISE=kv.dtype.itemsize == 4,
     )
 
 
 @triton.jit
 def _load_queries(
-    q, at, live, RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr, ROPEP: tl.constexpr, MATH: tl.constexpr,
-    NARROW: tl.constexpr,
+    q, at, live, worth, RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr, ROPEP: tl.constexpr,
+    MATH: tl.constexpr, NARROW: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of the queries in rows `at`, and what to multiply logits by for either."""
+    """Both parts of the queries in rows `at`, and what to multiply logits by for either; columns apart if PAIRS."""
     q1, mul1 = queries_to_math(load_tile(q, at, live, RANK + ROPE, RANK, RANKP, True), MATH, NARROW)
     q2, mul2 = queries_to_math(load_tile(q + RANK, at, live, RANK + ROPE, ROPE, ROPEP, True), MATH, NARROW)
-    return q1, mul1, q2, mul2
+    if PAIRS:
+        return halves(q1), mul1 * worth, halves(q2), mul2 * worth
+    else:
+        return q1, mul1 * worth, q2, mul2 * worth
 
 
 @triton.jit
 def _logits(
-    q1, mul1, q2, mul2, rows, keep, pool, RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr,
-    ROPEP: tl.constexpr, CAP: tl.constexpr, MATH: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr,
+    queries, rows, keep, pool, RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr, ROPEP: tl.constexpr,
+    CAP: tl.constexpr, MATH: tl.constexpr, NARROW: tl.constexpr, PAIRS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Logits to base 2 of a block of rows, and their latent parts. Rows that are not kept are zeros."""
+    q1, mul1, q2, mul2 = queries
     WIDTH: tl.constexpr = RANK + ROPE
-    c = to_math(load_tile(pool, rows, keep, WIDTH, RANK, RANKP, True), MATH)
-    zeros = tl.zeros([q1.shape[0], c.shape[0]], tl.float32)
-    s = multiply(q1, c.T, zeros, PRECISE)
-    if NARROW:  # the parts of a query have a range each
-        s = s * mul1[:, None]
-    if ROPE > 0:
-        e = to_math(load_tile(pool + RANK, rows, keep, WIDTH, ROPE, ROPEP, True), MATH)
-        if NARROW:
-            s += multiply(q2, e.T, zeros, PRECISE) * mul2[:, None]
+    zeros = tl.zeros([mul1.shape[0], rows.shape[0]], tl.float32)
+    if PAIRS:
+        T: tl.constexpr = pool.dtype.element_ty
+        c = load_pairs(pool, rows, keep, WIDTH, RANK, RANKP)
+        s = multiply(q1[0], half(c, T, False).T, zeros, PRECISE)
+        s = multiply(q1[1], half(c, T, True).T, s, PRECISE) * mul1[:, None]
+        if ROPE > 0:  # the parts of a query have a range each
+            e = load_pairs(pool + RANK, rows, keep, WIDTH, ROPE, ROPEP)
+            t = multiply(q2[0], half(e, T, False).T, zeros, PRECISE)
+            s += multiply(q2[1], half(e, T, True).T, t, PRECISE) * mul2[:, None]
+        return cap_logits(s, CAP), c
+    else:
+        c = to_math(load_tile(pool, rows, keep, WIDTH, RANK, RANKP, True), MATH)
+        s = multiply(q1, c.T, zeros, PRECISE)
+        if ROPE > 0:
+            e = to_math(load_tile(pool + RANK, rows, keep, WIDTH, ROPE, ROPEP, True), MATH)
+            if NARROW:
+                s = s * mul1[:, None] + multiply(q2, e.T, zeros, PRECISE) * mul2[:, None]
+            else:
+                s = multiply(q2, e.T, s, PRECISE) * mul1[:, None]
         else:
-            s = multiply(q2, e.T, s, PRECISE)
-    if not NARROW:
-        s = s * mul1[:, None]
-    return cap_logits(s, CAP), c
+            s = s * mul1[:, None]
+        return cap_logits(s, CAP), c
+
+
+@triton.jit
+def _weigh_latents(
+    w, c, acc, odd, fade, T: tl.constexpr, MATH: tl.constexpr, PAIRS: tl.constexpr, PRECISE: tl.constexpr
+):
+    """Folds latent parts into their sum, whose odd columns are `odd` if PAIRS."""
+    if PAIRS:
+        acc = weigh_values(w, half(c, T, False), acc, fade, MATH, PRECISE)
+        odd = weigh_values(w, half(c, T, True), odd, fade, MATH, PRECISE)
+        return acc, odd
+    else:
+        acc = weigh_values(w, c, acc, fade, MATH, PRECISE)
+        return acc, acc
 
 
 @triton.jit(do_not_specialize=["layers", "pages", "max_pages", "units"])
@@ -225,8 +258,10 @@ def decode_kernel(
     CAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NARROW: tl.constexpr,  # 8-bit rows
+    PAIRS: tl.constexpr,  # 8-bit rows whose parts are of an even width: see `half`
     PRECISE: tl.constexpr,  # float32 rows
 ):
+    """The part of one program for one block of query heads: see the module."""
     p = tl.program_id(1)
     total = tl.load(first_block + units)
     share = tl.cdiv(total, tl.num_programs(1))
@@ -255,12 +290,9 @@ def decode_kernel(
             live = (who >= 0) & (h < HQ)
             pages_of = table + tl.load(row + u).to(tl.int64) * max_pages
             at = tl.where(live, who, 0).to(tl.int64) * HQ + h
-            q1, mul1, q2, mul2 = _load_queries(q, at, live, RANK, RANKP, ROPE, ROPEP, MATH, NARROW)
-            mul1 = mul1 * (worth * BASE)
-            mul2 = mul2 * (worth * BASE)
-            top = tl.full([M], float("-inf"), tl.float32)
-            den = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, RANKP], tl.float32)
+            queries = _load_queries(q, at, live, worth * BASE, RANK, RANKP, ROPE, ROPEP, MATH, NARROW, PAIRS)
+            top, den, acc = no_softmax(M, RANKP // 2 if PAIRS else RANKP)
+            odd = acc
             shift = first // BLOCK - lo
             for i in tl.range(begin + shift, unit_end + shift, num_stages=STAGES):
                 n = i * BLOCK + j
@@ -268,18 +300,18 @@ def decode_kernel(
                 if HAS_START:
                     keep = keep & (n >= first)
                 rows = rows_of_block(pages_of, i, last, page0, stride, PAGE, BLOCK, PAGE_POWER, False)
-                s, c = _logits(
-                    q1, mul1, q2, mul2, rows, keep, pool, RANK, RANKP, ROPE, ROPEP, CAP, MATH, NARROW, PRECISE
-                )
+                s, c = _logits(queries, rows, keep, pool, RANK, RANKP, ROPE, ROPEP, CAP, MATH, NARROW, PAIRS, PRECISE)
                 s = tl.where(keep[None, :], s, float("-inf"))
                 new = tl.maximum(top, tl.max(s, 1))
                 w = tl.exp2(s - new[:, None])
                 fade = tl.exp2(top - new)
                 den = den * fade + tl.sum(w, 1)
-                acc = multiply(w.to(MATH), c, acc * fade[:, None], PRECISE)
+                acc, odd = _weigh_latents(w, c, acc, odd, fade, pool.dtype.element_ty, MATH, PAIRS, PRECISE)
                 top = new
             to = ((p + u).to(tl.int64) * MEMBERS + m // HB) * HQ + h
             r = tl.arange(0, RANKP)
+            if PAIRS:
+                acc = whole(acc, odd)
             o = acc * (worth / den)[:, None]
             tl.store(part_o + to[:, None] * RANK + r[None, :], o, mask=live[:, None] & (r < RANK)[None, :])
             tl.store(part_lse + to, top + tl.log2(den), mask=live)
@@ -325,8 +357,10 @@ def extend_kernel(
     CAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NARROW: tl.constexpr,
+    PAIRS: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
+    """One tile for one block of query heads: see the module."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     b = tl.load(tile_request + tile)
     if b >= requests:
@@ -350,12 +384,9 @@ def extend_kernel(
     stride = layers if PAGE_MAJOR else 1
     pages_of = table + tl.load(row + b).to(tl.int64) * max_pages
     at = token.to(tl.int64) * HQ + h
-    q1, mul1, q2, mul2 = _load_queries(q, at, live, RANK, RANKP, ROPE, ROPEP, MATH, NARROW)
-    mul1 = mul1 * (worth * BASE)
-    mul2 = mul2 * (worth * BASE)
-    top = tl.full([M], float("-inf"), tl.float32)
-    den = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, RANKP], tl.float32)
+    queries = _load_queries(q, at, live, worth * BASE, RANK, RANKP, ROPE, ROPEP, MATH, NARROW, PAIRS)
+    top, den, acc = no_softmax(M, RANKP // 2 if PAIRS else RANKP)
+    odd = acc
     if prefix + t0 < total:
         begin = 0
         if WINDOW > 0:
@@ -365,7 +396,7 @@ def extend_kernel(
             n = i * BLOCK + tl.arange(0, BLOCK)
             inside = n < last
             rows = rows_of_block(pages_of, i, total, page0, stride, PAGE, BLOCK, PAGE_POWER, False)
-            s, c = _logits(q1, mul1, q2, mul2, rows, inside, pool, RANK, RANKP, ROPE, ROPEP, CAP, MATH, NARROW, PRECISE)
+            s, c = _logits(queries, rows, inside, pool, RANK, RANKP, ROPE, ROPEP, CAP, MATH, NARROW, PAIRS, PRECISE)
             seen = (n[None, :] <= position[:, None]) & inside[None, :]
             if WINDOW > 0:
                 seen = seen & (n[None, :] > position[:, None] - WINDOW)
@@ -374,8 +405,10 @@ def extend_kernel(
             w = tl.exp2(s - new[:, None])
             fade = tl.exp2(top - new)
             den = den * fade + tl.sum(w, 1)
-            acc = multiply(w.to(MATH), c, acc * fade[:, None], PRECISE)
+            acc, odd = _weigh_latents(w, c, acc, odd, fade, pool.dtype.element_ty, MATH, PAIRS, PRECISE)
             top = new
+    if PAIRS:
+        acc = whole(acc, odd)
     den = tl.where(live, den, 0.0)
     o = tl.where(live[:, None], acc * worth / tl.where(den > 0, den, 1.0)[:, None], 0.0)
     r = tl.arange(0, RANKP)

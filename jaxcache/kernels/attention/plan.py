@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcache.errors import ArgumentError
+from jaxcache.kernels.arguments import AnyArray
 from jaxcache.kernels.attention.contract import Sequences
 from jaxcache.kernels.attention.launch import Launches
 
@@ -48,8 +49,8 @@ class SharedPrefix:
         of the group.
     """
 
-    group: Int32[Array, " requests"]
-    length: Int32[Array, " requests"]
+    group: Int32[AnyArray, " requests"]
+    length: Int32[AnyArray, " requests"]
 
 
 @jax.tree_util.register_dataclass

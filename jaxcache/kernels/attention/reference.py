@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcache.kernels.arguments import AnyArray
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, ScaleKind, scale_kind
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ Fetch = Callable[[Any], tuple[jax.Array, jax.Array]]
 
 def attend(
     q: Float[Array, "n m q_heads k_dim"],
-    position: Int32[Array, "n m"],
-    start: Int32[Array, " n"],
-    pages: Int32[Array, "n max_pages"],
+    position: Int32[AnyArray, "n m"],
+    start: Int32[AnyArray, " n"],
+    pages: Int32[AnyArray, "n max_pages"],
     fetch: Fetch,
     page_size: int,
     masking: Masking,
@@ -79,7 +80,7 @@ def fetch_kv(kv: PagedKV, layer: Any) -> Fetch:
     """Reads pages of keys and values of one layer."""
     order = kv.order
 
-    def read(array: jax.Array, scale: Any, physical: jax.Array) -> jax.Array:
+    def read(array: AnyArray, scale: Any, physical: jax.Array) -> jax.Array:
         rows = _pages_of(array, order.page_size, kv.dtype, physical)
         kind = scale_kind("scale", scale, kv.k.shape[:3])
         if kind is ScaleKind.ROW:

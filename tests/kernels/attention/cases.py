@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, PageOrder, Sequences
+from jaxcache.kernels.attention.launch import DecodeLaunch, ExtendLaunch, Launches
+from jaxcache.kernels.attention.plan import Plan, make_plan
 
 INT8 = np.dtype(np.int8)
 
@@ -113,7 +115,7 @@ def make(case: Case, seed: int = 0) -> Batch:
     if case.latent:
         batch.kv = PagedLatent(arrays[0], scales[0], order, dtype, case.latent)
     else:
-        batch.kv = PagedKV(*arrays, *scales, order, dtype)
+        batch.kv = PagedKV(arrays[0], arrays[1], scales[0], scales[1], order, dtype)
     return batch
 
 
@@ -204,14 +206,13 @@ def _worth(stored: np.ndarray, scale: Any, kind: str, at: np.ndarray) -> np.ndar
     return numbers if scale is None else numbers * np.asarray(scale, np.float64)[..., None]
 
 
-RAGGED = ((0, 70), (0, 1), (0, 0), (0, 130), (0, 32), (0, 64), (0, 33))
-MIXED = ((50, 20), (0, 1), (33, 1), (0, 0), (90, 40), (31, 1), (0, 37))
-
+RAGGED = ((0, 70), (0, 1), (0, 0), (0, 32), (0, 33))
+MIXED = ((59, 7), (0, 1), (33, 1), (0, 0), (27, 9), (31, 1), (0, 5))
 
 DECODE = {
     "gqa": Case(RAGGED),
     "mha": Case(RAGGED, heads=3, group=1),
-    "group_of_6": Case(RAGGED, heads=1, group=6),
+    "group_of_6": Case(RAGGED, heads=1, group=6, dim=24),
     "wide_group": Case(RAGGED, heads=1, group=20),
     "narrow_values": Case(RAGGED, dim=48, v_dim=24),
     "page_1": Case(RAGGED, page=1),
@@ -260,19 +261,51 @@ EXTEND = {
     "drafts": Case(((20, 4), (31, 4), (64, 4)), padding=1),
     "nobody": Case(((0, 0),), tokens=5),
 }
-LATENT = Case(RAGGED, group=16, dim=48, latent=32)
+LATENT = Case(RAGGED, group=8, dim=48, latent=32)
 
 LATENTS = {
     "latent": LATENT,
-    "few_heads": replace(LATENT, group=5),
-    "many_heads": replace(LATENT, group=40),
+    "few_heads": replace(LATENT, group=3),
+    "many_heads": replace(LATENT, group=20),
     "odd_widths": replace(LATENT, dim=33, latent=24),
-    "page_1": replace(LATENT, page=1),
-    "page_64": replace(LATENT, page=64),
+    "latent_page_1": replace(LATENT, page=1),
+    "latent_page_64": replace(LATENT, page=64),
     "page_major": replace(LATENT, page_major=True),
     "window_cap": replace(LATENT, window=20, cap=2.0),
     "fp16": replace(LATENT, dtype=np.float16),
     "bf16": replace(LATENT, dtype=jnp.bfloat16),
     "e4m3": replace(LATENT, dtype=jnp.float8_e4m3fn, scales="tensor"),
-    "int8": replace(LATENT, dtype=np.int8, scales="tensor"),
+    "latent_int8": replace(LATENT, dtype=np.int8, scales="tensor"),
 }
+
+QUICK = frozenset(
+    {
+        *("page_3", "page_64", "all_at_once", "window_in_a_page", "group_of_6", "narrow_values"),
+        *("e4m3", "int8", "no_padding", "drafts", "nobody", "latent_page_1", "odd_widths", "window_cap"),
+    }
+)
+"""Cases of every run; the others are marked slow."""
+
+LAUNCHES = Launches(DecodeLaunch(32, 5, 1, 3), DecodeLaunch(32, 3, 4, 3), ExtendLaunch(4, 32, 4, 3), 2)
+"""Small launches: requests are cut among programs, and programs take several requests."""
+LATENT_LAUNCHES = Launches(
+    DecodeLaunch(32, 3, 4, 3, 16), DecodeLaunch(32, 2, 4, 3, 16), ExtendLaunch(2, 32, 4, 3, 16), 2
+)
+
+
+def plan_of(batch: Batch, launches: Launches = LAUNCHES, **options: Any) -> Plan:
+    return make_plan(batch.sequences, len(batch.q), batch.case.page, launches, window=batch.case.window, **options)
+
+
+def one_row_a_request(batch: Batch) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Decode takes the query of request `i` as row `i`, also of requests that have none."""
+    want_out, want_lse = expected(batch)
+    s = batch.sequences
+    at = np.where(np.asarray(s.seq_len) > 0, s.first_token, len(batch.q) - 1)
+    batch.q = batch.q[at]
+    return batch, want_out[at], want_lse[at]
+
+
+def decode_problem(case: Case) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """A decode step of a case, and what is expected of it."""
+    return one_row_a_request(decode_case(replace(case, tokens=None)))

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from jaxcache.kernels import triton_call
-from tests.kernels.attention.cases import Case
+from tests.kernels.attention.cases import QUICK, Case
 
 TORCH_BITS = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
+
+
+def names(table: dict[str, Case]) -> list[Any]:
+    """The names of a table of cases as parameters of a test."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in table]
 
 
 def require_interpreter(case: Case, interprets: bool) -> None:

@@ -11,9 +11,7 @@ from jaxcache.errors import ArgumentError
 from jaxcache.kernels.attention import plan as planning
 from jaxcache.kernels.attention.plan import SharedPrefix
 from tests.kernels.attention import cases, interpreted
-from tests.kernels.attention.cases import Case
-from tests.kernels.attention.test_decode import LAUNCHES, one_row_a_request, plan_of
-from tests.kernels.attention.test_mla import LAUNCHES as LATENT_LAUNCHES
+from tests.kernels.attention.cases import LATENT_LAUNCHES, LAUNCHES, Case, plan_of
 from tests.kernels.conftest import INTERPRETS
 
 GROUP = ((0, 97), (0, 70), (0, 64), (0, 81), (0, 66), (0, 30), (0, 5))
@@ -33,10 +31,13 @@ def shared_of(batch: cases.Batch, length: int = 70) -> SharedPrefix:
     return SharedPrefix(group, np.full(requests, length, np.int32))
 
 
-@pytest.mark.parametrize("case", [CASE, dataclasses.replace(CASE, cap=2.0, sinks=True, page_major=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASE, dataclasses.replace(CASE, cap=2.0, sinks=True, page_major=True)], ids=["plain", "all_at_once"]
+)
 def test_triton(case):
-    batch, out, lse = one_row_a_request(cases.decode_case(case))
+    batch, out, lse = cases.decode_problem(case)
     plan = plan_of(batch, shared=shared_of(batch))
+    assert plan.shared is not None
     assert int(jnp.max(plan.shared.units.first_block)) == 3 * 64 // LAUNCHES.shared.block  # three units of two members
     interpreted.require_interpreter(case, INTERPRETS)
     got_out, got_lse = interpreted.paged_decode(batch.q, batch.kv, case.layer, plan, case.masking, batch.sinks)
@@ -45,8 +46,8 @@ def test_triton(case):
 
 
 def test_latent_rows():
-    case = dataclasses.replace(CASE, group=16, dim=48, latent=32)
-    batch, out, lse = one_row_a_request(cases.decode_case(case))
+    case = dataclasses.replace(CASE, group=8, dim=48, latent=32)
+    batch, out, lse = cases.decode_problem(case)
     plan = plan_of(batch, LATENT_LAUNCHES, shared=shared_of(batch))
     interpreted.require_interpreter(case, INTERPRETS)
     got_out, got_lse = interpreted.mla_decode(batch.q, batch.kv, case.layer, plan, case.masking)
@@ -66,7 +67,7 @@ def test_latent_rows():
 )
 def test_units(group, length, what):
     """Padding is in no group, a group reads what all of it has, and everybody attends to the rest alone."""
-    batch, _, _ = one_row_a_request(cases.decode_case(CASE))
+    batch, _, _ = cases.decode_problem(CASE)
     shared = SharedPrefix(np.array(group, np.int32), np.array(length, np.int32))
     plan = jax.jit(lambda: plan_of(batch, shared=shared))()
     units, alone = plan.shared.units, np.asarray(plan.units.start)
@@ -86,6 +87,6 @@ def test_units(group, length, what):
 
 
 def test_not_for_windows():
-    batch, _, _ = one_row_a_request(cases.decode_case(dataclasses.replace(CASE, window=8)))
+    batch, _, _ = cases.decode_problem(dataclasses.replace(CASE, window=8))
     with pytest.raises(ArgumentError, match="shared must be None for a window"):
         plan_of(batch, shared=shared_of(batch))
