@@ -53,10 +53,7 @@ def model_step(pool: MHATokenToKVPool, batch: Batch, model: dict[str, jax.Array]
         pool = pool.set_kv_buffer(layer, batch.slots, k, v)
         x = x + jnp.einsum("thd,hdw->tw", _paged_attention(pool, batch, layer, q), model["out"][layer])
         x = x + jnp.tanh(_norm(x) @ model["mlp"][layer])
-    last = jnp.maximum(jnp.cumsum(batch.seq_len - batch.prefix_len) - 1, 0)
-    if batch.tokens.shape == batch.row.shape:  # a decode step: token i is request i's
-        last = jnp.arange(batch.row.shape[0])
-    return pool, jnp.argmax(_norm(x)[last] @ model["logits"], axis=-1)
+    return pool, jnp.argmax(_norm(x)[batch.last] @ model["logits"], axis=-1)
 
 
 def _paged_attention(pool: MHATokenToKVPool, batch: Batch, layer: int, q: jax.Array) -> jax.Array:
@@ -133,7 +130,7 @@ class Engine:
         if self.memory.admit(request) is None:
             return False
         while request.kv_len < request.num_tokens:
-            chunk = min(request.num_tokens - request.kv_len, self.memory.config.chunk)
+            chunk = self.memory.next_chunk(request, self.memory.config.chunk)
             plan = self.memory.extend([(request, chunk)])
             if plan is None:
                 self.memory.retract(request)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from jaxcache.arguments import as_integer
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.index.arguments import as_integer
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.receipt import Receipt
 from jaxcache.index.tokens import FixedTokens, TokenList

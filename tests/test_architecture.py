@@ -14,19 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py")])
 
-_GROUND = {"errors", "device", "index", "kernels", "pools", "request", "state_dict"}
+_READERS = {"arguments", "errors", "slots", "state_dict"}
+_GROUND = _READERS | {"device", "index", "kernels", "pools", "request"}
 _MEMORY = _GROUND | {"caches", "components", "events", "pages", "steps", "tables"}
 # A room is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
+    "slots": {"errors", "arguments"},
     "state_dict": {"errors"},
-    "index": {"errors", "state_dict"},
+    "index": _READERS,
     "request": {"errors", "index"},
     "kernels": {"errors"},
     "device": {"errors"},
     "pools": {"errors", "device", "kernels"},
-    "tables": {"errors", "pools", "device", "state_dict"},
-    "pages": {"errors", "kernels", "state_dict", "tables"},
+    "tables": _READERS | {"pools", "device"},
+    "pages": _READERS | {"kernels", "tables"},
     "events": {"errors", "index"},
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
@@ -44,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torch_bridge": _MEMORY | {"manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
-NO_JAX = {"state_dict", "errors", "events", "index", "__main__"}
+NO_JAX = _READERS | {"events", "index", "__main__"}
 # Third parties that only some places may name: package -> (unit, end of the file's name).
 ONLY_IN = {
     "torch": {("torch_bridge", ".py"), ("kernels", "_torch.py")},
@@ -64,6 +67,16 @@ ONLY_IN = {
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
 UNSAFE_CALLS = {"eval", "exec", "__import__"}
 CATCH_ALL = {"Exception", "BaseException"}
+# Flavours are the business of components, of the rooms below them, and of whoever puts the parts together.
+LOOPS_OVER_COMPONENTS = {"caches", "steps", "manager", "snapshot", "oplog", "replay", "cli", "observe", "torch_bridge"}
+CHOOSES_PARTS = {"jaxcache/manager/config.py", "jaxcache/replay/config.py", "jaxcache/replay/setup.py"}
+CONSTRUCTORS = {"__init__", "__post_init__"}
+FLAVOURS = {
+    *("SWATokenToKVPoolAllocator", "StateAllocator", "SWAKVPool", "SWAConfig", "HybridKVPool", "HybridConfig"),
+    *("MambaPool", "MambaConfig", "HybridReqToTokenPool", "SWARadixCache", "MambaRadixCache", "SWAChunkCache"),
+    *("MemoryComponent", "TreeComponent", "FullPages", "PairedFullPages", "WindowPages", "RecurrentStates"),
+}
+COMPONENT_NAMES = {"windows", "states", "state_allocator", "window_allocator"}
 MAX_FILE_LINES = 600  # about 400 is the habit; this is where a file has stopped being one idea
 MAX_FUNCTION_LINES = 100
 
@@ -188,6 +201,56 @@ def _lines(node: ast.stmt) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
+def flavour_questions(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Where somebody who should loop over components asks what kind one is, or whether it is there.
+
+    That is `isinstance` or `type` of a flavour's class, `is None` of a component, probing by `getattr`, and comparing
+    a name of a component. Not asked of constructors, which choose the parts.
+    """
+    if unit_of(path) not in LOOPS_OVER_COMPONENTS or str(path.relative_to(ROOT)) in CHOOSES_PARTS:
+        return
+    for node in _outside_constructors(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            if named := _names(node.args[1]) & FLAVOURS:
+                yield f"{node.lineno}: asks for {sorted(named)}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            if len(node.args) > 2 or isinstance(node.args[1], ast.Constant):
+                yield f"{node.lineno}: probes by getattr"
+        elif isinstance(node, ast.MatchClass):
+            if named := _names(node.cls) & FLAVOURS:
+                yield f"{node.lineno}: matches {sorted(named)}"
+        elif isinstance(node, ast.Compare):
+            yield from (f"{node.lineno}: {finding}" for finding in _kinds_compared(node))
+
+
+def _outside_constructors(tree: ast.AST) -> Iterator[ast.AST]:
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, ast.FunctionDef) or node.name not in CONSTRUCTORS:
+            yield node
+            todo.extend(ast.iter_child_nodes(node))
+
+
+def _kinds_compared(node: ast.Compare) -> Iterator[str]:
+    sides = [node.left, *node.comparators]
+    if any(isinstance(side, ast.Constant) and side.value is None for side in sides):
+        asked = {name.lstrip("_") for side in sides if isinstance(side, ast.Attribute) for name in [side.attr]}
+        if asked & COMPONENT_NAMES:
+            yield f"asks whether there is {sorted(asked)}"
+    if named := {name for side in sides for name in _names(side)} & FLAVOURS:
+        yield f"compares with {sorted(named)}"
+    texts = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)}
+    if texts & (COMPONENT_NAMES | {"full", "window", "state"}):
+        yield f"compares a kind, {sorted(map(str, texts))}"
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} | {
+        part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)
+    }
+
+
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -226,6 +289,10 @@ def test_no_undeclared_dependency() -> None:
 
 def test_no_forbidden_code() -> None:
     assert _findings(forbidden) == []
+
+
+def test_nobody_asks_a_flavour() -> None:
+    assert _findings(flavour_questions, with_path=True) == []
 
 
 def test_every_public_name_is_documented() -> None:
@@ -284,6 +351,31 @@ def test_planted_dependency_is_found() -> None:
 )
 def test_planted_code_is_found(source: str) -> None:
     assert list(forbidden(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(pool, HybridKVPool)",
+        "isinstance(part, KVCache | swa.SWAKVPool)",
+        "type(part) is WindowPages",
+        "if self._windows is not None: pass",
+        "x = 1 if memory.states is None else 2",
+        "getattr(pool, 'states', None)",
+        "getattr(pool, 'states')",
+        "component.name == 'window'",
+        "component.name in ('full', 'state')",
+        "match part:\n    case RecurrentStates(): pass",
+        "def f():\n    def g(): return isinstance(pool, SWAKVPool)",
+    ],
+)
+def test_planted_flavour_questions_are_found(source: str) -> None:
+    tree = ast.parse(source)
+    assert list(flavour_questions(tree, ROOT / "jaxcache/manager/manager.py"))
+    assert not list(flavour_questions(tree, ROOT / "jaxcache/components/window.py"))
+    assert not list(
+        flavour_questions(ast.parse(f"class C:\n def __init__(self):\n  {source!r}"), ROOT / "jaxcache/caches/x.py")
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from jaxcache.components.window import WindowPages
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.oplog.fingerprint import fingerprint
-from jaxcache.pages.expand import page_slots
 from jaxcache.pools.base import KVCacheConfig
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
+from jaxcache.slots import page_slots
 from jaxcache.snapshot.load import load_snapshot
 from jaxcache.snapshot.save import save_snapshot
 from jaxcache.steps.compiled import CompiledSteps

@@ -24,6 +24,7 @@ from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request, RequestState
+from jaxcache.steps.buckets import StepKind
 from jaxcache.steps.compiled import whole_loop
 from jaxcache.steps.loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.steps.loop_plan import LoopPlan
@@ -656,9 +657,9 @@ def test_nothing_is_transferred_inside():
 def test_nothing_compiles_after_the_warm_up():
     manager = make_manager(4)
     rng = np.random.default_rng(0)
-    args = {n: (np.ones((3, n), np.int32), never(3, n)) for n in (2, 6)}
+    args = {n: (np.ones((3, n), np.int32), never(3, n)) for n in manager.planner.sizes.decode_sizes}
     for bucket in manager.buckets:
-        if bucket.requests in args:
+        if bucket.kind is StepKind.DECODE:
             plan = LoopPlan.empty(LoopShape(bucket.requests, 3, 2, 4))
             manager.runner.run_loop(speculate, plan, *map(jax.device_put, args[bucket.requests]))
     manager.warm_up(write_step)
@@ -698,11 +699,11 @@ def test_warming_up_compiles_every_batch_size_and_leaves_no_trace():
 
     before, table = books(manager), np.asarray(manager.table.pages)
     manager.warm_up_loop(step, 1, 1, jnp.int32(0))
-    assert sorted(traced) == [2, 6]
+    assert sorted(traced) == list(manager.planner.sizes.decode_sizes)
     assert books(manager) == before
     np.testing.assert_array_equal(np.asarray(manager.table.pages), table)
     manager.run_loop(step, manager.decode_loop([request], 1), jnp.int32(0))
-    assert len(traced) == 2
+    assert len(traced) == len(manager.planner.sizes.decode_sizes)
 
 
 LAYERS, SLOTS, ROWS = 4, 4096, 64

@@ -13,6 +13,7 @@ from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
 from jaxcache.steps.batch import Batch
+from jaxcache.steps.buckets import StepKind
 from tests.support.loop_managers import make_manager
 
 STEPS = 8
@@ -40,6 +41,9 @@ def loop_step(pool, loop, stop_at):
             tag=loop.tag,
             table=loop.table,
             state=loop.computing_state,
+            kind=StepKind.DECODE,
+            page_size=loop.shape.page_size,
+            context=64,
         )
         pool, _ = write_step(pool, batch)
         granted = loop.rows.granted

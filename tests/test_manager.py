@@ -31,7 +31,7 @@ from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.pools.swa import SWAConfig, SWAKVPool
 from jaxcache.request import Request, RequestState
 from jaxcache.steps.batch import unpack
-from jaxcache.steps.buckets import Bucket, StepKind, default_buckets, smallest
+from jaxcache.steps.buckets import Bucket, StepKind
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.plan import StepPlan
 from tests.model.manager_driver import assert_contents, drive, small_manager, write_step
@@ -605,20 +605,6 @@ def test_every_padding_of_a_decode_bucket(count):
     assert not np.asarray(batch.slots)[count:].any()
 
 
-def test_the_smallest_bucket_that_holds_the_batch():
-    buckets = default_buckets(max_running=32, chunk=8192, page_size=16)
-    for requests in range(1, 33):
-        bucket = smallest(buckets, StepKind.DECODE, requests, requests, requests)
-        others = [b for b in buckets if b.kind is StepKind.DECODE and b.requests < bucket.requests]
-        assert bucket.holds(requests, requests, requests)
-        assert not any(b.holds(requests, requests, requests) for b in others)
-    for tokens in (1, 1024, 1025, 8192):
-        pages = -(-tokens // 16) + 31
-        assert smallest(buckets, StepKind.EXTEND, 32, tokens, pages).tokens == (1024 if tokens <= 1024 else 8192)
-    with pytest.raises(ArgumentError, match="no extend bucket"):
-        smallest(buckets, StepKind.EXTEND, 1, 8193, 1)
-
-
 def test_a_plan_that_does_not_fit_its_bucket_is_refused():
     manager = small_manager()
     request = Request("r", list(range(9)))
@@ -748,7 +734,7 @@ def test_check_memory_finds(plant):
 
 
 def test_nothing_compiles_after_the_warm_up():
-    manager = small_manager(page_size=4, num_pages=40, max_running=6)
+    manager = small_manager(page_size=4, num_pages=40, max_running=6, buckets=None)
     manager.runner.compiled = CompiledSteps()  # compiled by nobody else
     manager.warm_up(write_step)
     seen = []

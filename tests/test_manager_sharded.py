@@ -19,7 +19,7 @@ from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
 from jaxcache.request import Request
 from jaxcache.steps.batch import unpack
-from jaxcache.steps.buckets import StepKind, default_buckets
+from jaxcache.steps.buckets import Buckets, StepKind
 from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
 
@@ -142,7 +142,7 @@ def test_a_whole_step_compiled_for_two_h200s_is_in_place_and_gathers_nothing(kin
     kv = dataclasses.replace(kv, size=65_536, axis_name="tp", shards=2)
     pool = kind.abstract(kv, platform="gpu", mesh=mesh)
     table = RequestTable(jax.ShapeDtypeStruct((4, 8), jnp.int32))
-    bucket = next(bucket for bucket in default_buckets(4, 16, 4) if bucket.kind is step_kind)
+    bucket = next(bucket for bucket in reversed(Buckets.default(4, 16, 4).shapes(4)) if bucket.kind is step_kind)
     packed = jax.ShapeDtypeStruct((bucket.packing.size,), jnp.int32)
     specs = pool.partition_specs(), PartitionSpec()
     sharded_step = jax.shard_map(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from jaxcache.device.packing import NOWHERE, Field, Packing
 from jaxcache.device.staging import Uploads, fetched
 from jaxcache.errors import ArgumentError, BorrowedError, StalePoolError
 from jaxcache.request import Request
+from jaxcache.steps.buckets import StepKind
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.runner import StepRunner
+from jaxcache.steps.warm_up import Progress, show_progress
 from tests.model.manager_driver import assert_contents, small_manager, write_step
 
 # ---- packed vectors ----------------------------------------------------------------------------------------------
@@ -216,5 +220,97 @@ def test_an_error_of_the_step_itself_stays_what_it_is():
 
     with pytest.raises(ValueError, match="of the step"):
         manager.run(failing, plan)
+    manager.run(write_step, plan)
+    assert_contents(manager, [request])
+
+
+# ---- compiling ahead ---------------------------------------------------------------------------------------------
+
+
+def compilations(call):
+    """What `call` compiled, as JAX tells it."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(seen)
+
+
+def test_a_step_that_is_made_anew_is_told_of_once():
+    """Five steps were six compilations, and nobody said a word."""
+    manager = small_manager(page_size=1, num_pages=64)
+    manager.runner.compiled = CompiledSteps()
+    request = Request("r", list(range(20)))
+    manager.admit(request)
+
+    def run_made_anew():
+        def step(pool, batch):
+            return write_step(pool, batch)
+
+        manager.run(step, manager.extend([(request, 1)]))
+
+    run_made_anew()
+    with pytest.warns(UserWarning, match="run_made_anew.<locals>.step is another function object") as seen:
+        for _ in range(4):
+            run_made_anew()
+    assert len(seen) == 1
+    assert_contents(manager, [request])
+
+
+def test_two_partials_of_one_function_for_two_kinds_are_told_of_by_nobody(recwarn):
+    manager = small_manager()
+    manager.runner.compiled = CompiledSteps()
+    extend, decode = functools.partial(write_step), functools.partial(write_step)
+    manager.warm_up(extend, kinds=[StepKind.EXTEND])
+    manager.warm_up(decode, kinds=[StepKind.DECODE])
+    request, plan = planned(manager)
+
+    def serve():
+        manager.run(extend, plan)
+        request.output_ids.append(7)
+        manager.run(decode, manager.decode([request]))
+
+    assert compilations(serve) == 0
+    assert not recwarn.list
+    assert_contents(manager, [request])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_warm_up_says_how_far_it_is_and_compiles_each_step_once(threads):
+    manager = small_manager()
+    manager.runner.compiled = CompiledSteps()
+    seen = []
+    total = len(manager.buckets)
+    count = compilations(lambda: manager.warm_up(write_step, threads=threads, progress=seen.append))
+    assert [each.done for each in seen] == list(range(1, total + 1))
+    assert {each.total for each in seen} == {total}
+    assert [each.seconds for each in seen] == sorted(each.seconds for each in seen)
+    assert total <= count <= total + 1  # each bucket, and the patch of the table, which may be known
+
+
+def test_a_bar_shows_a_warm_up(capsys):
+    for done in (1, 4):
+        show_progress(Progress(done, 4, 2.6))
+    shown = capsys.readouterr().err
+    assert shown.split("\r")[1:] == [
+        "compiled [" + "#" * 7 + "." * 23 + "] 1 of 4 steps, 3 s",
+        "compiled [" + "#" * 30 + "] 4 of 4 steps, 3 s\n",
+    ]
+
+
+def test_a_warm_up_of_a_step_that_is_none_raises_what_it_raises():
+    manager = small_manager()
+    with pytest.raises(ArgumentError, match="threads must be an integer of at least 1, got 0"):
+        manager.warm_up(write_step, threads=0)
+    with pytest.raises(ArgumentError, match="step must return"):
+        manager.warm_up(lambda pool, batch: pool)
+    request, plan = planned(manager)
     manager.run(write_step, plan)
     assert_contents(manager, [request])

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 
+from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.arguments import int32_array
-from jaxcache.pages.expand import pages_of
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.config import require
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
+from jaxcache.slots import pages_of
 from torch_bridge.pool import TorchKVPool
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PageTable:
         for request in requests:
             memory.planner.require_running(request)
         size, table = memory.page_size, memory.req_to_token_pool
-        lens = int32_array("kv_lens", [r.kv_len for r in requests] if kv_lens is None else kv_lens)
+        lens = as_int32("kv_lens", [r.kv_len for r in requests] if kv_lens is None else kv_lens)
         held = np.array([request.num_pages for request in requests], np.int32)
         require(lens.shape == held.shape, "kv_lens", f"must be {len(held)}, one a request", len(lens))
         num_pages = pages_of(lens, size)
@@ -158,7 +158,7 @@ class _PagedBase(abc.ABC):
         require(pages.page_size == size, "pages", f"must be of {size} tokens, as the pool's", pages.page_size)
         kv_lens = pages.kv_lens
         is_decode = query_lens is None
-        lens = np.ones_like(kv_lens) if query_lens is None else int32_array("query_lens", query_lens)
+        lens = np.ones_like(kv_lens) if query_lens is None else as_int32("query_lens", query_lens)
         fits = lens.shape == kv_lens.shape and bool((lens >= 1).all() and (lens <= kv_lens).all())
         require(fits, "query_lens", f"must be one a sequence, from 1 to its tokens, {kv_lens.tolist()}", lens.tolist())
         wrapper = None

@@ -263,11 +263,7 @@ class TorchKVPool(TorchPool):
 
     def _index(self, layer: Layer) -> int:
         """The index into the stack of a global layer id."""
-        layer_id = layer_id_of(layer)
-        first, count = self.config.start_layer, self.config.layer_num
-        if not first <= layer_id < first + count:
-            raise ArgumentError(f"layer must be in [{first}, {first + count}); got {layer_id}")
-        return int(layer_id) - first
+        return int(self.config.layer_index(int(layer_id_of(layer))))
 
     def _on_device(self, index: int) -> torch.Tensor:
         """A layer's index as the kernels want it: on the device, so that a captured graph reads it there."""

@@ -22,9 +22,9 @@ import torch
 from jaxcache.errors import ArgumentError, CacheError, UnsupportedError
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.expand import pages_of
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
+from jaxcache.slots import pages_of
 from torch_bridge.slots import slots_to_torch
 
 
@@ -72,7 +72,7 @@ class Sequences:
     ):
         _require_prompts(memory, tokens, is_token)
         self._memory, self._device = memory, device
-        self._windows = memory.allocator if isinstance(memory.allocator, SWATokenToKVPoolAllocator) else None
+        self._windows = [memory.allocator] if isinstance(memory.allocator, SWATokenToKVPoolAllocator) else []
         self.padding = tokens.shape[1] - is_token.sum(axis=1)
         self.prompt = tokens
         keys = [RadixKey(row[padding:], extra_key) for row, padding in zip(tokens, self.padding, strict=True)]
@@ -103,7 +103,7 @@ class Sequences:
         to be there. So no sequence uses more than those windows reach back to. What is cached beyond is computed again.
         """
         window = self._memory.config.sliding_window_size
-        if self._windows is None or window is None:
+        if not self._windows or window is None:
             return [None] * len(keys)
         if not reuse:
             return [0] * len(keys)
@@ -157,10 +157,10 @@ class Sequences:
         positions = np.arange(first, last) - self.padding[:, None]
         self.slots = torch.cat([self.slots, slots_to_torch(slots, self._device)], dim=1)
         self.fresh = slots_to_torch(np.where(positions < self._cached[:, None], 0, slots), self._device)
-        if self._windows is not None:
+        for allocator in self._windows:
             attended = max(first - ((memory.config.sliding_window_size or 1) - 1), 0)
             slots = self._slots_of(attended, last)
-            windows = self._windows.require_window_slots("slots of a batch", slots.ravel()).reshape(slots.shape)
+            windows = allocator.require_window_slots("slots of a batch", slots.ravel()).reshape(slots.shape)
             self.window_slots = slots_to_torch(windows, self._device)
 
     def confirm(self, tokens: np.ndarray) -> None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from jaxcache.arguments import as_int32
 from jaxcache.caches.base import MatchResult
 from jaxcache.errors import ArgumentError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.arguments import int32_array
 
 
 def slots_to_torch(slots: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -32,7 +32,7 @@ def slots_to_host(name: str, slots: Any) -> np.ndarray:
         if slots.is_floating_point() or slots.is_complex():
             raise ArgumentError(f"{name} must hold integers, got {slots.dtype}: convert it with .long()")
         slots = slots.detach().cpu().numpy()
-    return int32_array(name, slots)
+    return as_int32(name, slots)
 
 
 class TorchAllocator:

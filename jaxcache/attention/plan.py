@@ -109,14 +109,19 @@ def sequences_of(batch: Batch | DecodeLoop) -> tuple[Sequences, int]:
         has_slot = rows.granted > 0
         seq_len = jnp.where(has_slot, rows.seq_len + rows.granted, 0)
         prefix_len = jnp.where(has_slot, rows.seq_len, 0)
-        return Sequences(batch.table.pages, batch.row, prefix_len, seq_len, first), batch.shape.requests * width
+        return Sequences(batch.table.pages, _inside(batch), prefix_len, seq_len, first), batch.shape.requests * width
     if not isinstance(batch, Batch):
         raise ArgumentError(f"batch must be a Batch or a DecodeLoop, got {type(batch).__name__}")
     new = batch.seq_len - batch.prefix_len
     before = jnp.arange(new.shape[0])[None, :] < jnp.arange(new.shape[0])[:, None]
     first = jnp.sum(jnp.where(before, new[None, :], 0), axis=1, dtype=jnp.int32)
-    sequences = Sequences(batch.table.pages, batch.row, batch.prefix_len, batch.seq_len, first)
+    sequences = Sequences(batch.table.pages, _inside(batch), batch.prefix_len, batch.seq_len, first)
     return sequences, batch.tokens.shape[0]
+
+
+def _inside(batch: Batch | DecodeLoop) -> jax.Array:
+    """The rows of a batch, those of padding, which are past the end, moved inside: kernels may look them up."""
+    return jnp.minimum(batch.row, batch.table.pages.shape[0] - 1)
 
 
 def page_order(config: KVCacheConfig) -> PageOrder:

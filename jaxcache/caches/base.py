@@ -22,8 +22,8 @@ from jaxcache.events.events import KVCacheEvent
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Match
 from jaxcache.index.receipt import Receipt
-from jaxcache.index.slots import expand_pages
 from jaxcache.request import Request
+from jaxcache.slots import page_slots
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -63,7 +63,7 @@ class MatchResult:
     @property
     def device_indices(self) -> Int32[np.ndarray, " prefix_len"]:
         """One slot a token, expanded on demand. O(prefix_len)."""
-        return expand_pages(self.pages, self.page_size)
+        return page_slots(self.pages, self.page_size)
 
     @property
     def state(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.arguments import as_count
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
 from jaxcache.tables.request_table import ReqToTokenPool

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxcache.arguments import as_count
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.page_hashes import DIGEST_BYTES
-from jaxcache.pages.arguments import as_count
 
 Array: TypeAlias = jax.Array | np.ndarray
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from jaxcache.arguments import require_counts
 from jaxcache.caches.base import NONE_SPARED, MatchResult
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.events.events import EventQueue, KVCacheEvent
 from jaxcache.events.observer import CacheObserver
-from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import check as check_tree
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
@@ -26,8 +26,8 @@ from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, joined
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.receipt import Receipt
-from jaxcache.index.slots import expand_pages, slots_to_pages
 from jaxcache.index.tree import RadixTree
+from jaxcache.slots import first_pages, page_slots
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -166,7 +166,7 @@ class PrefixCache:
         if value is None:
             pages = key.token_ids[:: self.page_size]
         else:
-            pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
+            pages = first_pages("value", value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages, state)
 
     def insert_pages(
@@ -176,9 +176,11 @@ class PrefixCache:
         if self.disable:
             return 0
         key = self._as_key(key)
+        values: Sequence[int] = ()
         if state or self._further:
+            values = self._values_with(state)
             self._require_insertable(key, pages, state)
-        return self._insert(key, pages, self._values_with(state)).present
+        return self._insert(key, pages, values).present
 
     def _values_with(self, state: int) -> list[int]:
         """For each further component what stands for a whole prefix: `state`, or 0 where there is an id a page."""
@@ -212,11 +214,12 @@ class PrefixCache:
         """
         started = time.perf_counter() if self.observer is not None else 0.0
         offered = [pages]
-        for i, component in enumerate(self._further):
-            offered.append(component.candidates(pages, values[i]))
+        if self._further:
+            offered += [part.candidates(pages, value) for part, value in zip(self._further, values, strict=True)]
         inserted = self.tree.insert(key, offered, held, priority, self.full.claim)
-        for i, component in enumerate(self._further):
-            component.adopt(pages, values[i], inserted, inserted.spare[i + 1])
+        if self._further:
+            for component, value, spare in zip(self._further, values, inserted.spare[1:], strict=True):
+                component.adopt(pages, value, inserted, spare)
         if self.events is not None:
             for node in inserted.added:
                 self.events.stored(node, key.namespace)
@@ -237,7 +240,7 @@ class PrefixCache:
         Raises:
           ArgumentError: A number is no integer, or negative.
         """
-        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
+        require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         size = self.page_size
         wanted = {"full": -(-num_tokens // size), "window": -(-swa_num_tokens // size), "state": mamba_num}
         return self.evict_values([wanted.get(component.name, 0) for component in self._in_tree])
@@ -275,7 +278,7 @@ class PrefixCache:
 
         Cost: O(evicted).
         """
-        require_amounts(pages=pages, states=states, without_window=without_window)
+        require_counts(pages=pages, states=states, without_window=without_window)
         if states and states not in self._values_with(states):
             raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
         return self.make_room_for({"full": pages, "window": pages - without_window, "state": states})
@@ -375,7 +378,7 @@ class PrefixCache:
 
     def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
         """Every cached slot, node by node. O(cached)."""
-        return expand_pages(joined([node.value for node in self.tree.nodes()]), self.page_size)
+        return page_slots(joined([node.value for node in self.tree.nodes()]), self.page_size)
 
     def take_events(self) -> list[KVCacheEvent]:
         """Events since the last call, oldest first; empty unless they were enabled. See `EventQueue.take`."""

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from jaxcache.arguments import require_counts
 from jaxcache.errors import ArgumentError
-from jaxcache.index.arguments import require_amounts
 from jaxcache.index.check import draw
 from jaxcache.index.component import FULL, Component
 from jaxcache.index.hashing import compute_node_hash
 from jaxcache.index.key import RadixKey, as_key
 from jaxcache.index.node import Eviction, Insertion, Match, Node, joined
 from jaxcache.index.receipt import Receipt
-from jaxcache.index.slots import expand_pages, slots_to_pages
 from jaxcache.index.tree import RadixTree
+from jaxcache.slots import first_pages, page_slots
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -139,7 +139,7 @@ class BasePrefixCache(ABC):
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key` that can be gone on from, in whole pages. Counts as a use of it."""
         found = self.tree.match(as_key(key))
-        return MatchResult(expand_pages(found.pages, self.page_size), found, found.length)
+        return MatchResult(page_slots(found.pages, self.page_size), found, found.length)
 
     @abstractmethod
     def insert(
@@ -177,13 +177,13 @@ class BasePrefixCache(ABC):
     def _free(self, gone: Eviction) -> None:
         """Gives what the tree let go to the pools."""
         if self.pool is not None and len(gone.values[0]):
-            self.pool.free(expand_pages(gone.values[0], self.page_size))
+            self.pool.free(page_slots(gone.values[0], self.page_size))
 
     def _pages_of(self, key: RadixKey, value: Int32[np.ndarray, " slots"] | None) -> np.ndarray:
         """Page ids of the slots of a key; the tokens themselves where there are no slots."""
         if value is None:
             return key.token_ids[:: self.page_size]
-        return slots_to_pages(value, key.length // self.page_size, self.page_size)
+        return first_pages("value", value, key.length // self.page_size, self.page_size)
 
     def inc_lock_ref(self, node: Match | Insertion) -> Receipt:
         """Protects what a match or an insert found: hand it the `last_node` of the result.
@@ -302,7 +302,7 @@ class RadixCache(BasePrefixCache):
           ArgumentError: `value` is too short, not made of whole pages, or has nothing for window layers at its end, or
             a length is none.
         """
-        require_amounts(prev_prefix_len=prev_prefix_len, swa_evicted_seqlen=swa_evicted_seqlen)
+        require_counts(prev_prefix_len=prev_prefix_len, swa_evicted_seqlen=swa_evicted_seqlen)
         key = as_key(key)
         pages = self._pages_of(key, value)
         if not self.supports_swa:
@@ -318,12 +318,12 @@ class RadixCache(BasePrefixCache):
         if self._windows is not None:
             for node in inserted.healed:
                 mine = pages[node.start // self.page_size : node.end // self.page_size]
-                self._windows.move_swa(expand_pages(mine, self.page_size), expand_pages(node.value, self.page_size))
+                self._windows.move_swa(page_slots(mine, self.page_size), page_slots(node.value, self.page_size))
         return InsertResult(inserted.present, inserted)
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> EvictResult:
         """See `BasePrefixCache.evict`."""
-        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
+        require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         if mamba_num or (swa_num_tokens and not self.supports_swa):
             raise ArgumentError("swa_num_tokens, mamba_num: this cache keeps neither windows nor states of that kind")
         amounts = (num_tokens, swa_num_tokens) if self.supports_swa else (num_tokens,)
@@ -332,7 +332,7 @@ class RadixCache(BasePrefixCache):
 
     def _free(self, gone: Eviction) -> None:
         if self._windows is not None and len(gone.values[1]):
-            self._windows.free_swa(expand_pages(gone.values[1] - 1, self.page_size))
+            self._windows.free_swa(page_slots(gone.values[1] - 1, self.page_size))
         super()._free(gone)
 
     def swa_evictable_size(self) -> int:
@@ -374,7 +374,7 @@ class MambaRadixCache(BasePrefixCache):
         """The longest cached prefix of `key` at whose end a state was saved. Counts as a use of it."""
         found = self.tree.match(as_key(key))
         further = found.structural_length if found.structural_length > found.length else None
-        return MatchResult(expand_pages(found.pages, self.page_size), found, found.length, further, found.state)
+        return MatchResult(page_slots(found.pages, self.page_size), found, found.length, further, found.state)
 
     def insert(
         self,
@@ -406,7 +406,7 @@ class MambaRadixCache(BasePrefixCache):
 
     def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> EvictResult:
         """See `BasePrefixCache.evict`."""
-        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
+        require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         if swa_num_tokens:
             raise ArgumentError("swa_num_tokens: this cache keeps no windows; states are counted by mamba_num")
         pages, states = self._evict(-(-num_tokens // self.page_size), mamba_num)

@@ -25,7 +25,7 @@ import numpy as np
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.expand import page_slots
+from jaxcache.slots import page_slots
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import TableChanges
 
@@ -191,6 +191,16 @@ class MemoryComponent(ABC):
 
         Args:
           pages: Every full page that a running request owns.
+        """
+        return iter(())
+
+    def read_problems(self, row: int, pages: Int32[np.ndarray, " pages"], kv_len: int) -> Iterator[str]:
+        """What the next token of the request in `row` attends to and is not there, one sentence each.
+
+        Args:
+          row: Its row in the request table.
+          pages: Its full pages.
+          kv_len: Tokens in them.
         """
         return iter(())
 

@@ -12,7 +12,7 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.component import FULL
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.expand import page_slots
+from jaxcache.slots import page_slots
 from jaxcache.state_dict import Books, Columns, prefixed
 
 if TYPE_CHECKING:

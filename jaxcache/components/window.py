@@ -14,9 +14,9 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.expand import page_slots
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.hybrid import HybridKVPool
+from jaxcache.slots import page_slots
 from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:
@@ -172,6 +172,14 @@ class WindowPages(TreeComponent):
         """See `MemoryComponent.private_problems`."""
         windows = self._allocator.window_pages(pages)
         return private_problem("window pages", windows[windows > 0], self._allocator.window)
+
+    def read_problems(self, row: int, pages: Int32[np.ndarray, " pages"], kv_len: int) -> Iterator[str]:
+        """See `MemoryComponent.read_problems`: a window page that is gone would be read as page 0."""
+        first = int(max(kv_len - (self.component.reach - 1), 0)) // self._page_size
+        is_gone = self._allocator.window_pages(pages[first:]) == 0
+        if is_gone.any():
+            page = pages[first:][is_gone.argmax()]
+            yield f"its next token, {kv_len}, attends to the window page of page {page}, which is gone"
 
     def device_problems(self, pool: Any) -> Iterator[str]:
         """See `MemoryComponent.device_problems`."""

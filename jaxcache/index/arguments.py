@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import BIGRAM_BYTES, TOKEN_BYTES
 from jaxcache.index.policies.registry import Policy
-
-
-def require_amounts(**amounts: int) -> None:
-    """Raises ArgumentError unless each is an integer that is not negative."""
-    for name, amount in amounts.items():
-        if not isinstance(amount, (int, np.integer)) or amount < 0:
-            raise ArgumentError(f"{name} must be an integer and must not be negative, got {amount!r}")
-
-
-def as_integer(name: str, value: Any, bits: int) -> int:
-    """`value` as a Python int. Raises ArgumentError unless it is an integer that fits so many bits, with its sign."""
-    if not isinstance(value, (int, np.integer)):
-        raise ArgumentError(f"{name} must be an integer, got {value!r}")
-    number = int(value)
-    if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
-        raise ArgumentError(f"{name} must fit int{bits}, got {number}")
-    return number
 
 
 def require_tree(page_size: int, policy: Policy, element_bytes: int) -> None:

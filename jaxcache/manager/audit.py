@@ -41,6 +41,26 @@ def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, componen
         raise BrokenInvariant(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
 
 
+def check_readable(
+    running: Mapping[int, Request], table: ReqToTokenPool, components: Sequence[MemoryComponent]
+) -> None:
+    """The next token of each running request finds all that it attends to, in every component.
+
+    Args:
+      running: Running requests by row.
+      table: The request table.
+      components: Of the cache.
+
+    Raises:
+      BrokenInvariant: names the request and what is gone.
+    """
+    for row, request in running.items():
+        pages = table.row_pages(row, 0, -(-request.kv_len // table.page_size))
+        for component in components:
+            for problem in component.read_problems(row, pages, request.kv_len):
+                raise BrokenInvariant(f"row {row} of request {request.rid}: {problem}")
+
+
 def _check_shared(request: Request, pages: np.ndarray) -> None:
     """The part of a row that its lock covers must be the tree's pages for the request's own tokens."""
     values: list[np.ndarray] = [np.empty(0, np.int32)]

@@ -25,6 +25,7 @@ from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.pools.swa import SWAConfig
+from jaxcache.steps.buckets import Buckets
 from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
@@ -38,6 +39,8 @@ class MemoryConfig:
       max_running: Requests that can run at once.
       max_context_len: Longest request, in tokens.
       chunk: Prompt tokens a step computes at most.
+      buckets: Sizes that steps are compiled for; by default `Buckets.default`. The largest of `extend_tokens` is then
+        the most that a step computes, whatever `chunk` is.
       policy: Eviction order of the prefix cache. The default adapts to the load, see `Policy`.
       disable_radix_cache: Share nothing between requests.
       enable_kv_cache_events: Queue an event for each cached block.
@@ -68,6 +71,7 @@ class MemoryConfig:
     state_interval: int = 256
     enable_lora: bool = False
     is_eagle: bool = False
+    buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         """Checks what no single part can check."""
@@ -81,6 +85,17 @@ class MemoryConfig:
                 f"states: num_states must be at least 2, got {self.states.num_states}: a request that finds a cached "
                 "state copies it to one of its own"
             )
+
+        if self.buckets is not None and self.buckets.contexts and self.buckets.contexts[-1] < self.max_context_len:
+            raise ArgumentError(
+                f"buckets: the last of contexts must be at least max_context_len = {self.max_context_len}, got "
+                f"{self.buckets.contexts[-1]}: no step could take longer requests"
+            )
+
+    @property
+    def step_sizes(self) -> Buckets:
+        """`buckets`, or the default."""
+        return self.buckets or Buckets.default(self.max_running, self.chunk, self.kv.page_size)
 
     @property
     def has_window(self) -> bool:

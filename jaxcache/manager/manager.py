@@ -16,29 +16,30 @@ Every acquisition is all or nothing: what fails, or comes back None, has changed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager.admission import Admission
-from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners
+from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_readable
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import WholeMemory
 from jaxcache.manager.swap import KeptCopy, warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
-from jaxcache.steps.buckets import Bucket, StepKind, default_buckets
+from jaxcache.steps.buckets import Bucket, StepKind
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.runner import StepRunner
+from jaxcache.steps.warm_up import Progress
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
 
@@ -88,14 +89,16 @@ class MemoryManager:
         self.runner = StepRunner(pool, req_to_token_pool, cache.components)
         self._stepping = tuple(component for component in cache.components if component.per_request)
         self._loops = DecodeLoops(allocator, req_to_token_pool)
-        buckets = default_buckets(
-            config.max_running,
-            config.chunk,
-            self.page_size,
-            maps=tuple(device_map.name for device_map in self.runner.maps),
-            has_states=bool(self._stepping),
+        self.planner = StepPlanner(
+            self.running,
+            req_to_token_pool,
+            allocator,
+            cache,
+            self._loops,
+            config.step_sizes,
+            tuple(device_map.name for device_map in self.runner.maps),
+            bool(self._stepping),
         )
-        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops, buckets)
         self._admission = Admission(config.max_context_len, cache, req_to_token_pool, self.planner, self.runner)
         self._whole = WholeMemory(self.running, cache, req_to_token_pool, self.runner)
 
@@ -193,15 +196,17 @@ class MemoryManager:
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
-    def next_chunk(self, request: Request, most: int) -> int:
-        """How many tokens of a running request to compute in its next step: `most`, or what is left, if fewer.
+    def next_chunk(self, request: Request, most: int, beside: int = 0) -> int:
+        """How many tokens of a running request to compute in its next step: what is left, but at most `most`.
 
-        With recurrent states it is less where that lets the step end at a point whose state is worth keeping: at the
-        branch point of an earlier request, or at the last page boundary.
+        It is fewer where several steps save more padding than they cost (`Buckets.step_cost`), and with recurrent
+        states where that lets the step end at a point whose state is worth keeping: at the branch point of an earlier
+        request, or at the last page boundary. `beside` are tokens of other requests in the same step; it is 0 where
+        they fill the largest one.
 
         Raises:
           RequestStateError: The request is not running.
-          ArgumentError: `most` is not positive.
+          ArgumentError: `most` is not positive, or `beside` is negative.
         """
         self.planner.require_running(request)
         if as_count("most", most) < 1:
@@ -210,7 +215,7 @@ class MemoryManager:
         end = min(request.num_tokens, start + most)
         for component in self._stepping:
             end = component.next_stop(start, end, request.num_tokens, request.branching_len)
-        return end - start
+        return self.planner.sizes.chunk(end - start, as_count("beside", beside))
 
     def working_state(self, request: Request) -> int:
         """The recurrent state that a running request's steps update; 0 without states."""
@@ -278,9 +283,29 @@ class MemoryManager:
         self.req_to_token_pool.touch(left_rows)  # also where the plan took no pages
         self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
 
-    def warm_up(self, step: Callable, *args: Any) -> None:
-        """Compiles `step` for every bucket, and the table patch, with batches of padding."""
-        for bucket in self.buckets:
+    def warm_up(
+        self,
+        step: Callable,
+        *args: Any,
+        kinds: Iterable[StepKind] = tuple(StepKind),
+        threads: int | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Compiles `step` for every bucket, and the table patch, and runs each with a batch of padding.
+
+        Args:
+          step: As for `run`.
+          *args: As for `run`; what has other shapes or dtypes later compiles again.
+          kinds: Steps of which kinds: call it once a kind where extend and decode are two functions.
+          threads: That compile; by default as many as there are processors, up to 8.
+          progress: Called after each executable, such as `jaxcache.steps.warm_up.show_progress`.
+
+        Cost: one XLA compilation a bucket, or a look into JAX's persistent compilation cache.
+        """
+        kinds = set(kinds)
+        buckets = [bucket for bucket in self.buckets if bucket.kind in kinds]
+        self.runner.compile_ahead(step, buckets, args, threads, progress)
+        for bucket in buckets:
             self.run(step, StepPlan.empty(bucket), *args)
         self.runner.warm_up()
 
@@ -359,11 +384,11 @@ class MemoryManager:
         self._loops.cancel(plan)
 
     def warm_up_loop(self, step: Callable, steps: int, width: int = 1, *args: Any) -> None:
-        """Compiles a loop of that many steps for every batch size, with batches of padding."""
-        for bucket in self.buckets:
-            if bucket.kind is StepKind.DECODE:
-                plan = LoopPlan.empty(LoopShape(bucket.requests, steps, width, self.page_size))
-                self.runner.run_loop(step, plan, *args)
+        """Compiles a loop of that many steps for every batch size, in threads, and runs each with padding."""
+        shapes = [LoopShape(size, steps, width, self.page_size) for size in self.planner.loop_sizes]
+        self.runner.compile_ahead(step, shapes, args)
+        for shape in shapes:
+            self.runner.run_loop(step, LoopPlan.empty(shape), *args)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -430,6 +455,8 @@ class MemoryManager:
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
 
+        Also that the next token of each of these finds what it attends to.
+
         Args:
           read_device: Also read the device table back and compare it with the host's.
 
@@ -440,6 +467,7 @@ class MemoryManager:
         """
         self.cache.check()
         check_owners(self.running, self.req_to_token_pool, self.cache.components)
+        check_readable(self.running, self.req_to_token_pool, self.cache.components)
         if read_device:
             self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import as_count
 from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError
 from jaxcache.index.key import Namespace, RadixKey, pack
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
-from jaxcache.pages.arguments import as_count
 from jaxcache.request import Request
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.loop_plan import LoopPlan, LoopReplay

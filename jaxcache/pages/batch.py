@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcache.arguments import MAX_SLOTS, as_int32, require_rows, require_same_length
 from jaxcache.errors import OwnershipError
-from jaxcache.pages.arguments import MAX_SLOTS, int32_array, require_rows, require_same_length
 from jaxcache.pages.ownership import PageOwners, PageState
 
 
 def batch_lengths(prefix_lens: ArrayLike, seq_lens: ArrayLike, page_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Both lengths as int32 (bs,), with `0 <= prefix_lens <= seq_lens` in every row. Raises ArgumentError if not."""
-    prefixes, lengths = int32_array("prefix_lens", prefix_lens), int32_array("seq_lens", seq_lens)
+    prefixes, lengths = as_int32("prefix_lens", prefix_lens), as_int32("seq_lens", seq_lens)
     require_same_length(prefix_lens=prefixes, seq_lens=lengths)
     longest = MAX_SLOTS - page_size
     require_rows(
@@ -34,7 +34,7 @@ def batch_last_loc(
       OwnershipError: if it lies in a page that nobody holds; or if its page would be filled further, but is not a
         request's own, or is that of two requests: somebody else's KV would be overwritten.
     """
-    slots = int32_array("last_loc", last_loc)
+    slots = as_int32("last_loc", last_loc)
     require_same_length(seq_lens=seq_lens, last_loc=slots)
     rows = {"prefix_lens": prefix_lens, "last_loc": slots}
     has_prefix = prefix_lens > 0

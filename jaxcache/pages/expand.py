@@ -1,4 +1,4 @@
-"""From pages to one slot a token, in NumPy: the host twin of `kernels/alloc_pages.py`.
+"""From new pages to one slot a token of a batch, in NumPy: the host twin of `kernels/alloc_pages.py`.
 
 Source: SGLang 0.5.2 allocator.py (alloc_extend_kernel, alloc_decode_kernel), as runs of consecutive slots.
 """
@@ -9,28 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.slots import pages_of
+
 if TYPE_CHECKING:
     from jaxtyping import Int32
-
-
-def pages_of(num_tokens: np.ndarray, page_size: int) -> np.ndarray:
-    """Pages that hold this many tokens: the quotient rounded up, safe for every int32."""
-    return num_tokens if page_size == 1 else -(-num_tokens // page_size)
-
-
-def distinct_pages(slots: np.ndarray, page_size: int) -> np.ndarray:
-    """The pages of these slots, ascending. Slots come in runs, so most repeats go before anything is sorted."""
-    pages = slots // page_size
-    starts_run = np.ones(len(pages), bool)
-    np.not_equal(pages[1:], pages[:-1], out=starts_run[1:])
-    return np.unique(pages[starts_run])
-
-
-def page_slots(pages: Int32[np.ndarray, " pages"], page_size: int) -> Int32[np.ndarray, " slots"]:
-    """Every slot of every page, page after page. O(len(pages) * page_size)."""
-    if page_size == 1:
-        return pages
-    return (pages[:, None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)).ravel()
 
 
 def extend_slots(

@@ -5,10 +5,11 @@ Source: SGLang 0.5.2 allocator.py (PagedTokenToKVPoolAllocator).
 
 from __future__ import annotations
 
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, FreeOrder
+from jaxcache.pages.allocator import FreeListAllocator
+from jaxcache.pages.free_list import FreeOrder
 
 
-class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
+class PagedTokenToKVPoolAllocator(FreeListAllocator):
     """Allocates whole pages of `page_size` slots: what was freed last is reused first, ascending inside one call.
 
     The arguments are those of `BaseTokenToKVPoolAllocator`.

@@ -3,8 +3,9 @@
 A full page holds `page_size` tokens for the layers of full attention, a window page the same tokens for the window's
 layers. Requests, tree and page table know full pages; a map says which window page each of them has:
 
-    full page     1  2  3  4  5  6        full_to_window = [0, 0, 0, 2, 5, 0, 0]
-    window page   -  -  2  5  -  -        0: none, because its tokens left every window
+                                      +-- full: an allocator of full pages
+    SWATokenToKVPoolAllocator --------+-- map: full page -> window page
+                                      +-- window: an allocator of window pages
 
 Both pages of a pair have the same owner. A full page outlives its window page, never the other way round.
 
@@ -13,51 +14,47 @@ Source: SGLang 0.5.2 allocator.py (SWATokenToKVPoolAllocator), which has pages o
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcache.arguments import as_count, as_int32, require_rows, require_same_length
 from jaxcache.errors import ArgumentError, BrokenInvariant, DoubleFreeError, OwnershipError, SnapshotError
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, CpuCopyable, FreeOrder, Snapshot
-from jaxcache.pages.arguments import as_count, int32_array, require_same_length
-from jaxcache.pages.ownership import PageState, require_owner
+from jaxcache.pages.allocator import FreeListAllocator, FreeOrder
+from jaxcache.pages.base import BaseTokenToKVPoolAllocator, require_whole_pages
+from jaxcache.pages.marks import Mark, Position
+from jaxcache.pages.ownership import PageOwners, PageState, require_owner
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.sglang import CpuCopyable
 from jaxcache.pages.token import TokenToKVPoolAllocator
+from jaxcache.pages.window_map import WindowMap, require_pages
+from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Books, Columns, prefixed
-from jaxcache.tables.changes import ChangeLog, TableChanges
+from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
 
-_NOBODYS = (PageState.FREE, PageState.PENDING, PageState.SINK)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SWASnapshot(Snapshot):
-    """A point of both sides. Opaque; compared by identity."""
-
-    window: Snapshot
-
 
 class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
-    """Allocates full pages, and a window page with each. It is the full side's allocator, and owns the window's.
+    """Allocates full pages, and a window page with each.
 
-    Every call of the base class acts on both sides, all or nothing: `alloc*` are short if either side is, and what is
-    freed or passed on takes its window page along. `states`, `count`, `free_pages` and the like tell of the full side;
-    those of `window` of the other.
+    Every call acts on both sides, all or nothing: `alloc*` are short if either side is, and what is freed or passed on
+    takes its window page along. `states`, `count`, `free_pages` and the like tell of the full side; those of `window`
+    of the other.
 
     Args:
       size: Usable slots of the full side, a multiple of `page_size`.
       size_swa: Usable slots of the window side, likewise.
       page_size: Slots a page, of both sides.
       kvcache: As in `BaseTokenToKVPoolAllocator`; a `SWAKVPool`.
-      need_sort: As in `BaseTokenToKVPoolAllocator`, for both sides.
+      need_sort: As in `BaseTokenToKVPoolAllocator`. Each side sorts when it is short itself.
 
     Attributes:
-      window: The allocator of window pages. Its books are for reading; its pages are given and taken through this
-        object, which keeps the map.
+      full: The allocator of full pages, for reading.
+      window: The allocator of window pages, for reading. Pages are given and taken through this object, which keeps the
+        map.
 
     Raises:
       ArgumentError: if a size is not a positive multiple of `page_size`, or slots would not fit int32.
@@ -81,25 +78,28 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         kvcache: CpuCopyable | None = None,
         need_sort: bool = False,
     ) -> None:
-        self.window = _window_allocator(size_swa, page_size, need_sort)
-        num_pages = as_count("size", size) // self.window.page_size
-        self._full_to_window = np.zeros(num_pages + 1, np.int32)
-        self._window_to_full = np.zeros(self.window.num_pages + 1, np.int32)
-        self._changes = ChangeLog(self._full_to_window)
+        require_whole_pages("size_swa", size_swa, page_size)
         super().__init__(size, page_size, kvcache=kvcache, need_sort=need_sort)
+        self.full = _one_side(size, page_size, need_sort)
+        self.window = _one_side(size_swa, page_size, need_sort)
+        self._map = WindowMap(self.full.num_pages, self.window.num_pages)
 
     @property
     def free_order(self) -> FreeOrder:
-        return self.window.free_order
+        """That of both sides."""
+        return self.full.free_order
+
+    @property
+    def _owners(self) -> PageOwners:
+        return self.full._owners
 
     def clear(self) -> None:
-        """Frees every page of both sides, empties the map, and forgets groups and snapshots. O(num_pages)."""
-        super().clear()
+        """Frees every page of both sides, empties the map, and forgets groups and marks. O(num_pages)."""
+        self.full.clear()
         self.window.clear()
-        mapped = np.flatnonzero(self._full_to_window).astype(np.int32)
-        self._unmap(mapped, self._full_to_window[mapped])
+        self._map.clear()
 
-    # Books.
+    # What is where.
 
     @property
     def size_full(self) -> int:
@@ -113,7 +113,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
 
     def full_available_size(self) -> int:
         """Slots that the full side could hand out now. O(1)."""
-        return super().available_size()
+        return self.full.available_size()
 
     def swa_available_size(self) -> int:
         """Slots that the window side could hand out now. O(1)."""
@@ -123,46 +123,40 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """Slots that `alloc` could hand out now: those of the side that has fewer. O(1)."""
         return min(self.full_available_size(), self.swa_available_size())
 
+    def pending_size(self) -> int:
+        """Slots of the full side freed inside the open free group."""
+        return self.full.pending_size()
+
+    @property
+    def free_pages(self) -> Int32[np.ndarray, " free"]:
+        """The full side's `free_pages`."""
+        return self.full.free_pages
+
+    @property
+    def release_pages(self) -> Int32[np.ndarray, " released"]:
+        """The full side's `release_pages`."""
+        return self.full.release_pages
+
     def debug_print(self) -> str:
         """One line with the number of pages in each state, for both sides."""
         return f"{super().debug_print()}; window: {self.window.debug_print()}"
 
     def check(self) -> None:
-        """Checks the map against the books: each window page in use belongs to one full page, of the same owner.
+        """Checks the map against both sides: each window page in use belongs to one full page, of the same owner.
 
         Raises:
           BrokenInvariant: says what does not agree.
 
         Cost: O(num_pages) of both sides.
         """
-        full = np.flatnonzero(self._full_to_window)
-        windows = self._full_to_window[full]
-        in_use = np.flatnonzero(~np.isin(self.window.states, _NOBODYS))
-        if not np.array_equal(np.sort(windows), in_use):
-            raise BrokenInvariant(
-                "each window page in use must belong to one full page, see window pages "
-                f"{_odd(windows, in_use)}, which the map and the window's allocator do not agree on"
-            )
-        if not np.array_equal(np.flatnonzero(self._window_to_full), in_use) or np.any(
-            self._window_to_full[windows] != full
-        ):
-            raise BrokenInvariant(f"the two directions of the map differ for some of the full pages {full[:5]}")
-        differs = self.states[full] != self.window.states[windows]
-        if differs.any():
-            page, window = full[differs][0], windows[differs][0]
-            raise BrokenInvariant(
-                f"full page {page} is {PageState(self.states[page]).name}, but its window page {window} is "
-                f"{PageState(self.window.states[window]).name}"
-            )
+        self._map.check(self.states, self.window.states)
 
     # The map.
 
     @property
     def full_to_window(self) -> Int32[np.ndarray, " num_pages+1"]:
         """The window page of every full page, index = full page id, 0 = none. A live, read-only view."""
-        view = self._full_to_window.view()
-        view.flags.writeable = False
-        return view
+        return self._map.full_to_window
 
     def window_pages(self, full_pages: ArrayLike) -> Int32[np.ndarray, " n"]:
         """The window page of each full page, 0 where there is none (and of page 0, the sink). O(n).
@@ -171,9 +165,9 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
           ArgumentError: if `full_pages` is no list of integers.
           OwnershipError: if a page is no page of this allocator.
         """
-        pages = int32_array("full_pages", full_pages)
+        pages = as_int32("full_pages", full_pages)
         self._owners.require_in_range("full_pages", pages, lowest=0)
-        return self._full_to_window[pages]
+        return self._map.windows_of(pages)
 
     def translate_loc_from_full_to_swa(self, kv_indices: ArrayLike) -> Int32[np.ndarray, " n"]:
         """The window slot of each full slot; 0, the sink, where there is none. O(n).
@@ -182,10 +176,10 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
           ArgumentError: if `kv_indices` is no list of integers.
           OwnershipError: if a slot lies in no page of this allocator.
         """
-        slots = int32_array("kv_indices", kv_indices)
+        slots = as_int32("kv_indices", kv_indices)
         pages = slots // self.page_size
         self._owners.require_in_range("kv_indices", pages, lowest=0)
-        windows = self._full_to_window[pages]
+        windows = self._map.windows_of(pages)
         offsets = slots - pages * np.int32(self.page_size)
         return np.where(windows > 0, windows * np.int32(self.page_size) + offsets, np.int32(0))
 
@@ -196,29 +190,28 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
           ArgumentError: if a token's window page is gone, and page 0 would be read; or `slots` is no list of integers.
           OwnershipError: if a slot lies in no page of this allocator.
         """
-        slots = int32_array(name, slots)
+        slots = as_int32(name, slots)
         windows = self.translate_loc_from_full_to_swa(slots)
         is_there = (windows > 0) | (slots < self.page_size)
-        rule = name + ": the window page of each must be there, but that of page {} is gone: compute its tokens again"
-        _require_pages(is_there, rule, slots // self.page_size)
+        rule = f"{name}: the window page of each must be there, else page 0 would be read: compute its tokens again"
+        require_rows(is_there, rule, page=slots // self.page_size)
         return windows
 
     def num_changed(self) -> int:
         """Entries of the map waiting to be sent to the device."""
-        return len(self._changes)
+        return len(self._map.changes)
 
     def take_changes(self, limit: int) -> TableChanges:
         """At most `limit` changed entries of the map, for `SWAKVPool.with_window_map`; they count as sent."""
-        return self._changes.take(limit)
+        return self._map.changes.take(limit)
 
     def send_all(self) -> None:
         """The device's copy of the map is a new one, of zeros: every entry waits that is not."""
-        self._changes.forget()
-        self._changes.mark(np.flatnonzero(self._full_to_window).astype(np.int32))
+        self._map.send_all()
 
     def give_back(self, changes: TableChanges) -> None:
         """Changes that were taken and did not reach the device wait again."""
-        self._changes.give_back(changes)
+        self._map.changes.give_back(changes)
 
     # Pages.
 
@@ -226,7 +219,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """Takes `n` full pages, and a window page for each but the first `without_window`. All become PRIVATE.
 
         Returns:
-          Full pages in free-list order, or None if either side is short (no page changes hands).
+          Full pages in free-list order, or None if either side is short (nothing has changed).
 
         Raises:
           ArgumentError: if `n` or `without_window` is negative or no int, or `without_window` exceeds `n`.
@@ -238,12 +231,39 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
             raise ArgumentError(f"without_window must be at most n = {n}, got {without_window}")
         return self._take(n, sort_above=n, without_window=without_window)
 
+    def _take(self, n: int, sort_above: int, without_window: int = 0) -> np.ndarray | None:
+        if not self.full.has(n):
+            return None
+        windows = self.window.alloc_pages(n - without_window)
+        pages = None if windows is None else self.full._take(n, sort_above)
+        if windows is not None and pages is not None:
+            self._map.pair(pages[without_window:], windows)
+        return pages
+
     def transfer(self, pages: ArrayLike, source: PageState, target: PageState) -> None:
         """Passes full pages, and the window pages they have, from one owner to another. As in the base class."""
-        pages = int32_array("pages", pages)
-        super().transfer(pages, source, target)
-        windows = self._full_to_window[pages]
+        pages = as_int32("pages", pages)
+        self.full.transfer(pages, source, target)
+        windows = self._map.windows_of(pages)
         self.window.transfer(windows[windows > 0], source, target)
+
+    def _require_last_loc(self, prefix_lens: np.ndarray, seq_lens: np.ndarray, last_loc: ArrayLike) -> np.ndarray:
+        slots = self.full._require_last_loc(prefix_lens, seq_lens, last_loc)
+        filled = slots[(prefix_lens % self.page_size > 0) & (seq_lens > prefix_lens)] // self.page_size
+        rule = "last_loc: page {} is to be filled, but its window page was freed: the last tokens must keep theirs"
+        require_pages(self._map.windows_of(filled) > 0, rule, filled)
+        return slots
+
+    def _release(self, name: str, pages: np.ndarray, owner: PageState) -> None:
+        self.full._release(name, pages, owner)
+        self._drop_windows(pages, owner)
+
+    def merge_and_sort_free(self) -> None:
+        """Merges and sorts the free lists of both sides, as in the base class."""
+        self.full.merge_and_sort_free()
+        self.window.merge_and_sort_free()
+
+    # Windows alone.
 
     def free_windows(self, full_pages: ArrayLike, owner: PageState) -> None:
         """Frees the window pages of full pages that `owner` holds and keeps. Those that have none are passed over.
@@ -260,7 +280,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         Cost: O(n), as `release`.
         """
         require_owner("owner", owner)
-        self._free_windows("full_pages", int32_array("full_pages", full_pages), owner)
+        self._free_windows("full_pages", as_int32("full_pages", full_pages), owner)
 
     def free_swa(self, free_index: ArrayLike) -> None:
         """`free_windows` of the PRIVATE pages of these slots. Slots and pages may be named again and again.
@@ -268,7 +288,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         Raises:
           DoubleFreeError, OwnershipError, ArgumentError: as `free_windows`.
         """
-        pages = int32_array("free_index", free_index) // self.page_size
+        pages = as_int32("free_index", free_index) // self.page_size
         first_mention = np.sort(np.unique(pages, return_index=True)[1])  # Tokens are freed in the order given.
         self._free_windows("free_index", pages[first_mention], PageState.PRIVATE)
 
@@ -282,9 +302,9 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
 
         Cost: O(n), as `release`.
         """
-        windows = int32_array("window_pages", window_pages)
+        windows = as_int32("window_pages", window_pages)
         self.window.release(windows, owner)
-        self._unmap(self._window_to_full[windows], windows)
+        self._map.unpair(self._map.pages_of(windows), windows)
 
     def move_swa(self, source: ArrayLike, target: ArrayLike) -> None:
         """`move_windows` for whoever knows slots, of whole pages, and where the targets are PRIVATE too.
@@ -292,7 +312,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         Raises:
           OwnershipError, ArgumentError: as `move_windows`; or if slots are not whole pages.
         """
-        pages = [_whole_pages("source", source, self.page_size), _whole_pages("target", target, self.page_size)]
+        pages = [whole_pages("source", source, self.page_size), whole_pages("target", target, self.page_size)]
         self.move_windows(*pages, owner=PageState.PRIVATE)
 
     def move_windows(self, source: ArrayLike, target: ArrayLike, owner: PageState = PageState.TREE) -> None:
@@ -309,103 +329,22 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
           OwnershipError: if a source is not PRIVATE, a target not of `owner`, or a page is named twice.
           ArgumentError: if the lists differ in length, a source has no window page, or a target has one.
 
-        Cost: O(n). Snapshots end, as at a free.
+        Cost: O(n). Marks end, as at a free.
         """
         require_owner("owner", owner)
-        source, target = int32_array("source", source), int32_array("target", target)
+        source, target = as_int32("source", source), as_int32("target", target)
         require_same_length(source=source, target=target)
         self._owners.require("source", source, PageState.PRIVATE, repeated=OwnershipError)
         self._owners.require("target", target, owner, repeated=OwnershipError)
-        windows = self._full_to_window[source]
-        _require_pages(windows > 0, "source: every page must have a window page, but page {} has none", source)
-        has_none = self._full_to_window[target] == 0
-        _require_pages(has_none, "target: every page must have no window page, but page {} has one", target)
-        self._snapshots = []
-        self._unmap(source, windows)
-        self._map(target, windows)
+        windows = self._map.windows_of(source)
+        require_pages(windows > 0, "source: every page must have a window page, but page {} has none", source)
+        has_none = self._map.windows_of(target) == 0
+        require_pages(has_none, "target: every page must have no window page, but page {} has one", target)
+        self.full.end_marks()
+        self._map.unpair(source, windows)
+        self._map.pair(target, windows)
         if owner is not PageState.PRIVATE:
             self.window.transfer(windows, PageState.PRIVATE, owner)
-
-    # Free groups, snapshots and sorting, of both sides.
-
-    def free_group_begin(self) -> None:
-        """Opens a free group of both sides. Groups nest."""
-        super().free_group_begin()
-        self.window.free_group_begin()
-
-    def free_group_end(self) -> None:
-        """Closes a free group of both sides. As in the base class."""
-        super().free_group_end()
-        self.window.free_group_end()
-
-    def backup_state(self) -> Snapshot:
-        """Remembers both free lists, so that `restore_state` can take back every allocation made after this. O(1)."""
-        window = self.window.backup_state()
-        last = self._snapshots[-1] if self._snapshots else None
-        if isinstance(last, SWASnapshot) and last.window is window and last.num_free == self._free.count:
-            return last
-        self._snapshots.append(SWASnapshot(self._free.head, self._free.count, window))
-        return self._snapshots[-1]
-
-    def restore_state(self, snapshot: Snapshot) -> None:
-        """Un-allocates every page of both sides taken since `snapshot`. As in the base class.
-
-        Raises:
-          SnapshotError: also if a window page was freed or moved in between.
-        """
-        taken = self._taken_since(snapshot)
-        if isinstance(snapshot, SWASnapshot):  # It is: it is one of this allocator's.
-            self.window.restore_state(snapshot.window)
-        super().restore_state(snapshot)
-        self._unmap(taken, self._full_to_window[taken])
-
-    def saved_books(self) -> Books:
-        """The books of both sides, and the map. As in the base class."""
-        both = super().saved_books() | prefixed("window", self.window.saved_books())
-        return both | {"full_to_window": self._full_to_window.copy()}
-
-    def restore_books(self, books: Columns) -> None:
-        """Makes a new allocator what the one with these books was; the device is yet to be told of the map."""
-        super().restore_books(books)
-        self.window.restore_books(books.part("window"))
-        windows = books.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
-        full = np.flatnonzero(windows)
-        self._map(full.astype(np.int32), windows[full].astype(np.int32))
-        try:
-            self.check()
-        except BrokenInvariant as problem:
-            raise SnapshotError(f"full_to_window: {problem}") from problem
-
-    def merge_and_sort_free(self) -> None:
-        """Merges and sorts the free lists of both sides, as in the base class."""
-        super().merge_and_sort_free()
-        self.window.merge_and_sort_free()
-
-    # Taking and giving back.
-
-    def _take(self, n: int, sort_above: int, without_window: int = 0) -> np.ndarray | None:
-        num_windows = n - without_window
-        if self.window.available_size() < num_windows * self.page_size:
-            return None
-        pages = super()._take(n, sort_above)
-        if pages is None:
-            return None
-        windows = self.window.alloc_pages(num_windows)
-        if windows is None:
-            raise BrokenInvariant(f"{num_windows} window pages are available, but cannot be taken")
-        self._map(pages[without_window:], windows)
-        return pages
-
-    def _require_last_loc(self, prefix_lens: np.ndarray, seq_lens: np.ndarray, last_loc: ArrayLike) -> np.ndarray:
-        slots = super()._require_last_loc(prefix_lens, seq_lens, last_loc)
-        filled = slots[(prefix_lens % self.page_size > 0) & (seq_lens > prefix_lens)] // self.page_size
-        rule = "last_loc: page {} is to be filled, but its window page was freed: the last tokens must keep theirs"
-        _require_pages(self._full_to_window[filled] > 0, rule, filled)
-        return slots
-
-    def _release(self, name: str, pages: np.ndarray, owner: PageState) -> None:
-        super()._release(name, pages, owner)
-        self._drop_windows(pages, owner)
 
     def _free_windows(self, name: str, pages: np.ndarray, owner: PageState) -> None:
         self._owners.require(name, pages, owner, repeated=DoubleFreeError)
@@ -413,53 +352,58 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
 
     def _drop_windows(self, pages: np.ndarray, owner: PageState) -> None:
         """Frees the window pages that these full pages of `owner`, which have been checked, have."""
-        windows = self._full_to_window[pages]
+        windows = self._map.windows_of(pages)
         has_window = windows > 0
         windows = windows[has_window]
         self.window.release(windows, owner)
-        self._unmap(pages[has_window], windows)
+        self._map.unpair(pages[has_window], windows)
 
-    def _map(self, pages: np.ndarray, windows: np.ndarray) -> None:
-        """Pairs full with window pages."""
-        self._full_to_window[pages] = windows
-        self._window_to_full[windows] = pages
-        self._changes.mark(pages.copy())  # The caller may write to its own array.
+    # Free groups, marks and what a snapshot keeps, of both sides.
 
-    def _unmap(self, pages: np.ndarray, windows: np.ndarray) -> None:
-        """Forgets pairs of full and window pages."""
-        self._full_to_window[pages] = 0
-        self._window_to_full[windows] = 0
-        self._changes.mark(pages.copy())
+    @property
+    def in_free_group(self) -> bool:
+        """See `SGLangNames.in_free_group`."""
+        return self.full.in_free_group
+
+    def free_group_begin(self) -> None:
+        """Opens a free group of both sides. Groups nest."""
+        self.full.free_group_begin()
+        self.window.free_group_begin()
+
+    def free_group_end(self) -> None:
+        """Closes a free group of both sides. As in the base class."""
+        self.full.free_group_end()
+        self.window.free_group_end()
+
+    def _positions(self) -> tuple[Position, ...]:
+        return self.full._positions() + self.window._positions()
+
+    def _rewind(self, mark: Mark) -> None:
+        full, window = mark.positions
+        pages, windows = self.full._taken_since(full), self.window._taken_since(window)
+        self.full._return(pages, full)
+        self.window._return(windows, window)
+        self._map.unpair(pages, self._map.windows_of(pages))
+
+    def saved_books(self) -> Books:
+        """The state of both sides, and the map. As in the base class."""
+        both = self.full.saved_books() | prefixed("window", self.window.saved_books())
+        return both | {"full_to_window": self.full_to_window.copy()}
+
+    def restore_books(self, books: Columns) -> None:
+        """Makes a new allocator what the one with this saved state was; the device is yet to be told of the map."""
+        self.full.restore_books(books)
+        self.window.restore_books(books.part("window"))
+        windows = books.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
+        pages = np.flatnonzero(windows).astype(np.int32)
+        self._map.pair(pages, windows[pages].astype(np.int32))
+        try:
+            self.check()
+        except BrokenInvariant as problem:
+            raise SnapshotError(f"full_to_window: {problem}") from problem
 
 
-def _window_allocator(size_swa: int, page_size: int, need_sort: bool) -> BaseTokenToKVPoolAllocator:
-    size_swa, page_size = as_count("size_swa", size_swa), as_count("page_size", page_size)
-    if page_size == 0 or size_swa == 0 or size_swa % page_size:
-        raise ArgumentError(
-            f"size_swa must be a positive multiple of page_size, got size_swa = {size_swa}, page_size = {page_size}: "
-            "round it to whole pages"
-        )
+def _one_side(size: int, page_size: int, need_sort: bool) -> FreeListAllocator:
     if page_size == 1:
-        return TokenToKVPoolAllocator(size_swa, need_sort=need_sort)
-    return PagedTokenToKVPoolAllocator(size_swa, page_size, need_sort=need_sort)
-
-
-def _require_pages(holds: np.ndarray, rule: str, pages: np.ndarray) -> None:
-    """Raises ArgumentError with the first page for which the rule does not hold."""
-    if not holds.all():
-        raise ArgumentError(rule.format(pages[holds.argmin()]))
-
-
-def _whole_pages(name: str, slots: ArrayLike, page_size: int) -> np.ndarray:
-    """The pages of these slots; raises ArgumentError if a page is not there whole and in order."""
-    slots = int32_array(name, slots)
-    pages = slots[::page_size] // page_size
-    if not np.array_equal(slots, np.add.outer(pages * page_size, np.arange(page_size)).ravel()):
-        raise ArgumentError(f"{name} must be whole pages: {page_size} consecutive slots from a multiple of {page_size}")
-    return pages
-
-
-def _odd(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """A few elements that only one side has, or that the first has twice."""
-    values, counts = np.unique(mine, return_counts=True)
-    return np.concatenate([np.setxor1d(values, theirs), values[counts > 1]])[:5]
+        return TokenToKVPoolAllocator(size, need_sort=need_sort)
+    return PagedTokenToKVPoolAllocator(size, page_size, need_sort=need_sort)

@@ -5,16 +5,17 @@ Source: pymllm's GDNPool (alloc_track_slot, free_track_slot); SGLang 0.5.2 memor
 
 from __future__ import annotations
 
-from jaxcache.pages.arguments import as_count, int32_array
+from jaxcache.arguments import as_count, as_int32
 from jaxcache.pages.ownership import PageState
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 
 class StateAllocator(TokenToKVPoolAllocator):
-    """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and snapshots, out of one list.
+    """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and checkpoints, out of one
+    list.
 
-    A request's states are PRIVATE; a snapshot that a prefix cache adopts is TREE. What a state held stays in it when it
-    is freed: whoever gets it next empties it, or copies another state over it, before reading.
+    A request's states are PRIVATE; a checkpoint that a prefix cache adopts is TREE. What a state held stays in it when
+    it is freed: whoever gets it next empties it, or copies another state over it, before reading.
 
     >>> states = StateAllocator(2)
     >>> states.alloc_track_slot(), states.alloc_track_slot(), states.alloc_track_slot()
@@ -37,4 +38,4 @@ class StateAllocator(TokenToKVPoolAllocator):
           OwnershipError: if it is not PRIVATE (the tree's states go back through `release`), or no state.
           ArgumentError: if it is no integer.
         """
-        self._release("slot", int32_array("slot", [as_count("slot", slot)]), PageState.PRIVATE)
+        self._release("slot", as_int32("slot", [as_count("slot", slot)]), PageState.PRIVATE)

@@ -5,10 +5,12 @@ Source: SGLang 0.5.2 allocator.py (TokenToKVPoolAllocator).
 
 from __future__ import annotations
 
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, CpuCopyable, FreeOrder
+from jaxcache.pages.allocator import FreeListAllocator
+from jaxcache.pages.free_list import FreeOrder
+from jaxcache.pages.sglang import CpuCopyable
 
 
-class TokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
+class TokenToKVPoolAllocator(FreeListAllocator):
     """Allocates single slots (`page_size` 1): a page is a slot, and slots are reused in the order they were freed.
 
     Args:
@@ -26,9 +28,9 @@ class TokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     True
     """
 
-    def __init__(self, size: int, *, kvcache: CpuCopyable | None = None, need_sort: bool = False) -> None:
-        super().__init__(size, 1, kvcache=kvcache, need_sort=need_sort)
-
     @property
     def free_order(self) -> FreeOrder:
         return FreeOrder.FIFO
+
+    def __init__(self, size: int, *, kvcache: CpuCopyable | None = None, need_sort: bool = False) -> None:
+        super().__init__(size, 1, kvcache=kvcache, need_sort=need_sort)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxcache.device.donation import donating, reading
@@ -23,6 +24,7 @@ from jaxcache.device.pool import DevicePool
 from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.pools.buffers import BufferInfo, buffer_infos
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
+from jaxcache.pools.layer_pages import LayerPages
 from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
 
 if TYPE_CHECKING:
@@ -74,6 +76,27 @@ class KVCache(LayerStack):
     def get_kv_buffer(self, layer: LayerId) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
+
+    def pages(self, layer: LayerId) -> LayerPages:
+        """The pages of a layer, to be read in place by attention. Inside a jitted step, where it costs nothing.
+
+        Args:
+          layer: Global layer id; may be traced. A traced one that names no layer gives some other layer's pages.
+
+        Raises:
+          ArgumentError: on a layer outside the pool, or outside a jitted step, where a view would be a copy of the
+            pool.
+          ShardingError: if this pool is sharded and this is not one shard of it.
+        """
+        self._require_one_shard()
+        is_debugging = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        is_inside = is_debugging or any(isinstance(buffer, Tracer) for buffer in self.buffers)
+        require(is_inside, "pages", "must be called inside a jitted step: outside, it would copy", "a pool with memory")
+        config = self.config
+        index = jnp.clip(jnp.asarray(self._layer_index(layer), jnp.int32), 0, config.layer_num - 1)
+        first, stride = config.placement.first_page(index, config.page_size)
+        arrays = tuple(buffer.reshape(-1, config.page_size, *buffer.shape[2:]) for buffer in self.buffers)
+        return LayerPages(arrays, (), first, None, stride, np.dtype(config.dtype))
 
     def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
         """The slots themselves, in the one stack that there is."""

@@ -40,11 +40,11 @@ class BufferInfo:
 
 def buffer_infos(config: KVCacheConfig, name: str, row: tuple[int, ...], itemsize: int) -> Iterator[BufferInfo]:
     """An info for each piece of the array `name`, whose rows have the shape `row` on this device."""
-    ids, pages = range(config.start_layer, config.start_layer + config.layer_num), config.rows // config.page_size
+    ids, pages = config.layer_ids, config.rows // config.page_size
     if config.layout is Layout.LAYER_MAJOR:
         return piece_infos(name, [(layer_id,) for layer_id in ids], (config.rows, *row), pages, itemsize)
     shape = (pages, config.layer_num, config.page_size, *row)
-    return piece_infos(name, [tuple(ids)], shape, pages, itemsize)
+    return piece_infos(name, [ids], shape, pages, itemsize)
 
 
 def piece_infos(

@@ -74,6 +74,8 @@ class PoolConfig(abc.ABC):
       start_layer: Global id of the first of them (pipeline parallelism).
       end_layer: Global id of the last of them; None means `start_layer + layer_num - 1`, and any other value is
         refused.
+      layers: Global ids of them in the order of the stack, where they are not consecutive: `(3, 7, 11)` for a model in
+        which every fourth layer attends. None: `start_layer .. end_layer`.
       axis_name: Mesh axis that the pool is sharded over, or None for a pool on one device. Every op on a sharded pool
         runs inside a `jax.shard_map` over that axis; see `jaxcache.pools.sharding`.
       shards: Devices along that axis.
@@ -90,12 +92,19 @@ class PoolConfig(abc.ABC):
     layer_num: int
     start_layer: int = 0
     end_layer: int | None = None
+    layers: tuple[int, ...] | None = None
     axis_name: str | None = None
     shards: int = 1
     global_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "layer_num", "shards")
+        if self.layers is not None:
+            require_layers("layers", self.layers, self.layer_num)
+            is_default = self.start_layer == 0 and self.end_layer is None
+            require(
+                is_default, "start_layer", "must be 0, and end_layer None, where layers are named", self.start_layer
+            )
         is_layer = isinstance(self.start_layer, (int, np.integer)) and bool(self.start_layer >= 0)
         require(is_layer, "start_layer", "must be an integer and not negative", self.start_layer)
         last = self.start_layer + self.layer_num - 1
@@ -104,7 +113,30 @@ class PoolConfig(abc.ABC):
         require(self.axis_name is not None or self.shards == 1, "shards", "must be 1 without an axis_name", self.shards)
         if self.global_layers is not None:
             require_layers("global_layers", self.global_layers, self.layer_num)
-        object.__setattr__(self, "end_layer", last)
+        object.__setattr__(self, "end_layer", last if self.layers is None else None)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Global ids of the layers, in the order of the stack."""
+        return self.layers or tuple(range(self.start_layer, self.start_layer + self.layer_num))
+
+    def layer_index(self, layer: Any) -> Any:
+        """The index into the stack of a global layer id; of a traced id that names no layer, one outside the stack.
+
+        Raises:
+          ArgumentError: if an id on the host names no layer, or is no integer.
+        """
+        if isinstance(layer, (int, np.integer)):
+            if self.layers is not None:
+                require(layer in self.layers, "layer", f"must be one of {self.layers}", layer)
+                return np.int32(self.layers.index(layer))
+            first, count = self.start_layer, self.layer_num
+            require(bool(first <= layer < first + count), "layer", f"must be in [{first}, {first + count})", layer)
+            return np.int32(layer - first)
+        if self.layers is None:
+            return layer - self.start_layer
+        found = jnp.asarray(self.layers, jnp.int32) == layer
+        return jnp.where(found.any(), jnp.argmax(found), -1).astype(jnp.int32)
 
     @property
     @abc.abstractmethod
@@ -210,10 +242,16 @@ def pool_dtype(name: str, dtype: DTypeLike) -> np.dtype:
 
 
 def require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
-    """Raises ArgumentError unless these are `count` distinct ids of layers."""
+    """Raises ArgumentError unless these are `count` different layer ids."""
     are_ids = isinstance(layers, tuple) and all(isinstance(i, (int, np.integer)) and i >= 0 for i in layers)
     require(are_ids, name, "must be a tuple of layer ids, integers from 0 on", layers)
     require(len(set(layers)) == len(layers) == count, name, f"must name {count} layers, each once", layers)
+
+
+def require(condition: bool, name: str, rule: str, value: Any) -> None:
+    """Raises ArgumentError with the argument, its rule and its value unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(f"{name} {rule}; got {value}")
 
 
 def require_positive(config: PoolConfig, *names: str) -> None:
@@ -222,9 +260,3 @@ def require_positive(config: PoolConfig, *names: str) -> None:
         value = getattr(config, name)
         is_positive = isinstance(value, (int, np.integer)) and bool(value > 0)
         require(is_positive, name, "must be positive, and an integer", value)
-
-
-def require(condition: bool, name: str, rule: str, value: Any) -> None:
-    """Raises ArgumentError with the argument, its rule and its value unless `condition` holds."""
-    if not condition:
-        raise ArgumentError(f"{name} {rule}; got {value}")

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
 from jaxcache.pools.copies import CpuCopy, PoolCopy
+from jaxcache.pools.layer_pages import LayerPages
 from jaxcache.pools.mamba import MambaConfig, MambaPool
 from jaxcache.pools.stack import LayerStack, MemoryPool
 from jaxcache.pools.swa import SWAConfig, SWACpuCopy
@@ -156,6 +157,11 @@ class HybridKVPool(MemoryPool):
     def with_states(self, states: MambaPool) -> Self:
         """This pool with its pool of states replaced, by an update of it."""
         return type(self)(self.kv, states)
+
+    def pages(self, layer: Any) -> LayerPages:
+        """The pages of an attention layer, as the KV pool's `pages` gives them."""
+        kv: Any = self.kv
+        return kv.pages(layer)
 
     def get_kv_size_bytes(self) -> Any:
         """Bytes of the KV, as its pool gives them; `pool.states` gives those of the states."""

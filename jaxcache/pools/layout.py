@@ -65,6 +65,10 @@ class LayerMajor:
         """The rows of each layer of that stack where the rows `loc` of all layers lie, layer after layer."""
         return loc
 
+    def first_page(self, layer: Any, page_size: int) -> tuple[Any, int]:
+        """Of an array seen as pages, the index of page 0 of a layer, and the distance from each page to the next."""
+        return layer * (self.rows // page_size), 1
+
     def whole_layer(self, array: Shaped[Array, "stack_layers stack_rows *row"], layer: Any) -> jax.Array:
         """The rows of one layer, as a copy; zeros if there is no such layer."""
         return array.at[layer].get(mode="fill", fill_value=0, wrap_negative_indices=False)
@@ -92,6 +96,9 @@ class PageMajor(LayerMajor):
     def locate_all(self, loc: Any) -> Any:
         every_layer = np.arange(self.layers, dtype=np.int32)
         return self.locate(every_layer[:, None], loc)[1].reshape(-1)
+
+    def first_page(self, layer: Any, page_size: int) -> tuple[Any, int]:
+        return layer, self.layers
 
     def whole_layer(self, array: Shaped[Array, "stack_layers stack_rows *row"], layer: Any) -> jax.Array:
         by_page = array.reshape(-1, self.layers, self.page_size, *array.shape[2:])

@@ -136,8 +136,7 @@ class MambaPool(LayerStack):
 
         Of a sharded pool this is one device's share, and the same on all of them.
         """
-        first, rows = self.config.start_layer, self.config.rows
-        ids = [(layer,) for layer in range(first, first + self.config.layer_num)]
+        rows, ids = self.config.rows, [(layer,) for layer in self.config.layer_ids]
         parts = zip(("conv", "temporal"), self.buffers, self.config.shard_row_shapes, strict=True)
         return tuple(
             info

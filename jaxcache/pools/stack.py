@@ -306,14 +306,11 @@ class LayerStack(MemoryPool):
 
     def _layer_index(self, layer: LayerId) -> Any:
         """The index into the stack of a global layer id."""
-        first, count = self.config.start_layer, self.config.layer_num
-        if isinstance(layer, (int, np.integer)):
-            require(first <= layer < first + count, "layer", f"must be in [{first}, {first + count})", layer)
-            return np.int32(layer - first)
-        require_array("layer", layer)
-        is_id = layer.shape == () and layer.dtype == np.int32
-        require(is_id, "layer", "must be an int or an int32 scalar", f"{layer.dtype}{list(layer.shape)}")
-        return layer - first
+        if not isinstance(layer, (int, np.integer)):
+            require_array("layer", layer)
+            is_id = layer.shape == () and layer.dtype == np.int32
+            require(is_id, "layer", "must be an int or an int32 scalar", f"{layer.dtype}{list(layer.shape)}")
+        return self.config.layer_index(layer)
 
     def checked_loc(self, name: str, loc: Any) -> Any:
         """Rows as int32: a checked NumPy array if they are on the host, unread if on the device or traced."""

@@ -31,6 +31,7 @@ from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require, require_layers
 from jaxcache.pools.copies import CpuCopy, PoolCopy
+from jaxcache.pools.layer_pages import LayerPages
 from jaxcache.pools.stack import LayerStack, MemoryPool, bucketed
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class SWAConfig:
             require(
                 side.start_layer == 0, f"{name}.start_layer", "must be 0: sides count by themselves", side.start_layer
             )
+            rule = f"must be None: give the ids to {name}_layers, sides count by themselves"
+            require(side.layers is None, f"{name}.layers", rule, side.layers)
             require_layers(f"{name}_layers", layers, side.layer_num)
             object.__setattr__(self, name, dataclasses.replace(side, global_layers=tuple(map(int, layers))))
         both = set(self.full_layers) & set(self.window_layers)
@@ -324,6 +327,13 @@ class SWAKVPool(MemoryPool):
     def get_kv_buffer(self, layer: int) -> tuple[Shaped[Array, " slots *row"], Shaped[Array, " slots *row"]]:
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
+
+    def pages(self, layer: int) -> LayerPages:
+        """The pages of a layer's side, as `KVCache.pages`; its `locate` takes full pages, also of a window's layer."""
+        index, is_window = self.config.locate(layer)
+        if not is_window:
+            return self.full.pages(index)
+        return dataclasses.replace(self.window.pages(index), window=self.full_to_window)
 
     def gather(self, loc: Int32[Array, " n"], layer: int) -> Any:
         """Reads the rows of `n` full slots in one layer, as `KVCache.gather`. Zeros where there is no window page."""

@@ -47,8 +47,8 @@ def load_snapshot(
 
     Args:
       path: As for `save_snapshot`.
-      config: As it was then; axis and shards, `max_running`, `max_context_len`, `chunk` and `state_interval` may
-        differ, and events may be on or off.
+      config: As it was then; axis and shards, `max_running`, `max_context_len`, `chunk`, `buckets` and
+        `state_interval` may differ, and events may be on or off.
       model: As it was then.
       mesh: Where a sharded pool lies, as for `init_memory_pool_and_cache`; any mesh that it fits on.
       threads: That read and checksum files; by default as many as there are processors, up to 16.

@@ -28,6 +28,7 @@ _MAY_DIFFER = {
     "axis_name",
     "shards",
     "chunk",
+    "buckets",
     "state_interval",
     "max_running",
     "max_context_len",

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxcache.arguments import as_count
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import LayerStack, pad_to
 from jaxcache.pools.stacks import parts_of, rows_per_part
 from jaxcache.snapshot.books import state_dict

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from types import MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 from jaxcache.device.donation import DonatingStep, donating, is_update
@@ -66,12 +68,14 @@ def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
 class CompiledSteps:
     """Jitted steps by function and static shape: an LRU cache, bounded by `max_functions`.
 
-    A caller that makes a new function for each call would otherwise keep every one of them alive, compiled.
+    A caller that makes a new function for each call would otherwise keep every one of them alive, compiled. Where one
+    is compiled for a shape that another function of the same code was compiled for, a warning says so, once.
     """
 
     def __init__(self, max_functions: int = MAX_FUNCTIONS):
         self._max_functions = max_functions
         self._steps: OrderedDict[Callable, dict[Hashable, DonatingStep]] = OrderedDict()
+        self._has_warned = False
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -85,5 +89,29 @@ class CompiledSteps:
         self._steps.move_to_end(step)
         by_shape = self._steps[step]
         if shape not in by_shape:
+            self._warn_if_made_anew(step, shape)
             by_shape[shape] = build()
         return by_shape[shape]
+
+    def _warn_if_made_anew(self, step: Callable, shape: Hashable) -> None:
+        code = _code_of(step)
+        if self._has_warned or code is None:
+            return
+        twins = [other for other, by_shape in self._steps.items() if shape in by_shape and _code_of(other) == code]
+        if twins:
+            self._has_warned = True
+            warnings.warn(
+                f"step: {code[0].co_qualname} is another function object than the one that was compiled for this shape "
+                "before, and is compiled again: make a function, lambda or partial once, and pass what changes to it",
+                stacklevel=5,
+            )
+
+
+def _code_of(step: Callable) -> tuple[CodeType, int] | None:
+    """What two functions have in common that were made by one line; None for other callables."""
+    partials = 0
+    while isinstance(step, functools.partial):
+        step, partials = step.func, partials + 1
+    if isinstance(step, MethodType):
+        step = step.__func__
+    return (step.__code__, partials) if isinstance(step, FunctionType) else None

@@ -28,6 +28,7 @@ from jaxcache.errors import ArgumentError
 from jaxcache.kernels.alloc_pages import SINK_SLOT
 from jaxcache.pages.allocator import FreeOrder
 from jaxcache.pages.graph import PageAllocatorState
+from jaxcache.steps.paged_attention import PagedAttention
 from jaxcache.tables.device_table import RequestTable
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class DecodeLoop:
       rows: How far each row is.
       table: The request table. Donated with the call; the steps write their new pages into it.
       allocator: The window of pages that the host lent to the loop, and how many of them are taken.
-      row: int32 (rows,), row of the request table; 0 for padding.
+      row: int32 (rows,), row of the request table; the number of its rows for padding, as in `Batch`.
       tag: int32 (rows,), a number of the engine's own, such as an adapter.
       state: int32 (rows,), recurrent state; 0 for padding and without states. A step uses `computing_state`.
       tokens: int32 (rows,), token id that each row computes first.
@@ -158,6 +159,19 @@ class DecodeLoop:
     def computing_state(self) -> Int32[Array, " rows"]:
         """Recurrent state of each row that computes a token in this step; of others 0, which no write reaches."""
         return jnp.where(self.rows.granted > 0, self.state, 0)
+
+    def attention(self, pool: Any, layer: Any) -> PagedAttention:
+        """What an attention op over pages is told of one layer in the present step, after `grow`: as `Batch.attention`.
+
+        The queries are the tokens of the step, row after row, `width` of each. Rows that compute nothing in this step
+        attend to nothing. Where a row got fewer slots than `width`, what its other queries find means nothing.
+        """
+        kv, width, computes = pool.pages(layer), self.shape.width, self.rows.granted > 0
+        prefix_len = jnp.where(computes, self.rows.seq_len, 0)
+        held = prefix_len + self.rows.granted
+        block_table = kv.locate(self.table.block_table(self.row, held, self.shape.page_size))
+        cu_q = jnp.arange(self.shape.requests + 1, dtype=jnp.int32) * width
+        return PagedAttention(kv, block_table, prefix_len, jnp.where(computes, prefix_len + width, 0), cu_q)
 
     def grow(self) -> tuple[DecodeLoop, Int32[Array, "rows width"]]:
         """Gives the next `width` tokens of each active row a slot, taking pages where the row's own are full.
@@ -210,7 +224,7 @@ class DecodeLoop:
         first = jnp.cumsum(need, dtype=jnp.int32) - need
         page = pages.at[first[:, None] + ordinal].get(mode="clip")
         max_pages = self.table.pages.shape[1]
-        index = (self.row * max_pages + self.rows.num_pages)[:, None] + ordinal
+        index = (self.row * max_pages + self.rows.num_pages)[:, None] + ordinal  # of padding: nowhere, it needs none
         index = jnp.where(ordinal < need[:, None], index, NOWHERE)
         return index.ravel(), page.ravel()
 
@@ -231,7 +245,8 @@ def unpack_loop(packed: Int32[Array, " size"], shape: LoopShape, table: RequestT
         free_order=FreeOrder.LIFO,  # no step of a loop frees
     )
     rows = DecodeRows.start(parts["seq_len"], parts["limit"], shape.page_size)
-    return DecodeLoop(rows, table, window, parts["row"], parts["tag"], parts["state"], parts["tokens"], shape)
+    row = jnp.where(rows.limit > 0, parts["row"], table.pages.shape[0])
+    return DecodeLoop(rows, table, window, row, parts["tag"], parts["state"], parts["tokens"], shape)
 
 
 def _namespace(array: Any) -> Any:

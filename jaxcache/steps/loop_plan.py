@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError, SnapshotError
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState, Snapshot
-from jaxcache.pages.arguments import int32_array
-from jaxcache.pages.expand import pages_of
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, Mark, PageState
 from jaxcache.request import Request
+from jaxcache.slots import pages_of
 from jaxcache.steps.loop import DecodeRows, LoopShape
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -181,7 +181,7 @@ def loop_limits(
     Raises:
       ArgumentError: they are not one a request, or one is above `longest` or leaves its request nothing to compute.
     """
-    limit = np.full(len(requests), longest, np.int32) if limits is None else int32_array("limits", limits)
+    limit = np.full(len(requests), longest, np.int32) if limits is None else as_int32("limits", limits)
     if len(limit) != len(requests):
         raise ArgumentError(f"limits must be one a request, got {len(limit)} for {len(requests)} requests")
     is_wrong = (limit <= kv_len) | (limit > longest)
@@ -203,7 +203,7 @@ class PageLoan:
       pages: int32, PRIVATE, just taken.
     """
 
-    def __init__(self, allocator: BaseTokenToKVPoolAllocator, before: Snapshot, pages: Int32[np.ndarray, " pages"]):
+    def __init__(self, allocator: BaseTokenToKVPoolAllocator, before: Mark, pages: Int32[np.ndarray, " pages"]):
         self.pages = pages
         self._allocator, self._before, self._after = allocator, before, allocator.backup_state()
         allocator.transfer(pages, PageState.PRIVATE, PageState.IN_FLIGHT)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxcache.arguments import as_count
 from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.arguments import as_count
-from jaxcache.pages.expand import pages_of
 from jaxcache.request import Request, RequestState
-from jaxcache.steps.buckets import Bucket, StepKind, smallest
+from jaxcache.slots import pages_of
+from jaxcache.steps.buckets import Bucket, Buckets, StepKind, smallest
 from jaxcache.steps.decode_batch import DecodeCursor, RunningBatch
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, loop_limits
@@ -53,10 +53,13 @@ class StepPlanner:
       allocator: Where fresh pages come from.
       cache: What is evicted for them.
       loops: Whose requests cannot be planned.
-      buckets: Static shapes of steps.
+      sizes: How large the steps are that are compiled.
+      maps: Names of the maps in the pool that steps bring changes of.
+      has_states: Whether each request has a recurrent state.
 
     Attributes:
-      buckets: As given.
+      sizes: As given.
+      buckets: The static shapes of these sizes.
     """
 
     def __init__(
@@ -66,13 +69,21 @@ class StepPlanner:
         allocator: BaseTokenToKVPoolAllocator,
         cache: BasePrefixCache,
         loops: DecodeLoops,
-        buckets: Sequence[Bucket],
+        sizes: Buckets,
+        maps: tuple[str, ...] = (),
+        has_states: bool = False,
     ):
         self._running, self._table, self._loops = running, table, loops
         self._allocator, self._cache = allocator, cache
-        self.buckets = tuple(buckets)
+        self.sizes = sizes
+        self.buckets = sizes.shapes(table.page_size, maps=maps, has_states=has_states)
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
+
+    @property
+    def loop_sizes(self) -> list[int]:
+        """Rows that decode loops are padded to, ascending."""
+        return sorted({bucket.requests for bucket in self.buckets if bucket.kind is StepKind.DECODE})
 
     def require_running(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
@@ -126,7 +137,7 @@ class StepPlanner:
         if target.max() > table.max_context_len:
             self._refuse_longer(batch, target)
         new = pages_of(more - room, table.page_size)
-        bucket = smallest(self.buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
+        bucket = smallest(self.buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()), int(target.max()))
         fresh = self.take_pages(int(new.sum()))
         if fresh is None:
             return None
@@ -144,7 +155,7 @@ class StepPlanner:
         if cursor.longest > self._table.max_context_len:
             self._refuse_longer(cursor.batch, target)
         num_pages = len(cursor.growing)
-        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages, cursor.longest)
         fresh = self.take_pages(num_pages)
         if fresh is None:
             return None

@@ -24,9 +24,12 @@ from jaxcache.device.staging import Uploads
 from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
+from jaxcache.steps.buckets import Bucket
 from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
+from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.steps.plan import StepPlan
+from jaxcache.steps.warm_up import Progress, compile_ahead
 from jaxcache.tables.changes import TableChanges
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -116,8 +119,8 @@ class StepRunner:
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
-        bucket, page_size, patches = plan.bucket, self._host_table.page_size, self._patches
-        jitted = self.compiled.find(step, bucket, lambda: whole_step(step, bucket, page_size, patches))
+        bucket = plan.bucket
+        jitted = self._jitted(step, bucket)
         map_room = bucket.changes if bucket.maps else 0
         self.send_changes(bucket.changes, map_room)
         changes = self._host_table.take_changes(bucket.changes)
@@ -134,21 +137,55 @@ class StepRunner:
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> tuple[Any, Any]:
         """Dispatches a decode loop. Returns its books, which are for a debug check to read, and its `out`."""
-        jitted = self.compiled.find(step, plan.shape, lambda: whole_loop(step, plan.shape))
+        jitted = self._jitted(step, plan.shape)
         self.send_changes()
         return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)
 
     def _dispatch(
         self, jitted: DonatingStep, size: int, pack: Callable[[np.ndarray], Any], args: tuple[Any, ...]
     ) -> Any:
-        if size not in self._uploads:
-            self._uploads[size] = Uploads(size, self._everywhere)
-        slot = self._uploads[size].take()
+        uploads = self._uploads_of(size)
+        slot = uploads.take()
         pack(slot.values)
         slot.fill_copies()
         self._pool, self.table, packed, out = jitted.on_own_pools(2, self.pool, self.table, slot.array, *args)
-        self._uploads[size].give_back(slot, packed)
+        uploads.give_back(slot, packed)
         return out
+
+    def _uploads_of(self, size: int) -> Uploads:
+        if size not in self._uploads:
+            self._uploads[size] = Uploads(size, self._everywhere)
+        return self._uploads[size]
+
+    def _jitted(self, step: Callable, shape: Bucket | LoopShape) -> DonatingStep:
+        def build() -> DonatingStep:
+            if isinstance(shape, LoopShape):
+                return whole_loop(step, shape)
+            return whole_step(step, shape, self._host_table.page_size, self._patches)
+
+        return self.compiled.find(step, shape, build)
+
+    def compile_ahead(
+        self,
+        step: Callable,
+        shapes: Sequence[Bucket | LoopShape],
+        args: tuple[Any, ...],
+        threads: int | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Compiles a step or a loop for these shapes, in threads; see `jaxcache.steps.warm_up`.
+
+        Steps on a pool that another framework shares take what to wait for as well: they compile when they first run.
+        """
+        if not self.pool.is_shared:
+            lowered = (self._lowered(self._jitted(step, shape), shape.packing.size, args) for shape in shapes)
+            compile_ahead(lowered, len(shapes), threads=threads, progress=progress)
+
+    def _lowered(self, jitted: DonatingStep, size: int, args: tuple[Any, ...]) -> jax.stages.Lowered:
+        uploads = self._uploads_of(size)
+        slot = uploads.take()
+        uploads.give_back(slot, slot.array)  # nobody is to read it
+        return jitted.lower(self.pool, self.table, slot.array, *args)
 
     def send_changes(self, room: int = 0, map_room: int = 0) -> None:
         """Sends changes ahead of a step that has room for no more than so many of the table and of each map."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError
+from jaxcache.arguments import as_count
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -66,10 +66,9 @@ class ChangeLog:
         """At most `limit` changed entries with their values of this moment; they count as sent.
 
         Raises:
-          ArgumentError: `limit` is negative.
+          ArgumentError: `limit` is negative or no integer.
         """
-        if limit < 0:
-            raise ArgumentError(f"limit must not be negative, got {limit}")
+        limit = as_count("limit", limit)
         waiting = np.concatenate(self._waiting) if self._waiting else np.empty(0, np.int32)
         index = waiting[:limit]
         self.forget()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcache.device.pool import DevicePool
@@ -33,5 +34,31 @@ class RequestTable(DevicePool):
     def slots(
         self, row: Int32[Array, " tokens"], position: Int32[Array, " tokens"], page_size: int
     ) -> Int32[Array, " tokens"]:
-        """Slot of each (row, position). Positions past a request's end give stale slots: mask them."""
-        return self.pages[row, position // page_size] * page_size + position % page_size
+        """Slot of each (row, position). Positions past a request's end give stale slots: mask them.
+
+        A row past the end, as padding has, gives the slots of another row.
+        """
+        page = self.pages.at[row, position // page_size].get(mode="clip")
+        return page * page_size + position % page_size
+
+    def block_table(
+        self,
+        row: Int32[Array, " requests"],
+        seq_len: Int32[Array, " requests"],
+        page_size: int,
+        context: int | None = None,
+    ) -> Int32[Array, "requests pages"]:
+        """The pages of some rows, those behind the last one of `seq_len` tokens being 0, the sink.
+
+        Args:
+          row: Which rows. One past the end, as padding has, must have a `seq_len` of 0.
+          seq_len: Tokens of each.
+          page_size: Tokens a page.
+          context: Most tokens that any of them has: the table is cut to so many. By default it is not cut.
+
+        Cost: a copy of so many rows.
+        """
+        width = self.pages.shape[1] if context is None else min(self.pages.shape[1], -(-context // page_size))
+        pages = self.pages[:, :width].at[row].get(mode="clip")
+        first = jnp.arange(width, dtype=jnp.int32) * page_size
+        return jnp.where(first < seq_len[:, None], pages, 0)

@@ -16,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcache.arguments import as_count, as_int32
 from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
+from jaxcache.tables.page_list import PageList
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -101,9 +104,7 @@ class ReqToTokenPool:
 
     def alloc(self, need_size: int) -> list[int] | None:
         """`need_size` rows, or None if fewer are free."""
-        if not isinstance(need_size, (int, np.integer)) or need_size < 0:
-            raise ArgumentError(f"need_size must be an integer and must not be negative, got {need_size!r}")
-        if need_size > len(self._free):
+        if as_count("need_size", need_size) > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
         self._is_free[rows] = False
@@ -146,18 +147,13 @@ class ReqToTokenPool:
         if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
             raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
         start, stop, step = columns.indices(self.max_context_len)
-        values = np.asarray(values)
-        is_list = values.ndim == 1 and (values.size == 0 or values.dtype.kind in "iu")
-        if not is_list or (values.size and not 0 <= values.min() <= values.max() < 2**31):
-            raise ArgumentError(f"values must be a list of slots in [0, 2**31), got {values.dtype}{list(values.shape)}")
+        values = as_int32("values", values)
         if step != 1 or len(values) != stop - start:
             raise ArgumentError(f"values: {len(values)} slots do not fit columns {start}:{stop}:{step}")
-        size = self.page_size
-        pages = values[::size] // size
-        expanded = (pages[:, None] * size + np.arange(size)).reshape(-1)[: len(values)]
-        if start % size or not np.array_equal(expanded, values):
-            raise ArgumentError(f"values must be whole pages of {size} consecutive slots and start at a page")
-        self.write_pages(int(row), start // size, pages)
+        if start % self.page_size:
+            raise ArgumentError(f"indices: the slice must start at a page of {self.page_size} slots, got {start}")
+        pages = whole_pages("values", values, self.page_size, last_may_end=True)
+        self.write_pages(int(row), start // self.page_size, pages)
 
     def write_pages(self, row: int, first: int, pages: Int32[np.ndarray, " pages"], on_device: bool = False) -> None:
         """Entries `[first, first + len(pages))` of `row` become `pages`; the device learns of it with the next patch.
@@ -262,6 +258,22 @@ class ReqToTokenPool:
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
         return self._pages[row, first:stop]
+
+    def page_list(self, rows: Int32[np.ndarray, " rows"], seq_len: Int32[np.ndarray, " rows"]) -> PageList:
+        """The pages of the first `seq_len` tokens of some rows in one list, for kernels that are planned on the host.
+
+        Raises:
+          ArgumentError: A row has no pages for so many tokens.
+
+        Cost: some NumPy calls, and a copy of the pages.
+        """
+        counts = -(-seq_len // self.page_size)
+        if (counts > self.num_pages[rows]).any() or (seq_len < 0).any():
+            raise ArgumentError(f"seq_len must be tokens that rows have pages for, got {seq_len} for rows {rows}")
+        indptr = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=indptr[1:])
+        indices = self._pages[np.repeat(rows, counts), _runs(np.zeros_like(counts), counts)]
+        return PageList(indptr, indices, seq_len - np.maximum(counts - 1, 0) * self.page_size)
 
     def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
         """Working state of each of these rows; empty, as rows have none here."""

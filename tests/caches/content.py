@@ -22,7 +22,6 @@ from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import LockedError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.policies.registry import Policy
-from jaxcache.index.slots import expand_pages
 from jaxcache.manager.audit import check_owners
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
@@ -30,6 +29,7 @@ from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.request import Request, RequestState
+from jaxcache.slots import page_slots
 from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
@@ -237,7 +237,7 @@ class ContentLife:
         if not length or self.shape.disable or not self.cache.make_room(pages, states, without_window=without_window):
             return
         fresh = self.allocator.alloc_pages(*([pages, without_window] if without_window else [pages]))
-        slots = expand_pages(fresh, page)
+        slots = page_slots(fresh, page)
         self.full[slots] = self.contents(key, length)
         if self.shape.window is not None:
             windows = self.allocator.translate_loc_from_full_to_swa(slots)
@@ -295,7 +295,7 @@ class ContentLife:
 
     def slots(self, request: Request) -> np.ndarray:
         pages = self.table.row_pages(request.req_pool_idx, 0, request.num_pages)
-        return expand_pages(pages, self.shape.page_size)
+        return page_slots(pages, self.shape.page_size)
 
     def check_match(self, key: RadixKey, found: Any) -> None:
         """What a lookup found is what was computed for these very tokens."""
@@ -344,11 +344,11 @@ class ContentLife:
                 tokens = elements[:, 0].tolist() + elements[-1, 1:].tolist()
                 hashes = prefix_hashes(namespace, tokens)
                 expected = hashes[1 + self.shape.is_eagle :][node.start : node.end]
-                assert self.full[expand_pages(node.value, page)].tolist() == expected
+                assert self.full[page_slots(node.value, page)].tolist() == expected
                 for i, component in enumerate(self.cache.tree.components):
                     value = node.slot(i).value
                     if value is not None and component.name == "window":
-                        assert self.windows[expand_pages(value, page)].tolist() == expected
+                        assert self.windows[page_slots(value, page)].tolist() == expected
                     if value is not None and component.name == "state":
                         assert self.state_store[value[0]] == hashes[node.end]
 

@@ -182,7 +182,7 @@ def test_insert_checks_slots_before_anything_changes():
     slots = allocator.alloc(8)
     for value, rule in [
         (slots[:7], "the key needs 8 slots, got 7"),
-        (slots.astype(np.float32), "integer slots"),
+        (slots.astype(np.float32), "must hold integers"),
         (slots.reshape(2, 4), "one-dimensional"),
         (slots[::-1].copy(), "whole pages"),
         (slots + 1, "whole pages"),

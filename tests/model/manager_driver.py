@@ -22,6 +22,7 @@ from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
+from jaxcache.steps.buckets import Buckets
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.plan import StepPlan
 
@@ -47,6 +48,12 @@ _POOL_PAGES = {1: 64, 4: 40, 16: 12}
 _compiled: dict[int, CompiledSteps] = {}
 
 
+def few_buckets(max_running: int, chunk: int) -> Buckets:
+    """Two sizes of each kind: enough to choose from, and little to compile."""
+    sizes = {2, max_running}
+    return Buckets(tuple(sorted(sizes)), tuple(sorted({-(-chunk // 8), chunk})), (max_running,))
+
+
 def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4, **options) -> MemoryManager:
     """A manager with two layers of two numbers a row, and `num_pages` pages to use.
 
@@ -56,6 +63,7 @@ def small_manager(page_size: int = 4, num_pages: int = 16, max_running: int = 4,
     size = page_size * _POOL_PAGES[page_size]
     kv = MHAConfig(size=size, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=2)
     options = {"max_context_len": 64, "chunk": 32} | options
+    options = {"buckets": few_buckets(max_running, options["chunk"])} | options
     manager = init_memory_pool_and_cache(MemoryConfig(kv=kv, max_running=max_running, **options))
     manager.runner.compiled = _compiled.setdefault(page_size, CompiledSteps())
     withheld = np.arange(num_pages + 1, _POOL_PAGES[page_size] + 1, dtype=np.int32)

@@ -52,12 +52,15 @@ class Model:
         self.pending: list[int] = []
         self.depth = 0
         self.owner = [SINK] + [FREE] * self.num_pages
-        self.reordered = 0  # Counts what invalidates snapshots.
+        self.reordered = 0  # Counts what ends marks.
 
     def available(self) -> int:
         return (len(self.free_pages) + len(self.release_pages) + len(self.pending)) * self.page_size
 
     def merge_and_sort(self) -> None:
+        self.sort_own()
+
+    def sort_own(self) -> None:
         if self.release_pages:
             self.free_pages = sorted(self.free_pages + self.release_pages)
             self.release_pages = []
@@ -74,14 +77,18 @@ class Model:
         setattr(self, name, sorted(pages) + target if self.lifo else target + pages)
         self.reordered += 1
 
+    def has(self, n: int) -> bool:
+        return n <= self.available() // self.page_size
+
     def take(self, n: int, trigger: int) -> list[int] | None:
-        if self.need_sort and trigger > len(self.free_pages):
-            self.merge_and_sort()
-        if len(self.free_pages) < n <= self.available() // self.page_size:
-            self.join_pending()
-            self.merge_and_sort()
-        if n > len(self.free_pages):
+        """What is short is refused before anything is sorted."""
+        if not self.has(n):
             return None
+        if self.need_sort and trigger > len(self.free_pages):
+            self.sort_own()
+        if n > len(self.free_pages):
+            self.join_pending()
+            self.sort_own()
         pages, self.free_pages = self.free_pages[:n], self.free_pages[n:]
         for page in pages:
             self.owner[page] = PRIVATE

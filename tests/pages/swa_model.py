@@ -16,18 +16,16 @@ class SWAModel(Model):
     def clear(self) -> None:
         self.window = Model(self.num_windows, self.page_size, self.lifo, self.need_sort)
         self.window_of: dict[int, int] = {}
-        self.moves = 0  # Counts what invalidates snapshots, beside the reorders of both sides.
+        self.moves = 0  # Counts what ends marks, beside the reorders of both sides.
         super().clear()
 
     def take(self, n: int, trigger: int, without_window: int = 0) -> list[int] | None:
+        """Each side sorts when it is short itself, and neither when one of them cannot give what is wanted."""
         wanted = n - without_window
-        if wanted > self.window.available() // self.page_size:
+        if not (self.has(n) and self.window.has(wanted)):
             return None
-        pages = super().take(n, trigger)
-        if pages is None:
-            return None
-        windows = self.window.take(wanted, wanted)
-        assert windows is not None
+        pages, windows = super().take(n, trigger), self.window.take(wanted, wanted)
+        assert pages is not None and windows is not None
         self.window_of |= dict(zip(pages[without_window:], windows, strict=True))
         return pages
 
@@ -52,7 +50,7 @@ class SWAModel(Model):
         self.window.merge_and_sort()
 
     def epoch(self) -> tuple[int, int, int]:
-        """A snapshot is good only while this stays the same."""
+        """A mark is good only while this stays the same."""
         return self.reordered, self.window.reordered, self.moves
 
     def window_states(self) -> list[int]:

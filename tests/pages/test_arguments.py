@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, FreeListAllocator, PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
@@ -182,9 +182,10 @@ def test_slots_must_fit_int32():
         PagedTokenToKVPoolAllocator(2**31, 2**20)
 
 
-def test_the_base_class_has_no_free_order():
+@pytest.mark.parametrize("kind", [BaseTokenToKVPoolAllocator, FreeListAllocator])
+def test_the_base_classes_have_no_free_order(kind):
     with pytest.raises(TypeError, match="free_order"):
-        BaseTokenToKVPoolAllocator(8, 4)
+        kind(8, 4)
 
 
 def test_any_page_size_one_double_in_one_call():

@@ -27,9 +27,9 @@ def test_every_state_is_handed_out_once_and_never_the_sink():
         (1, OwnershipError, "page 1 is TREE"),
         (0, OwnershipError, "page 0 is the sink"),
         (9, OwnershipError, "none of this allocator's"),
-        ("a", ArgumentError, "slot must be an int, got str"),
-        ([3], ArgumentError, "slot must be an int, got list"),
-        (None, ArgumentError, "slot must be an int, got NoneType"),
+        ("a", ArgumentError, "slot must be an integer, got str"),
+        ([3], ArgumentError, "slot must be an integer, got list"),
+        (None, ArgumentError, "slot must be an integer, got NoneType"),
     ],
 )
 def test_only_the_owner_of_a_state_may_free_it(state, error, message):

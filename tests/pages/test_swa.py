@@ -440,7 +440,7 @@ def test_check_sees_what_does_not_agree(allocator, case):
     ],
 )
 def test_check_sees_a_map_that_is_no_bijection(allocator, direction, entry, value):
-    getattr(allocator, direction)[entry] = value
+    getattr(allocator._map, direction)[entry] = value
     with pytest.raises(BrokenInvariant):
         allocator.check()
 

@@ -10,6 +10,8 @@ import pytest
 from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import AscendPagedTokenToKVPoolAllocator, PagedTokenToKVPoolAllocator
+from jaxcache.pages.pair import SWATokenToKVPoolAllocator
+from jaxcache.pages.states import StateAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 
 PRIVATE, TREE = PageState.PRIVATE, PageState.TREE
@@ -233,7 +235,7 @@ def test_s04_a_snapshot_inside_a_group_dies_with_the_group():
     assert allocator.free_pages.tolist() == [1, 3, 4]
 
 
-def test_s04_sorting_kills_a_snapshot():
+def test_s04_sorting_ends_a_mark():
     allocator = paged(need_sort=True)
     slots = allocator.alloc(12)
     allocator.free(slots[4:])
@@ -389,3 +391,43 @@ def test_s09_every_slot_is_handed_out_once_and_lies_in_the_buffer(page_size):
     slots = allocator.alloc(192)
     assert np.array_equal(np.sort(slots), np.arange(page_size, 192 + page_size))
     assert allocator.alloc(page_size) is None
+
+
+# An alloc that was refused sorted the free list all the same: that ended marks, and changed the order of the next one.
+
+REFUSED = {
+    "alloc": lambda a: a.alloc(3 * a.page_size),
+    "alloc_pages": lambda a: a.alloc_pages(3),
+    "alloc_extend": lambda a: a.alloc_extend([0], [3 * a.page_size], [-1], 3 * a.page_size),
+    "extend_pages": lambda a: a.extend_pages([0], [3 * a.page_size]),
+    "alloc_decode": lambda a: a.alloc_decode([1, 1, 1], [-1, -1, -1]),
+}
+SORTED_KINDS = {
+    "token": lambda: TokenToKVPoolAllocator(4, need_sort=True),
+    "state": lambda: StateAllocator(4, need_sort=True),
+    "paged": lambda: paged(need_sort=True),
+    "pair": lambda: SWATokenToKVPoolAllocator(16, 16, 4, need_sort=True),
+    "pair, the window is short": lambda: SWATokenToKVPoolAllocator(32, 16, 4, need_sort=True),
+    "pair, the full side is short": lambda: SWATokenToKVPoolAllocator(16, 32, 4, need_sort=True),
+}
+
+
+@pytest.mark.parametrize("in_group", [False, True])
+@pytest.mark.parametrize("call", REFUSED)
+@pytest.mark.parametrize("kind", SORTED_KINDS)
+def test_a_refused_alloc_sorts_nothing_and_keeps_marks(kind, call, in_group):
+    allocator = SORTED_KINDS[kind]()
+    sides = [allocator, allocator.window] if isinstance(allocator, SWATokenToKVPoolAllocator) else [allocator]
+    pages = allocator.alloc_pages(4)
+    allocator.release(pages[2:3], PRIVATE)
+    if in_group:
+        allocator.free_group_begin()
+    allocator.release(pages[:1], PRIVATE)
+    mark = allocator.backup_state()
+    before = [(books(side), side.available_size(), side.pending_size()) for side in sides]
+    assert REFUSED[call](allocator) is None
+    assert [(books(side), side.available_size(), side.pending_size()) for side in sides] == before
+    assert allocator.backup_state() is mark
+    if not in_group:
+        allocator.restore_state(mark)
+        assert [(books(side), side.available_size(), side.pending_size()) for side in sides] == before

@@ -13,9 +13,11 @@ from jaxcache.caches.lora_radix import LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
+from jaxcache.components.window import WindowPages
 from jaxcache.errors import BrokenInvariant
 from jaxcache.index.key import RadixKey
-from jaxcache.manager.audit import check_owners
+from jaxcache.manager.audit import check_owners, check_readable
+from jaxcache.pages.allocator import PageState
 from tests.caches.content import Shape, make_cache
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
 
@@ -138,3 +140,17 @@ def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
     request._key = RadixKey(np.array([0, 1, 2, 3, 4, 9, 6], np.int32))
     with pytest.raises(BrokenInvariant, match="are not the tree's pages"):
         check_owners(running(request), cache.req_to_token_pool, cache.components)
+
+
+def test_the_audit_sees_a_hole_that_the_next_token_would_read_as_page_0():
+    cache = make_swa_cache(4, 2, size=64, size_swa=64)
+    allocator, table = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
+    request = prefill(cache, list(range(10)))
+    cache.drop_out_of_window(request)
+    check_readable(running(request), table, cache.components)
+    check_readable(running(request), table, [WindowPages(allocator, 5)])  # tokens 6 .. 9 and the next one
+    with pytest.raises(BrokenInvariant, match="its next token, 10, attends to the window page of page"):
+        check_readable(running(request), table, [WindowPages(allocator, 6)])
+    allocator.free_windows(table.row_pages(request.req_pool_idx, 4, 5), PageState.PRIVATE)
+    with pytest.raises(BrokenInvariant, match="which is gone"):
+        check_readable(running(request), table, cache.components)

@@ -63,14 +63,14 @@ def test_no_page_outside_the_pool_stands_for_one_inside(allocator, page):
 # ---- keys and namespaces -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slot", [2**32 + 4, -4])
+@pytest.mark.parametrize(("slot", "rule"), [(2**32 + 4, "must fit int32"), (-4, r"must be in \[0, 2\*\*31\)")])
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_a_slot_that_does_not_fit_is_not_taken_for_another(slot, page_size):
+def test_a_slot_that_does_not_fit_is_not_taken_for_another(slot, rule, page_size):
     """With pages of one slot, 2**32 + 4 was cached as slot 4, which the request owned."""
     allocator = PagedTokenToKVPoolAllocator(8, page_size) if page_size > 1 else TokenToKVPoolAllocator(8)
     mine = allocator.alloc(8)
     cache = RadixCache(None, allocator, page_size)
-    with pytest.raises(ArgumentError, match="outside"):
+    with pytest.raises(ArgumentError, match=rule):
         cache.insert(list(range(page_size)), np.arange(slot, slot + page_size))
     assert (allocator.owner_of(mine // page_size) == PageState.PRIVATE).all()
     assert cache.total_size() == 0
@@ -79,13 +79,14 @@ def test_a_slot_that_does_not_fit_is_not_taken_for_another(slot, page_size):
 @pytest.mark.parametrize("amount", [-1, 1.5, "1", None])
 def test_amounts_to_evict_are_integers(amount):
     """1.5 tokens were evicted, and "1" was a TypeError."""
+    rule = "not be negative" if amount == -1 else "be an integer"
     cache = RadixCache(None, None, 1)
     cache.insert([1, 2, 3])
     for name in ("num_tokens", "swa_num_tokens", "mamba_num"):
-        with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+        with pytest.raises(ArgumentError, match=f"{name} must {rule}"):
             cache.evict(**({"num_tokens": 0} | {name: amount}))
     for name in ("pages", "states", "without_window"):
-        with pytest.raises(ArgumentError, match=f"{name} must be an integer"):
+        with pytest.raises(ArgumentError, match=f"{name} must {rule}"):
             cache.make_room(**({"pages": 0} | {name: amount}))
     assert cache.total_size() == 3
 

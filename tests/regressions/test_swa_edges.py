@@ -129,3 +129,17 @@ def test_1a_09_a_window_page_is_freed_by_its_owner_only(allocator):
     with pytest.raises(OwnershipError, match="is TREE"):
         allocator.free_windows(page, PRIVATE)
     assert np.array_equal(allocator.window_pages(page), window)
+
+
+def test_need_sort_sorts_the_side_that_is_short_and_no_other():
+    """A full side that was short sorted the window side too: its next pages were others than the original's."""
+    allocator = SWATokenToKVPoolAllocator(6, 12, need_sort=True)
+    slots = allocator.alloc(6)
+    allocator.free(slots[[5, 0]])
+    assert allocator.alloc(3) is None
+    assert (allocator.release_pages.tolist(), allocator.window.release_pages.tolist()) == ([6, 1], [6, 1])
+    assert allocator.alloc(1).tolist() == [1]
+    assert (allocator.free_pages.tolist(), allocator.release_pages.tolist()) == ([6], [])
+    assert (allocator.window.free_pages.tolist(), allocator.window.release_pages.tolist()) == ([*range(8, 13)], [6, 1])
+    assert allocator.window_pages([1]).tolist() == [7]
+    allocator.check()

@@ -258,7 +258,7 @@ def test_every_field_of_a_config_counts_but_for_those_that_say_so(life):
     names = {name.rpartition(".")[2] for name in manifest.fingerprint(MODEL, life.config)}
     fields = [field.name for part in (life.config, life.config.kv.full, life.config.states)
               for field in dataclasses.fields(part)]  # fmt: skip
-    free = {"axis_name", "shards", "chunk", "state_interval", "max_running", "max_context_len"}
+    free = {"axis_name", "shards", "chunk", "buckets", "state_interval", "max_running", "max_context_len"}
     assert set(fields) - names == free | {"enable_kv_cache_events"}
 
 

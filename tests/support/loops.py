@@ -16,6 +16,7 @@ from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.content import count_mismatches, row_content, token_seed, write_step
 from jaxcache.request import Request
+from tests.model.manager_driver import few_buckets
 
 CONTEXT = {1: 48, 4: 64, 16: 128}
 NUM_PAGES = {1: 200, 4: 90, 16: 40}
@@ -25,6 +26,7 @@ def make_manager(page_size: int, num_pages: int | None = None, **options) -> Mem
     size = page_size * (num_pages or NUM_PAGES[page_size])
     kv = MHAConfig(size=size, page_size=page_size, dtype=jnp.float32, layer_num=2, head_num=1, head_dim=4)
     options = {"max_running": 6, "max_context_len": CONTEXT[page_size], "chunk": 128} | options
+    options = {"buckets": few_buckets(options["max_running"], options["chunk"])} | options
     return init_memory_pool_and_cache(MemoryConfig(kv=kv, **options))
 
 

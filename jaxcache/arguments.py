@@ -1,8 +1,13 @@
-"""Checks of what callers hand to an allocator. They run on every call, so each is a few vectorised operations."""
+"""Readers of what callers hand over on the host: counts, lists of ids, rows of a batch. NumPy only.
+
+A reader returns the value in the one form that the package works with, or raises an ArgumentError that names the
+argument. They run on every call, so each is a few vectorised operations. Operands of device ops are checked by
+`kernels/arguments.py`, where shapes and dtypes are static.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,13 +17,42 @@ from jaxcache.errors import ArgumentError
 if TYPE_CHECKING:
     from jaxtyping import Int32
 
-_INT32 = np.iinfo(np.int32)
-_INT32_DTYPE = np.dtype(np.int32)
 MAX_SLOTS = 2**31
 """Slots and lengths are int32."""
+_INT32 = np.iinfo(np.int32)
+_INT32_DTYPE = np.dtype(np.int32)
 
 
-def int32_array(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
+def as_count(name: str, value: int) -> int:
+    """`value` as a Python int.
+
+    Raises:
+      ArgumentError: if it is not an integer, or is negative.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise ArgumentError(f"{name} must be an integer, got {type(value).__name__}: convert it with int()")
+    if value < 0:
+        raise ArgumentError(f"{name} must not be negative, got {value}")
+    return int(value)
+
+
+def require_counts(**values: int) -> None:
+    """Raises ArgumentError unless each is an integer that is not negative."""
+    for name, value in values.items():
+        as_count(name, value)
+
+
+def as_integer(name: str, value: Any, bits: int) -> int:
+    """`value` as a Python int. Raises ArgumentError unless it is an integer that fits so many bits, with its sign."""
+    if not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} must be an integer, got {value!r}")
+    number = int(value)
+    if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+        raise ArgumentError(f"{name} must fit int{bits}, got {number}")
+    return number
+
+
+def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
     """`values` as a one-dimensional int32 array; the caller's own array where it is one already.
 
     Any integer dtype, a list or a device array (which is waited for) will do, as long as every value fits.
@@ -42,19 +76,6 @@ def int32_array(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
     if low < _INT32.min or high > _INT32.max:
         raise ArgumentError(f"{name} must fit int32, got values in [{low}, {high}]: slots and lengths are int32")
     return array.astype(np.int32)
-
-
-def as_count(name: str, value: int) -> int:
-    """`value` as a Python int.
-
-    Raises:
-      ArgumentError: if it is not an integer, or is negative.
-    """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be an int, got {type(value).__name__}: convert it with int()")
-    if value < 0:
-        raise ArgumentError(f"{name} must not be negative, got {value}")
-    return int(value)
 
 
 def require_same_length(**arrays: np.ndarray) -> None:
