@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxcache.kernels.dispatch import Implementation
+from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
 from jaxcache.kernels.float8 import float8_bits
 from jaxcache.kernels.write_kv import write_kv, write_mla_kv
 from jaxcache.kernels.write_quantized import write_kv_fp8
@@ -69,6 +69,10 @@ def test_every_implementation_writes_what_the_cast_made(run, dtype):
 @pytest.mark.parametrize("implementation", list(Implementation))
 def test_on_a_gpu(dtype, source, implementation):
     """Cast, write and quantising write in one jit each, where XLA may fuse them."""
+    for op in (Op.WRITE_KV, Op.WRITE_MLA_KV):
+        missing = why_not(op, implementation, current_target())
+        if missing is not None:
+            pytest.skip(missing)
     rows, loc = edges(dtype, source), np.array([3, 0, 7, 1], np.int32)
     storage = storage_dtype(dtype, "gpu")
     pool = np.zeros((1, 8, 2, 16), dtype)
