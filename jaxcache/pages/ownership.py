@@ -1,6 +1,7 @@
-"""Who owns which page: one state byte a page, and the checks against it. O(pages named), a run at a time.
+"""Who owns which page: one state byte a page, and the checks against it. O(pages named).
 
-A run is checked by one comparison of memory and passed on by one assignment of memory (`pages/runs.py`).
+A call looks once at the pages it names, to find their runs (`pages/runs.py`). A run is checked by one comparison of
+memory and passed on by one assignment of memory, whatever its length.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError
-from jaxcache.pages.runs import INDEX, MIN_PAGES, Rows, ids_ascend, ids_of, runs_ascend, runs_of
+from jaxcache.pages.runs import INDEX, Rows, ids_ascend, ids_of, runs_ascend, runs_of
 
 
 class PageState(enum.IntEnum):
@@ -104,7 +105,7 @@ class PageOwners:
             if not starts_with(byte * n, start):
                 self._refuse(name, pages, owner)
             return pages, [(start, start + n)]
-        runs = runs_of(pages) if n >= MIN_PAGES else None
+        runs = runs_of(pages)
         if runs is None:
             return self._require_index(name, pages, owner, repeated, in_order)
         for start, stop in runs:
@@ -132,7 +133,7 @@ class PageOwners:
         except IndexError:
             is_owned = False
         # NumPy counts negative pages from the end; the lowest one is the first, if they ascend.
-        if not is_owned or (pages[0] if ascends else pages.min()) < 0:
+        if not is_owned or (pages.item(0) if ascends else pages.min()) < 0:
             self._refuse(name, pages, owner)
         if not ascends:
             self._require_distinct(name, pages, rows, repeated)

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 Runs: TypeAlias = "list[tuple[int, int]]"
 Rows: TypeAlias = "Runs | np.ndarray"
+"""Runs, or an index (intp)."""
 INDEX = np.dtype(np.intp)
 _ONE = np.array(1, np.int32)
-MIN_PAGES = 1024
+_MIN_PAGES = 4096
 """Fewer pages than these are not searched for runs: that takes a few NumPy calls, as does an index."""
-_MIN_RUN = 256
+_MIN_RUN = 128
 """The mean length from which a run costs less than its pages in an index."""
 
 
@@ -35,7 +36,7 @@ def rows_of(ids: Int32[np.ndarray, " n"]) -> Rows:
 def runs_of(ids: Int32[np.ndarray, " n"]) -> Runs | None:
     """The runs of these ids, in order; None if an index is cheaper. O(n), vectorised, and O(runs)."""
     n = len(ids)
-    if n < MIN_PAGES:
+    if n < _MIN_PAGES:
         return None
     follows = np.equal(ids[1:] - ids[:-1], _ONE)  # One that wraps around is a run beyond the last page.
     if (n - np.count_nonzero(follows)) * _MIN_RUN > n:
