@@ -60,6 +60,8 @@ def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
     Raises:
       ArgumentError: if `values` is not one-dimensional, not of integers, or out of the range of int32.
     """
+    if isinstance(values, np.ndarray) and values.dtype is _INT32_DTYPE and values.ndim == 1:
+        return values
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:  # Ragged lists; tracers.

@@ -24,6 +24,7 @@ from jaxcache.pages.marks import Mark as Mark
 from jaxcache.pages.marks import Position
 from jaxcache.pages.ownership import PageOwners, require_owner
 from jaxcache.pages.ownership import PageState as PageState
+from jaxcache.pages.runs import rows_of
 from jaxcache.pages.sglang import CpuCopyable as CpuCopyable
 from jaxcache.state_dict import Books, Columns
 
@@ -93,20 +94,20 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
         if n > self._free.ready:
             self._join_pending()
             self.merge_and_sort_free()
-        pages = self._free.take(n)
+        taken = self._free.take(n)
         self._num_available -= n
-        self._page_owners.assign(pages, PageState.PRIVATE)
-        return pages
+        self._page_owners.assign(rows_of(taken), PageState.PRIVATE)
+        return taken
 
     def _release(self, name: str, pages: np.ndarray, owner: PageState) -> None:
-        pages = self._free.in_order(pages)  # Not the caller's array: it may go on writing to that.
-        rows = self._page_owners.require(name, pages, owner, repeated=DoubleFreeError)
         if len(pages) == 0:
             return
+        in_order = self._free.sorts_calls
+        pages, rows = self._page_owners.require(name, pages, owner, DoubleFreeError, in_order)
         self._num_available += len(pages)
         if self._group_depth:
             self._page_owners.assign(rows, PageState.PENDING)
-            self._pending.append(pages)
+            self._pending.append(pages.copy())  # The caller may write to its own array.
         else:
             self._page_owners.assign(rows, PageState.FREE)
             self._free.put(pages)
@@ -115,7 +116,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
         pages = as_int32("pages", pages)
         require_owner("source", source)
         require_owner("target", target)
-        rows = self._page_owners.require("pages", pages, source, repeated=OwnershipError)
+        _, rows = self._page_owners.require("pages", pages, source, repeated=OwnershipError)
         self._page_owners.assign(rows, target)
 
     def _require_last_loc(self, prefix_lens: np.ndarray, seq_lens: np.ndarray, last_loc: ArrayLike) -> np.ndarray:
@@ -146,9 +147,11 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
         """Moves all pending pages to the free list (or the released ones), as if one call had freed them."""
         if not self._pending:
             return
-        pages = self._free.in_order(concatenated(self._pending))
+        pages = concatenated(self._pending)
+        in_order = self._free.sorts_calls
+        pages, rows = self._page_owners.require("pages", pages, PageState.PENDING, DoubleFreeError, in_order)
         self._pending = []
-        self._page_owners.assign(pages, PageState.FREE)
+        self._page_owners.assign(rows, PageState.FREE)
         self._free.put(pages)
 
     # Marks.
@@ -176,7 +179,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
 
     def _return(self, taken: np.ndarray, position: Position) -> None:
         """Frees the pages that `_taken_since` found."""
-        self._page_owners.assign(taken, PageState.FREE)
+        self._page_owners.assign(rows_of(taken), PageState.FREE)
         self._num_available += len(taken)
         self._free.rewind(position)
 
@@ -191,15 +194,15 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
             )
         return {"states": self.states.copy(), "free": self.free_pages, "released": self.release_pages}
 
-    def restore_books(self, books: Columns) -> None:
-        states = books.ints("states", self.num_pages + 1, high=PageState.SINK)
-        free, released = books.ints("free", high=self.num_pages), books.ints("released", high=self.num_pages)
+    def restore_books(self, saved: Columns) -> None:
+        states = saved.ints("states", self.num_pages + 1, high=PageState.SINK)
+        free, released = saved.ints("free", high=self.num_pages), saved.ints("released", high=self.num_pages)
         are_free = np.flatnonzero(states == PageState.FREE)
         is_kept = states[0] == PageState.SINK and np.isin(states[1:], _KEPT[:-1]).all()
         if not is_kept or not np.array_equal(np.sort(np.concatenate([free, released])), are_free):
             raise SnapshotError(
                 "states, free: every page must be the tree's, withheld, or once in the list of free ones"
             )
-        self._page_owners.assign(np.arange(self.num_pages + 1), states)
+        self._page_owners.load(states)
         self._free.reset(free.astype(np.int32), released.astype(np.int32))
         self._num_available = len(are_free)

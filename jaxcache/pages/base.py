@@ -146,7 +146,8 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
           OwnershipError: if another owner has a page, or it is the sink or no page of this allocator.
           ArgumentError: if `pages` is no list of integers, or `owner` cannot own pages.
 
-        Cost: O(n) (O(n log n) to order them, where the free order is LIFO), whatever the size of the pool.
+        Cost: O(n), by the run (to order pages that are neither sorted nor in runs O(n log n), where the free order is
+        LIFO), whatever the size of the pool.
         """
         require_owner("owner", owner)
         self._release("pages", as_int32("pages", pages), owner)
@@ -220,7 +221,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         """
 
     @abc.abstractmethod
-    def restore_books(self, books: Columns) -> None:
+    def restore_books(self, saved: Columns) -> None:
         """Makes a new allocator what the one with this saved state was. O(num_pages log num_pages).
 
         Raises:

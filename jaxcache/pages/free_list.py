@@ -79,15 +79,16 @@ class FreeList:
         """Removes the first `n <= ready` pages and returns them, in order. O(n)."""
         return self._ring.take(n)
 
-    def in_order(self, pages: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
-        """The pages of one call in the order in which they join the list, in an array of their own."""
-        return np.sort(pages) if self._order is FreeOrder.LIFO else pages.copy()
+    @property
+    def sorts_calls(self) -> bool:
+        """Whether the pages of one call join the list in ascending order."""
+        return self._order is FreeOrder.LIFO
 
     def put(self, pages: Int32[np.ndarray, " n"]) -> None:
-        """Adds freed pages, which are `in_order`. O(n)."""
+        """Adds the pages that one call freed, of which there are some. O(n)."""
         self._edition += 1
         if self._need_sort:
-            self._released.append(pages)
+            self._released.append(pages.copy())  # The caller may write to its own array.
         elif self._order is FreeOrder.LIFO:
             self._ring.put_front(pages)
         else:

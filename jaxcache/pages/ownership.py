@@ -1,4 +1,8 @@
-"""Who owns which page: one state byte a page, and the checks against it. Vectorised, O(pages named)."""
+"""Who owns which page: one state byte a page, and the checks against it. O(pages named).
+
+A call looks once at the pages it names, to find their runs (`pages/runs.py`). A run is checked by one comparison of
+memory and passed on by one assignment of memory, whatever its length.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError
+from jaxcache.pages.runs import INDEX, Rows, ids_ascend, ids_of, runs_ascend, runs_of
 
 
 class PageState(enum.IntEnum):
@@ -29,7 +34,6 @@ class PageState(enum.IntEnum):
 
 _OWNERS = (PageState.PRIVATE, PageState.TREE, PageState.IN_FLIGHT, PageState.QUARANTINED)
 _BYTES = tuple(bytes((state,)) for state in PageState)
-_INTP = np.dtype(np.intp)
 _IS_OWNER = tuple(state in _OWNERS for state in PageState)
 
 
@@ -42,7 +46,9 @@ class PageOwners:
 
     def __init__(self, num_pages: int) -> None:
         self._num_pages = num_pages
-        self._states = np.empty(num_pages + 1, np.uint8)
+        self._bytes = bytearray(num_pages + 1)
+        self._states = np.frombuffer(self._bytes, np.uint8)
+        self._ids = np.arange(num_pages + 1, dtype=np.int32).tobytes()
         self._tags = np.empty(num_pages + 1, np.int32)  # Scratch of `_require_distinct`.
         self.states = self._states.view()
         self.states.flags.writeable = False
@@ -53,9 +59,18 @@ class PageOwners:
         self._states.fill(PageState.FREE)
         self._states[0] = PageState.SINK
 
-    def assign(self, pages: np.ndarray, state: PageState | np.ndarray) -> None:
-        """Puts pages (or the rows that `require` returned), which have been checked, into `state`, or each into its."""
-        self._states[pages] = state
+    def load(self, states: np.ndarray) -> None:
+        """Puts every page into its state of `states`. O(num_pages)."""
+        self._states[:] = states
+
+    def assign(self, rows: Rows, state: PageState) -> None:
+        """Puts pages, which have been looked at, into `state`."""
+        states, byte = self._states, int(state)
+        if isinstance(rows, list):
+            for start, stop in rows:
+                states[start:stop] = byte
+        else:
+            states[rows] = byte
 
     def describe(self, page: int) -> str:
         """The page and its state, for messages."""
@@ -69,29 +84,60 @@ class PageOwners:
         remedy = "page 0 is the sink for padding: drop it" if page == 0 else "it is none of this allocator's"
         raise OwnershipError(f"{name}: every page must be in [{lowest}, {self._num_pages}], got page {page}: {remedy}")
 
-    def require(self, name: str, pages: np.ndarray, owner: PageState, repeated: type[CacheError]) -> np.ndarray:
+    def require(
+        self, name: str, pages: np.ndarray, owner: PageState, repeated: type[CacheError], in_order: bool = False
+    ) -> tuple[np.ndarray, Rows]:
         """Checks that `owner` has every page of the argument `name`, and that none is named twice.
 
         Returns:
-          The pages as rows of `states`, for `assign`.
+          The pages, sorted if they are to be `in_order`; and where they are, for `assign`.
 
         Raises:
           DoubleFreeError: if the first page that it does not own is free or pending.
           OwnershipError: if that page is another owner's, or a page is out of range.
           CacheError: of the kind `repeated`, if a page is named twice.
         """
-        # One gather and one memcmp. The sink is nobody's, and a negative page, read as unsigned, lies beyond the end.
-        rows = pages.view(np.uint32).astype(_INTP)
+        n = len(pages)
+        if n == 0:
+            return pages, []
+        start, starts_with, byte = pages.item(0), self._bytes.startswith, _BYTES[owner]
+        if start > 0 and pages.flags.c_contiguous and self._ids.startswith(pages.data, start * 4):
+            if not starts_with(byte * n, start):
+                self._refuse(name, pages, owner)
+            return pages, [(start, start + n)]
+        runs = runs_of(pages)
+        if runs is None:
+            return self._require_index(name, pages, owner, repeated, in_order)
+        for start, stop in runs:
+            # The sink is nobody's, a negative page starts before it, and beyond the last one nothing is found.
+            if start < 0 or not starts_with(byte * (stop - start), start):
+                self._refuse(name, pages, owner)
+        if runs_ascend(runs):
+            return pages, runs
+        ascending = sorted(runs)
+        if not runs_ascend(ascending):
+            self._require_distinct(name, pages, pages.astype(INDEX), repeated)
+        return (ids_of(ascending) if in_order else pages), runs
+
+    def _require_index(
+        self, name: str, pages: np.ndarray, owner: PageState, repeated: type[CacheError], in_order: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`require` by one gather and one comparison."""
+        ascends = ids_ascend(pages)
+        if in_order and not ascends:
+            pages = np.sort(pages)
+            ascends = ids_ascend(pages)
+        rows = pages.astype(INDEX)
         try:
             is_owned = self._states[rows].tobytes() == _BYTES[owner] * len(rows)
         except IndexError:
             is_owned = False
-        if not is_owned:
+        # NumPy counts negative pages from the end; the lowest one is the first, if they ascend.
+        if not is_owned or (pages.item(0) if ascends else pages.min()) < 0:
             self._refuse(name, pages, owner)
-        is_ascending = b"\0" not in (pages[1:] > pages[:-1]).tobytes()
-        if not is_ascending:
+        if not ascends:
             self._require_distinct(name, pages, rows, repeated)
-        return rows
+        return pages, rows
 
     def _require_distinct(self, name: str, pages: np.ndarray, rows: np.ndarray, repeated: type[CacheError]) -> None:
         order = np.arange(len(pages), dtype=np.int32)

@@ -390,11 +390,11 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         both = self.full.saved_books() | prefixed("window", self.window.saved_books())
         return both | {"full_to_window": self.full_to_window.copy()}
 
-    def restore_books(self, books: Columns) -> None:
+    def restore_books(self, saved: Columns) -> None:
         """Makes a new allocator what the one with this saved state was; the device is yet to be told of the map."""
-        self.full.restore_books(books)
-        self.window.restore_books(books.part("window"))
-        windows = books.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
+        self.full.restore_books(saved)
+        self.window.restore_books(saved.part("window"))
+        windows = saved.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
         pages = np.flatnonzero(windows).astype(np.int32)
         self._map.pair(pages, windows[pages].astype(np.int32))
         try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError, BrokenInvariant
 from jaxcache.pages.ownership import PageState
+from jaxcache.pages.runs import INDEX
 from jaxcache.tables.changes import ChangeLog
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class WindowMap:
 
     def windows_of(self, pages: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
         """The window page of each full page, 0 where there is none. O(n)."""
-        return self._full_to_window[pages]
+        return self._full_to_window[pages.astype(INDEX)]
 
     def pages_of(self, windows: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
         """The full page of each window page, 0 where there is none. O(n)."""
-        return self._window_to_full[windows]
+        return self._window_to_full[windows.astype(INDEX)]
 
     def paired(self) -> Int32[np.ndarray, " n"]:
         """The full pages that have a window page, ascending. O(num_pages)."""
@@ -55,14 +56,14 @@ class WindowMap:
 
     def pair(self, pages: Int32[np.ndarray, " n"], windows: Int32[np.ndarray, " n"]) -> None:
         """Pairs full with window pages. O(n)."""
-        self._full_to_window[pages] = windows
-        self._window_to_full[windows] = pages
+        self._full_to_window[pages.astype(INDEX)] = windows
+        self._window_to_full[windows.astype(INDEX)] = pages
         self.changes.mark(pages.copy())  # The caller may write to its own array.
 
     def unpair(self, pages: Int32[np.ndarray, " n"], windows: Int32[np.ndarray, " n"]) -> None:
         """Forgets pairs of full and window pages. O(n)."""
-        self._full_to_window[pages] = 0
-        self._window_to_full[windows] = 0
+        self._full_to_window[pages.astype(INDEX)] = 0
+        self._window_to_full[windows.astype(INDEX)] = 0
         self.changes.mark(pages.copy())
 
     def clear(self) -> None:
