@@ -361,6 +361,11 @@ class PrefixCache:
 
     # ---- looking at ----------------------------------------------------------------------------------------------
 
+    @property
+    def tree_components(self) -> tuple[TreeComponent, ...]:
+        """Those of the components whose values the tree holds, in its order."""
+        return self._in_tree
+
     def usage(self, name: str) -> tuple[int, int, int]:
         """(size, available, evictable) of one component of the tree, in its values.
 

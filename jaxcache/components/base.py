@@ -144,6 +144,10 @@ class MemoryComponent(ABC):
     def before_step(self, rows: Int32[np.ndarray, " requests"], device: PoolHolder) -> None:
         """The requests in these rows are about to compute: makes the copies that wait for it."""
 
+    def waits(self, rows: Int32[np.ndarray, " requests"]) -> bool:
+        """Whether copies wait that `before_step` of these rows has to make."""
+        return False
+
     def copy(self, device: PoolHolder, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> None:
         """Copies values, after what was dispatched before and before what is dispatched next.
 

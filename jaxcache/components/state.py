@@ -110,6 +110,10 @@ class RecurrentStates(TreeComponent):
             self.copy(device, source, target)
             table.copied(rows)
 
+    def waits(self, rows: Int32[np.ndarray, " requests"]) -> bool:
+        """See `MemoryComponent.waits`."""
+        return len(self._rows().state_copies(rows)[1]) > 0
+
     def after_step(
         self,
         rows: Int32[np.ndarray, " requests"],

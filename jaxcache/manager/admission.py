@@ -14,8 +14,8 @@ import numpy as np
 from jaxcache.caches.base import MatchResult
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import MemoryComponent
-from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.receipt import Receipt
+from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
 from jaxcache.request import Request, RequestState
 from jaxcache.steps.planner import StepPlanner
@@ -50,7 +50,7 @@ class Admission:
     """Admits requests to one manager.
 
     Args:
-      max_context_len: Most tokens of a request.
+      room: Knows what can never be admitted.
       cache: Finds prefixes, and evicts.
       table: Has rows.
       planner: Makes room for pages.
@@ -58,15 +58,15 @@ class Admission:
     """
 
     def __init__(
-        self, max_context_len: int, cache: RadixCache, table: ReqToTokenPool, planner: StepPlanner, runner: StepRunner
+        self, room: RoomSearch, cache: RadixCache, table: ReqToTokenPool, planner: StepPlanner, runner: StepRunner
     ):
-        self._max_context_len = max_context_len
+        self._room = room
         self._cache, self._table, self._planner, self._runner = cache, table, planner, runner
         self._reserving = tuple(component for component in cache.components if component.per_request)
 
     def admit(self, request: Request) -> Entry | None:
         """`MemoryManager.admit` has the contract. The request is running afterwards, but in nobody's list yet."""
-        self._require_admissible(request)
+        self._room.require_possible(request)
         self._runner.require_resumed()
         if request.cpu_copy is not None:
             request.cpu_copy.require_fitting(request.rid, self._runner.pool, self._table.page_size)
@@ -79,15 +79,6 @@ class Admission:
             undo.pop_all()
         self._start(request, entry)
         return entry
-
-    def _require_admissible(self, request: Request) -> None:
-        if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
-            raise RequestStateError(
-                f"request {request.rid} is {request.state.value}: only a waiting one can be admitted"
-            )
-        if request.num_tokens > self._max_context_len:
-            limit = self._max_context_len
-            raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
 
     def _take(self, request: Request, undo: contextlib.ExitStack) -> Entry | None:
         """All that the request starts with; None if memory is short."""

@@ -85,7 +85,6 @@ class MemoryConfig:
                 f"states: num_states must be at least 2, got {self.states.num_states}: a request that finds a cached "
                 "state copies it to one of its own"
             )
-
         if self.buckets is not None and self.buckets.contexts and self.buckets.contexts[-1] < self.max_context_len:
             raise ArgumentError(
                 f"buckets: the last of contexts must be at least max_context_len = {self.max_context_len}, got "
@@ -103,10 +102,11 @@ class MemoryConfig:
         return isinstance(self.kv, SWAConfig)
 
     def new_parts(
-        self, mesh: Mesh | None = None
-    ) -> tuple[MemoryPool, BaseTokenToKVPoolAllocator, ReqToTokenPool, RadixCache]:
-        """What a `MemoryManager` is made of beside this config: pool, allocator, request table and cache."""
-        pool, allocator, table = self.new_pool(mesh), self.new_allocator(), self.new_table()
+        self, mesh: Mesh | None = None, pool: Any = None
+    ) -> tuple[Any, BaseTokenToKVPoolAllocator, ReqToTokenPool, RadixCache]:
+        """What a `MemoryManager` is made of beside this config: pool (by default new), allocator, table and cache."""
+        pool = self.new_pool(mesh) if pool is None else pool
+        allocator, table = self.new_allocator(), self.new_table()
         return pool, allocator, table, self.new_cache(table, allocator, self.new_state_allocator())
 
     @property

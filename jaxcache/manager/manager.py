@@ -29,35 +29,46 @@ from jaxcache.manager.admission import Admission
 from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_readable
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import WholeMemory
+from jaxcache.manager.room import Room, RoomSearch, cheapest_victim
 from jaxcache.manager.swap import KeptCopy, warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
 from jaxcache.steps.buckets import Bucket, StepKind
+from jaxcache.steps.host_batch import HostBatch, host_batch
+from jaxcache.steps.host_runner import CopyStates, EnginePool, new_runner
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
 from jaxcache.steps.planner import StepPlanner
-from jaxcache.steps.runner import StepRunner
 from jaxcache.steps.warm_up import Progress
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
 
 
-def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None) -> MemoryManager:
+def init_memory_pool_and_cache(
+    config: MemoryConfig,
+    *,
+    mesh: Mesh | None = None,
+    host_only: bool = False,
+    copy_states: CopyStates | None = None,
+) -> MemoryManager:
     """Builds pool, allocator, request table and prefix cache as the scheduler would choose them.
 
     Args:
       config: All sizes and choices.
       mesh: Where a sharded pool lies (`config.kv.axis_name`). The steps of `run` are then `jax.shard_map`s, with
         `manager.pool.partition_specs()` for the pool and `PartitionSpec()` for the batch.
+      host_only: Without a pool, for an engine that has its own: plans are arrays (`host_batch`), which the engine's
+        steps take and `commit` ends. Nothing is put on a device; what needs the pool raises UnsupportedError.
+      copy_states: With `host_only` and recurrent states, what copies the engine's states.
 
     Raises:
       ArgumentError: Sizes do not fit together.
 
     Source: SGLang 0.5.2 scheduler.py, init_memory_pool_and_cache.
     """
-    return MemoryManager(config, *config.new_parts(mesh))
+    return MemoryManager(config, *config.new_parts(mesh, EnginePool(copy_states) if host_only else None))
 
 
 class MemoryManager:
@@ -75,7 +86,7 @@ class MemoryManager:
     def __init__(
         self,
         config: MemoryConfig,
-        pool: MemoryPool,
+        pool: MemoryPool | EnginePool,
         allocator: BaseTokenToKVPoolAllocator,
         req_to_token_pool: ReqToTokenPool,
         cache: RadixCache,
@@ -86,7 +97,7 @@ class MemoryManager:
         self.cache = cache
         self.page_size = config.kv.page_size
         self.running: dict[int, Request] = {}
-        self.runner = StepRunner(pool, req_to_token_pool, cache.components)
+        self.runner = new_runner(pool, req_to_token_pool, cache.components)
         self._stepping = tuple(component for component in cache.components if component.per_request)
         self._loops = DecodeLoops(allocator, req_to_token_pool)
         self.planner = StepPlanner(
@@ -99,7 +110,8 @@ class MemoryManager:
             tuple(device_map.name for device_map in self.runner.maps),
             bool(self._stepping),
         )
-        self._admission = Admission(config.max_context_len, cache, req_to_token_pool, self.planner, self.runner)
+        self._room = RoomSearch(cache, config.max_context_len, config.step_sizes.extend_tokens[-1])
+        self._admission = Admission(self._room, cache, req_to_token_pool, self.planner, self.runner)
         self._whole = WholeMemory(self.running, cache, req_to_token_pool, self.runner)
 
     @property
@@ -128,6 +140,16 @@ class MemoryManager:
 
     # ---- the life of a request -----------------------------------------------------------------------------------
 
+    def room_for(self, request: Request, reserve: int = 0) -> Room:
+        """Whether a waiting request fits, with room for `reserve` tokens more: see `RoomSearch.room_for`."""
+        return self._room.room_for(request, reserve, self.req_to_token_pool.available_size())
+
+    def victim(self, requests: Sequence[Request], tokens: int = 0) -> Request | None:
+        """Whom of these running requests to retract, as `tokens` are short: see `cheapest_victim`."""
+        for request in requests:
+            self.planner.require_running(request)
+        return cheapest_victim(requests, tokens)
+
     def admit(self, request: Request) -> int | None:
         """Starts or resumes a request: finds and locks its cached prefix and gives it a row.
 
@@ -140,8 +162,8 @@ class MemoryManager:
         Raises:
           RequestStateError: It is running or done.
           ReleasedError: The pool's memory was released.
-          ArgumentError: It is longer than `max_context_len`, or its copy is of other layers, another kind of rows or
-            pages of another size than this manager's.
+          ArgumentError: It can never run here, being longer than `max_context_len` or than the memory; or its copy is
+            of other layers, another kind of rows or pages of another size than this manager's.
         """
         entry = self._admission.admit(request)
         if entry is None:
@@ -212,7 +234,7 @@ class MemoryManager:
         if as_count("most", most) < 1:
             raise ArgumentError("most must be at least 1: omit requests with nothing to compute")
         start = request.kv_len
-        end = min(request.num_tokens, start + most)
+        end = min(request.num_tokens, start + min(most, self._room.largest_chunk))
         for component in self._stepping:
             end = component.next_stop(start, end, request.num_tokens, request.branching_len)
         return self.planner.sizes.chunk(end - start, as_count("beside", beside))
@@ -260,10 +282,29 @@ class MemoryManager:
             request was retracted, or has other pages by now. Nothing has changed.
           ArgumentError: The step does not return `(pool, out)`.
         """
+        self._before(plan)
+        out = self.runner.run(step, plan, *args)
+        self._commit(plan)
+        return out
+
+    def host_batch(self, plan: StepPlan) -> HostBatch:
+        """A plan as arrays, for a step of the engine's own: see `jaxcache.steps.host_batch`. Raises: as `run`."""
+        self._before(plan)
+        return host_batch(plan, self.req_to_token_pool)
+
+    def commit(self, plan: StepPlan) -> None:
+        """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`."""
+        self.planner.require_current(plan)
+        if any(component.waits(plan.row) for component in self._stepping):
+            raise RequestStateError("plan: states wait to be filled: call host_batch(plan) before the step")
+        self._commit(plan)
+
+    def _before(self, plan: StepPlan) -> None:
         self.planner.require_current(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
-        out = self.runner.run(step, plan, *args)
+
+    def _commit(self, plan: StepPlan) -> None:
         self.planner.commit(plan)
         is_prompt = plan.bucket.kind is StepKind.EXTEND
         for component in self._stepping:
@@ -271,7 +312,6 @@ class MemoryManager:
         if is_prompt:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
-        return out
 
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended."""
@@ -295,15 +335,12 @@ class MemoryManager:
 
         Args:
           step: As for `run`.
-          *args: As for `run`; what has other shapes or dtypes later compiles again.
-          kinds: Steps of which kinds: call it once a kind where extend and decode are two functions.
+          *args: Likewise; other shapes or dtypes later compile again.
+          kinds: Of which kinds: call it once a kind where extend and decode are two functions.
           threads: That compile; by default as many as there are processors, up to 8.
           progress: Called after each executable, such as `jaxcache.steps.warm_up.show_progress`.
-
-        Cost: one XLA compilation a bucket, or a look into JAX's persistent compilation cache.
         """
-        kinds = set(kinds)
-        buckets = [bucket for bucket in self.buckets if bucket.kind in kinds]
+        buckets = self.planner.buckets_of(kinds)
         self.runner.compile_ahead(step, buckets, args, threads, progress)
         for bucket in buckets:
             self.run(step, StepPlan.empty(bucket), *args)

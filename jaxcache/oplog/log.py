@@ -29,6 +29,7 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.request import Request
 from jaxcache.steps.compiled import CompiledSteps
+from jaxcache.steps.host_batch import HostBatch
 from jaxcache.steps.loop_plan import LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
 
@@ -53,6 +54,8 @@ class OpKind(enum.Enum):
     RESET = enum.auto()
     RELEASE = enum.auto()
     RESUME = enum.auto()
+    COMMIT = enum.auto()
+    HOST_BATCH = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,14 @@ class RecordedManager(MemoryManager):
         """See `MemoryManager.run`."""
         return self._tell_of(OpKind.RUN, plan, (), partial(super().run, step, plan, *args))
 
+    def commit(self, plan: StepPlan) -> None:
+        """See `MemoryManager.commit`."""
+        self._tell_of(OpKind.COMMIT, plan, (), partial(super().commit, plan))
+
+    def host_batch(self, plan: StepPlan) -> HostBatch:
+        """See `MemoryManager.host_batch`."""
+        return self._tell_of(OpKind.HOST_BATCH, plan, (), partial(super().host_batch, plan))
+
     def cancel(self, plan: StepPlan) -> None:
         """See `MemoryManager.cancel`."""
         self._tell_of(OpKind.CANCEL, plan, (), partial(super().cancel, plan))
@@ -216,7 +227,7 @@ class RecordedManager(MemoryManager):
         if plan not in self._plans:
             return call()
         out = self._tell(kind, plan.requests, (self._plans[plan], *args), call)
-        if kind is not OpKind.RUN_LOOP:
+        if kind not in (OpKind.RUN_LOOP, OpKind.HOST_BATCH):
             del self._plans[plan]
         return out
 
@@ -373,6 +384,8 @@ _CALLS: dict[OpKind, Callable[..., Any]] = {
     OpKind.RESET: lambda memory, batch, plans: memory.reset(),
     OpKind.RELEASE: lambda memory, batch, plans, keep: memory.release_memory(keep=keep),
     OpKind.RESUME: lambda memory, batch, plans: memory.resume_memory(),
+    OpKind.COMMIT: lambda memory, batch, plans, plan: memory.commit(plans[plan]),
+    OpKind.HOST_BATCH: lambda memory, batch, plans, plan: memory.host_batch(plans[plan]),
 }
 
 
@@ -392,4 +405,4 @@ def _result(kind: OpKind, out: Any) -> int | None:
         return zlib.crc32(out.new_pages.tobytes())
     if isinstance(out, LoopPlan):
         return zlib.crc32(out.window.tobytes())
-    return None if kind in (OpKind.RUN, OpKind.RUN_LOOP) else out
+    return None if kind in (OpKind.RUN, OpKind.RUN_LOOP, OpKind.HOST_BATCH) else out

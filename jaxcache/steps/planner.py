@@ -8,7 +8,7 @@ Source: jaxcache's own; SGLang 0.5.2 schedule_batch.py, prepare_for_extend and p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -80,10 +80,15 @@ class StepPlanner:
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
 
+    def buckets_of(self, kinds: Iterable[StepKind]) -> list[Bucket]:
+        """The static shapes of steps of these kinds."""
+        wanted = set(kinds)
+        return [bucket for bucket in self.buckets if bucket.kind in wanted]
+
     @property
     def loop_sizes(self) -> list[int]:
         """Rows that decode loops are padded to, ascending."""
-        return sorted({bucket.requests for bucket in self.buckets if bucket.kind is StepKind.DECODE})
+        return sorted({bucket.requests for bucket in self.buckets_of([StepKind.DECODE])})
 
     def require_running(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
