@@ -57,6 +57,31 @@ def check_owners(
             raise BrokenInvariant(f"states: {sources} are to be copied, but not all of them are the tree's")
 
 
+def check_windows(
+    running: Mapping[int, Request], table: ReqToTokenPool, allocator: SWATokenToKVPoolAllocator, window: int
+) -> None:
+    """The next token of each running request finds the window pages of all that it attends to; none is read as page 0.
+
+    Args:
+      running: Running requests by row.
+      table: The request table.
+      allocator: Owner of the window pages.
+      window: Tokens that a layer attends to, the new one included.
+
+    Raises:
+      BrokenInvariant: names the request and a page.
+    """
+    for row, request in running.items():
+        first = max(request.kv_len - (window - 1), 0) // table.page_size
+        pages = table.row_pages(row, first, -(-request.kv_len // table.page_size))
+        is_gone = allocator.window_pages(pages) == 0
+        if is_gone.any():
+            raise BrokenInvariant(
+                f"row {row} of request {request.rid}: its next token, {request.kv_len}, attends to the window page of "
+                f"page {pages[is_gone.argmax()]}, which is gone"
+            )
+
+
 def _check_private(what: str, owned: np.ndarray, allocator: BaseTokenToKVPoolAllocator) -> None:
     """`owned`, the property of requests, must be each private page of the allocator once."""
     expected = np.flatnonzero(allocator.states == PageState.PRIVATE)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.audit import check_device_map, check_device_table, check_owners
+from jaxcache.audit import check_device_map, check_device_table, check_owners, check_windows
 from jaxcache.caches.radix import RadixCache
 from jaxcache.contents import rows_in_use
 from jaxcache.decode_loop import LoopShape
@@ -538,6 +538,8 @@ class MemoryManager:
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
 
+        Also that the next token of each of these finds the window pages that it attends to.
+
         Args:
           read_device: Also read the device table back and compare it with the host's.
 
@@ -548,6 +550,8 @@ class MemoryManager:
         """
         self.cache.check()
         check_owners(self.running, self.req_to_token_pool, self.allocator, self.states)
+        if self._windows is not None and self.config.sliding_window_size is not None:
+            check_windows(self.running, self.req_to_token_pool, self._windows, self.config.sliding_window_size)
         if read_device:
             self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)

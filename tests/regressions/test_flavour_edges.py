@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 
-from jaxcache.audit import check_owners
+from jaxcache.audit import check_owners, check_windows
 from jaxcache.caches.base import BasePrefixCache
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.caches.lora_radix import LoRARadixCache
@@ -16,6 +16,7 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import BrokenInvariant
 from jaxcache.index.key import RadixKey
+from jaxcache.pages.base import PageState
 from tests.caches.content import Shape, make_cache
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
 
@@ -102,6 +103,20 @@ def test_s53_the_audit_sees_a_window_page_that_nobody_has():
     allocator.window.alloc_pages(1)  # behind the back of the allocator that owns it
     with pytest.raises(BrokenInvariant, match="private window pages"):
         check_owners(running(request), table, allocator)
+
+
+def test_the_audit_sees_a_hole_that_the_next_token_would_read_as_page_0():
+    cache = make_swa_cache(4, 2, size=64, size_swa=64)
+    allocator, table = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
+    request = prefill(cache, list(range(10)))
+    cache.drop_out_of_window(request)
+    check_windows(running(request), table, allocator, 4)
+    check_windows(running(request), table, allocator, 5)  # tokens 6 .. 9 and the next one
+    with pytest.raises(BrokenInvariant, match="its next token, 10, attends to the window page of page"):
+        check_windows(running(request), table, allocator, 6)
+    allocator.free_windows(table.row_pages(request.req_pool_idx, 4, 5), PageState.PRIVATE)
+    with pytest.raises(BrokenInvariant, match="which is gone"):
+        check_windows(running(request), table, allocator, 4)
 
 
 def test_s53_the_audit_sees_a_state_that_no_row_has():
