@@ -311,6 +311,43 @@ def test_the_model_that_lets_go_of_its_cache_says_so():
     assert torch.equal(answer(cache, "phi3", prompt(60)), own("phi3", prompt(60)))
 
 
+def test_kv_that_changes_with_later_tokens_is_refused():
+    with pytest.raises(UnsupportedError, match="attends in both directions"):
+        cache_for("both_ways")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attention_dropout=0.5)).train()
+    with pytest.raises(UnsupportedError, match=r"training mode \(call model\.eval\(\)\)"):
+        JaxPagedCache.for_model(model, 64)
+    JaxPagedCache.for_model(model.eval(), 64)
+
+
+def padded(*prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(each.shape[1] for each in prompts)
+    rows = [torch.nn.functional.pad(each, (width - each.shape[1], 0)) for each in prompts]
+    return torch.cat(rows), (torch.cat(rows) != 0).long()
+
+
+def test_positions_that_count_padding_are_refused():
+    """The KV of a prompt would be another behind padding than without, and both went by the same tokens."""
+    cache, prompts = cache_for("bart"), (prompt(21), prompt(13, seed=1))
+    ids, mask = padded(*prompts)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="counts positions from the first column"):
+            answer(cache, "bart", ids, attention_mask=mask)
+        for each in prompts:
+            require_right(cache, "bart", each)
+
+
+def test_padding_is_no_matter_where_positions_are_in_the_scores():
+    cache, (a, b) = cache_for("mpt"), (prompt(21), prompt(13, seed=1))
+    ids, mask = padded(a, b)
+    for _ in range(2):
+        options = dict(attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+        assert torch.equal(answer(cache, "mpt", ids, **options), model_named("mpt").generate(ids, **options))
+        for each in (a, b):
+            require_right(cache, "mpt", each)
+
+
 # Windows that are gone.
 
 
