@@ -110,8 +110,9 @@ class ForwardCheck:
         if given.get("past_key_values") is not self._past:
             return
         require_tokens_only(given)
-        if "input_ids" not in given:
-            raise UnsupportedError("input_ids are missing: a prefix is known by its token ids; give the model these")
+        ids = given.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise UnsupportedError("input_ids must be (batch, columns): a prefix is known by its token ids, give these")
         if self._sequences.confirmed != self._sequences.length:
             raise RequestStateError(
                 "a forward pass before this one broke off, or was not one of the whole model: leave the session"
@@ -143,20 +144,12 @@ class ForwardCheck:
         sequences.require_batch(rows)
         sequences.require_new(columns)
         self._require_length(first + columns)
-        wrong = self._wrong_by_shape(given, first + columns)
-        padding = self._padding
-        column = torch.arange(first + columns, device=padding.device)
-        is_token, position = column >= padding, column - padding
-        agree = {
-            "attention_mask": lambda value: (value != 0) == is_token,
-            "position_ids": lambda value: (value == position[:, first:]) | ~is_token[:, first:],
-            "cache_position": lambda value: value == column[first:],
-            "mm_token_type_ids": lambda value: value == 0,  # text
-        }
-        names = [name for name in _PROVEN if name in given and name not in wrong]
-        agreed = [agree[name](given[name].to(padding.device)).all().reshape(1) for name in names]
-        seen = torch.cat([part.flatten().long().to(padding.device) for part in (ids, *agreed)]).cpu().numpy()
-        wrong += [name for name, agrees in zip(names, seen[ids.numel() :], strict=True) if not agrees]
+        column = torch.arange(first + columns, device=self._padding.device)
+        names = [name for name in _PROVEN if name in given]
+        agreed = [self._agrees(name, given[name], first, column).reshape(1) for name in names]
+        seen = torch.cat([part.flatten().long().to(column.device) for part in (ids, *agreed)]).cpu().numpy()
+        wrong = [name for name, agrees in zip(names, seen[ids.numel() :], strict=True) if not agrees]
+        wrong += self._missing_of_padding(given) if self._sequences.padding.any() else []
         if wrong:
             raise UnsupportedError(
                 f"{wrong[0]} must be what follows from the session for {columns} columns behind the {first} that are "
@@ -167,21 +160,28 @@ class ForwardCheck:
         sequences.require_prompt(tokens)
         return tokens
 
-    def _wrong_by_shape(self, given: Mapping[str, Any], last: int) -> list[str]:
-        """Names of what is missing though the batch is padded, or has a shape that cannot be right."""
-        rows, columns = given["input_ids"].shape
-        wrong = []
-        if self._sequences.padding.any():
-            wrong += self._wrong_by_padding(given)
-        for name in given.keys() & _PROVEN:
-            value, width = given[name], last if name == "attention_mask" else columns
-            most = 2 if name == "attention_mask" else 3  # positions of images have a dimension more
-            is_tensor = isinstance(value, torch.Tensor) and 1 <= value.ndim <= most
-            if not is_tensor or value.shape[-1] != width or (value.ndim > 1 and value.shape[-2] not in (1, rows)):
-                wrong.append(name)
-        return wrong
+    def _agrees(self, name: str, value: Any, first: int, column: torch.Tensor) -> torch.Tensor:
+        """Whether an argument is what follows from the session, for the columns from `first` on."""
+        no = column.new_zeros(())
+        if not isinstance(value, torch.Tensor):
+            return no
+        value = value.to(column.device)
+        if name == "mm_token_type_ids":
+            return (value == 0).all()  # text
+        is_token, position = column >= self._padding, column - self._padding
+        if name == "attention_mask":
+            return torch.all((value != 0) == is_token) if value.shape == is_token.shape else no
+        rows, width = len(position), len(column) - first
+        is_shaped = (
+            1 <= value.ndim <= 3 and value.shape[-1] == width and (value.ndim == 1 or value.shape[-2] in (1, rows))
+        )
+        if not is_shaped:
+            return no
+        if name == "cache_position":
+            return torch.all(value == column[first:])
+        return torch.all((value == position[:, first:]) | ~is_token[:, first:])
 
-    def _wrong_by_padding(self, given: Mapping[str, Any]) -> list[str]:
+    def _missing_of_padding(self, given: Mapping[str, Any]) -> list[str]:
         """What the model has to be told of padding, and is not."""
         positions = given.get("position_ids")
         if "attention_mask" not in given:
