@@ -16,6 +16,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 from jaxcache import ArgumentError, CacheError, RequestStateError, UnsupportedError, init_memory_pool_and_cache
+from jaxcache.pages.base import PageState
 from tests.torch_bridge.hf_models import make_sharp
 from tests.torch_bridge.tensors import DEVICE
 from torch_bridge.transformers import JaxPagedCache, ShortageError
@@ -403,6 +404,35 @@ def test_prompt_lookup_does_not_read_windows_that_are_gone():
         assert torch.equal(
             answer(cache, "gemma3", prompt(60, seed), **options), own("gemma3", prompt(60, seed), **options)
         )
+
+
+def test_a_window_that_went_amid_a_session_is_noticed():
+    """Nothing takes it away; if something did, its layer would read page 0."""
+    cache, ids = cache_for("gemma3"), prompt(16)
+    with (
+        pytest.raises(ArgumentError, match="slots of a batch: the window page of each must be there"),
+        cache.session(ids) as past,
+    ):
+        logits("gemma3", past, ids[:, :12])
+        (request,) = cache.memory.running.values()
+        pages = cache.memory.req_to_token_pool.row_pages(request.req_pool_idx, 1, 2)
+        cache.memory.allocator.free_windows(pages, PageState.PRIVATE)
+        logits("gemma3", past, ids[:, 12:])
+    assert reused(cache, ids[:, :8]) == 0
+
+
+def test_a_model_that_leaves_its_cache_alone_says_so():
+    """Its answer would be right, and nothing of it could be kept: who asks for a cache should hear that."""
+    cache, model = cache_for(), model_named("llama")
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | dict(past_key_values=DynamicCache())), with_kwargs=True
+    )
+    try:
+        with pytest.raises(UnsupportedError, match="does not use the cache that it is given"):
+            answer(cache, "llama", IDS)
+    finally:
+        hook.remove()
+    require_right(cache, "llama", IDS)
 
 
 def test_a_window_side_that_keeps_less_than_a_layer_needs_is_refused():
