@@ -60,7 +60,7 @@ ONLY_IN = {
     "zmq": {("events", "publisher.py"), ("events", "subscriber.py")},
     "safetensors": {("snapshot", "parts.py")},
     "prometheus_client": {("observe", "metrics.py")},
-    "transformers": {("torch_bridge", f"transformers{part}.py") for part in ("", "_forward", "_memory")},
+    "transformers": {("torch_bridge", f"transformers{part}.py") for part in ("", "_forward", "_memory", "_options")},
     "flashinfer": {("torch_bridge", "attention.py")},
     "jaxtyping": {(unit, ".py") for unit in MAY_IMPORT},
 }

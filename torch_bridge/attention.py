@@ -95,7 +95,10 @@ class PageTable:
         return cls(size, indptr, np.concatenate([*rows, np.empty(0, np.int32)]), lens - (num_pages - 1) * size)
 
     def in_window(self, allocator: SWATokenToKVPoolAllocator) -> Self:
-        """The window pages of the same tokens, for a sliding-window pool's `window` side; 0 where they are gone."""
+        """The window pages of the same tokens, for a sliding-window pool's `window` side; 0 where they are gone.
+
+        Those must be before every query's window: `plan` looks.
+        """
         return replace(self, indices=allocator.window_pages(self.indices))
 
     @property
@@ -123,8 +126,9 @@ class _PagedBase(abc.ABC):
         backend: Backend | None,
         workspace: torch.Tensor | None,
         obstacle: str | None,
+        window: int | None = None,
     ):
-        self.kv, self.num_heads, self.sm_scale = kv, num_heads, float(sm_scale)
+        self.kv, self.num_heads, self.sm_scale, self._window = kv, num_heads, float(sm_scale), window
         dtype = kv.buffers[0].dtype
         require(dtype.is_floating_point, "kv", "must hold floats: what stands for them, attention cannot read", dtype)
         is_there = importlib.util.find_spec("flashinfer") is not None
@@ -150,7 +154,8 @@ class _PagedBase(abc.ABC):
           q_dtype: Of the queries; by default that of the pool.
 
         Raises:
-          ArgumentError: The pages are of another size, or a sequence has more queries than tokens, or none.
+          ArgumentError: The pages are of another size, or a sequence has more queries than tokens, or none; or a window
+            page that a query attends to is gone, and page 0 would be read.
 
         Cost: with FlashInfer, its planning on the host and some small uploads.
         """
@@ -161,6 +166,7 @@ class _PagedBase(abc.ABC):
         lens = np.ones_like(kv_lens) if query_lens is None else as_int32("query_lens", query_lens)
         fits = lens.shape == kv_lens.shape and bool((lens >= 1).all() and (lens <= kv_lens).all())
         require(fits, "query_lens", f"must be one a sequence, from 1 to its tokens, {kv_lens.tolist()}", lens.tolist())
+        _require_pages_there(pages, kv_lens - lens, self._window)
         wrapper = None
         if self.backend is Backend.FLASHINFER:
             if is_decode not in self._wrappers:
@@ -249,9 +255,9 @@ class PagedAttention(_PagedBase):
         require(window is None or window >= 1, "window", "must be at least 1, or None", window)
         widths = f"its keys and values must be of one width, got {config.head_dim} and {config.v_head_dim}"
         obstacle = None if config.v_head_dim == config.head_dim else widths
-        self._config, self._window = config, window
+        self._config = config
         scale = config.head_dim**-0.5 if sm_scale is None else sm_scale
-        super().__init__(kv, num_heads, scale, backend, workspace, obstacle)
+        super().__init__(kv, num_heads, scale, backend, workspace, obstacle, window)
 
     def __call__(self, q: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Attends in one layer.
@@ -370,6 +376,15 @@ class PagedLatentAttention(_PagedBase):
             q_dtype,
             self.kv.buffers[0].dtype,
         )
+
+
+def _require_pages_there(pages: PageTable, first_query: np.ndarray, window: int | None) -> None:
+    """Raises ArgumentError if a query attends to page 0: all must be there from where a sequence's first one looks."""
+    first = np.zeros_like(first_query) if window is None else np.maximum(first_query - (window - 1), 0)
+    page = np.arange(len(pages.indices)) - np.repeat(pages.indptr[:-1], np.diff(pages.indptr))
+    is_gone = (pages.indices == 0) & (page >= np.repeat(first // pages.page_size, np.diff(pages.indptr)))
+    rule = "must be there where queries attend, but the window page of some tokens is gone: compute them again"
+    require(not is_gone.any(), "pages", rule, f"0 at {np.flatnonzero(is_gone)[:5].tolist()}")
 
 
 def _starts(query_lens: np.ndarray) -> torch.Tensor:

@@ -49,8 +49,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
     )
 
 # ruff: isort: split
-from torch_bridge.transformers_forward import ForwardCheck, effective_option, require_options
+from torch_bridge.transformers_forward import ForwardCheck, KnownModel
 from torch_bridge.transformers_memory import memory_config_for
+from torch_bridge.transformers_options import effective_option, guesses_tokens, require_options
 
 
 class JaxPagedCache(Cache):
@@ -95,7 +96,8 @@ class JaxPagedCache(Cache):
                 raise ArgumentError(
                     f"windows: layer {layer} is on the window side, which keeps {most} tokens, got {window}"
                 )
-        self.memory, self._model = memory, model
+        self.memory = memory
+        self._model = None if model is None else KnownModel(model)
         self._session: _Session | None = None
         self._paged = [PagedLayer(self, i, window) for i, window in enumerate(windows)]
         super().__init__(layers=[*self._paged])
@@ -121,10 +123,11 @@ class JaxPagedCache(Cache):
             will do: what a forward pass computes at once, some windows before it, and what is generated.
 
         Raises:
-          UnsupportedError: A layer keeps something else than keys and values of its own, or those of a kind differ.
+          UnsupportedError: A layer keeps something else than keys and values of its own, or those of a kind differ, or
+            they do not follow from the tokens before.
           ArgumentError: The sizes do not fit together.
 
-        Cost: a forward pass of one token.
+        Cost: four forward passes of one or two tokens.
         """
         config, windows = memory_config_for(model, tokens, page_size, max_batch, window_tokens)
         return cls(init_memory_pool_and_cache(config), windows, model)
@@ -162,7 +165,7 @@ class JaxPagedCache(Cache):
         if effective_option(model, options, "use_cache") is False:
             options["use_cache"] = True
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        reuse = not _guesses(model, options)
+        reuse = not guesses_tokens(model, options)
         with self.session(input_ids, mask, extra_key=extra_key, reuse=reuse, model=model):
             output = model.generate(input_ids, attention_mask=mask, past_key_values=self, **options)
             sequences = self.open_session.sequences
@@ -208,12 +211,13 @@ class JaxPagedCache(Cache):
             view = stack.enter_context(share(self.memory.pool))
             sequences = Sequences(self.memory, view.device, tokens, is_token, extra_key, reuse)
             stack.callback(sequences.close)
-            model = self._model if model is None else model
-            if model is not None:
-                stack.enter_context(ForwardCheck(model, self, sequences).watching())
+            is_own = model is None or (self._model is not None and self._model.given is model)
+            known = self._model if is_own else KnownModel(model)
+            if known is not None:
+                stack.enter_context(ForwardCheck(known, self, sequences).watching())
             for layer in self._paged:
                 layer.length = sequences.reused
-            self._session = session = _Session(sequences, view, is_watched=model is not None)
+            self._session = session = _Session(sequences, view, is_watched=known is not None)
             stack.callback(setattr, self, "_session", None)
             yield self
             if session.kept is not None:
@@ -375,12 +379,6 @@ class PagedLayer(CacheLayerMixin):
     def prefetch(self) -> NoReturn:
         """Refused, as `JaxPagedCache.prefetch`."""
         self._cache.prefetch(self._index)
-
-
-def _guesses(model: Any, options: dict[str, Any]) -> bool:
-    """Whether `generate` guesses tokens, which it then gives the model behind the whole prompt, cached or not."""
-    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model", "use_mtp")
-    return any(effective_option(model, options, name) for name in names)
 
 
 class _Session:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from jaxcache.errors import RequestStateError, UnsupportedError
 from torch_bridge.sequences import Sequences
+from torch_bridge.transformers_memory import ignores_padding
 
 _PROVEN = ("attention_mask", "position_ids", "cache_position", "mm_token_type_ids")
 """Arguments that KV depends on, and that follow from the tokens of a session."""
@@ -33,64 +34,91 @@ _HARMLESS = ("input_ids", "past_key_values", "use_cache", "logits_to_keep", "lab
 _KEPT_BESIDE = ("rope_deltas",)
 """Attributes in which models of images keep, from one call to the next, how far positions are from columns."""
 
-_OF_GENERATE = inspect.signature(vars(GenerationMixin)["generate"]).parameters.keys() | vars(GenerationConfig()).keys()
+
+class KnownModel:
+    """What has a say in the KV of a model, beside the tokens before.
+
+    Args:
+      model: The model, or what wraps it.
+
+    Attributes:
+      given: As given.
+      decoder: The model itself, which `generate` calls.
+      accepted: What its forward pass can be given.
+      limit: See `longest_prefix`.
+
+    Raises:
+      UnsupportedError: It is an encoder-decoder.
+    """
+
+    def __init__(self, model: Any):
+        self.given = model
+        self.decoder = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+        if self.decoder.config.is_encoder_decoder:
+            raise UnsupportedError("model is an encoder-decoder, whose cross attention is not in a prefix cache")
+        self.accepted = inspect.signature(self.decoder.forward)
+        self.limit = longest_prefix(self.decoder)
+        self._beside = [(part, name) for part in self.decoder.modules() for name in vars(part).keys() & _KEPT_BESIDE]
+        self._ignores_padding: dict[tuple[int, ...] | None, bool] = {}
+
+    def clear_beside(self) -> None:
+        """Forgets what other calls left in the model: the positions of a session are those of its tokens."""
+        for part, name in self._beside:
+            setattr(part, name, None)
+
+    def ignores_padding(self, positions: torch.Tensor | None) -> bool:
+        """Whether KV behind padding is that of the tokens, with such positions or without; tried once."""
+        dims = None if positions is None else tuple(positions.shape[:-2])
+        if dims not in self._ignores_padding:
+            self._ignores_padding[dims] = ignores_padding(self.decoder, dims)
+        return self._ignores_padding[dims]
 
 
 class ForwardCheck:
     """Looks at the forward passes of a model in a session. `sequences` learns of the columns that are proven.
 
     Args:
-      model: The model, or what wraps it.
+      model: The model.
       past: The cache of the session. A pass that is not given it, such as an assistant's, leaves nothing.
       sequences: The batch.
 
     Raises:
-      UnsupportedError: The model's KV is not one of prefixes, or not for sequences of that length.
+      UnsupportedError: KV of sequences of that length is not one of prefixes.
     """
 
-    def __init__(self, model: Any, past: Any, sequences: Sequences):
-        decoder = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
-        if decoder.config.is_encoder_decoder:
-            raise UnsupportedError("model is an encoder-decoder, whose cross attention is not in a prefix cache")
-        self._model, self._past, self._sequences = decoder, past, sequences
-        self._limit = longest_prefix(decoder)
-        self._accepted = inspect.signature(decoder.forward)
-        self._padding = torch.from_numpy(sequences.padding)[:, None].to(decoder.device)
-        self._beside = [(part, name) for part in decoder.modules() for name in vars(part).keys() & _KEPT_BESIDE]
+    def __init__(self, model: KnownModel, past: Any, sequences: Sequences):
+        self._model, self._past, self._sequences = model, past, sequences
+        self._padding = torch.from_numpy(sequences.padding)[:, None].to(model.decoder.device)
         self._tokens: np.ndarray | None = None
         self._require_length(sequences.prompt.shape[1])
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Looks at every pass in the block."""
-        self._clear_beside()
+        self._model.clear_beside()
         with contextlib.ExitStack() as hooks:
-            before = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
+            before = self._model.decoder.register_forward_pre_hook(self._before, with_kwargs=True)
             hooks.callback(before.remove)
-            after = self._model.register_forward_hook(self._after)
+            after = self._model.decoder.register_forward_hook(self._after)
             hooks.callback(after.remove)
             yield
-
-    def _clear_beside(self) -> None:
-        """Forgets what other calls left in the model: the positions of a session are those of its tokens."""
-        for part, name in self._beside:
-            setattr(part, name, None)
 
     def _before(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Raises unless the pass computes the next tokens of the session, or leaves nothing in it."""
         self._tokens = None
-        given = _arguments(self._accepted, args, kwargs)
+        given = _arguments(self._model.accepted, args, kwargs)
         if given.get("past_key_values") is not self._past:
             return
         require_tokens_only(given)
-        if "input_ids" not in given:
-            raise UnsupportedError("input_ids are missing: a prefix is known by its token ids; give the model these")
+        ids = given.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise UnsupportedError("input_ids must be (batch, columns): a prefix is known by its token ids, give these")
         if self._sequences.confirmed != self._sequences.length:
             raise RequestStateError(
                 "a forward pass before this one broke off, or was not one of the whole model: leave the session"
             )
         self._tokens = self._next_tokens(given)
-        self._clear_beside()
+        self._model.clear_beside()
 
     def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Confirms the columns of a pass, if every layer has them."""
@@ -116,20 +144,12 @@ class ForwardCheck:
         sequences.require_batch(rows)
         sequences.require_new(columns)
         self._require_length(first + columns)
-        wrong = self._wrong_by_shape(given, first + columns)
-        padding = self._padding
-        column = torch.arange(first + columns, device=padding.device)
-        is_token, position = column >= padding, column - padding
-        agree = {
-            "attention_mask": lambda value: (value != 0) == is_token,
-            "position_ids": lambda value: (value == position[:, first:]) | ~is_token[:, first:],
-            "cache_position": lambda value: value == column[first:],
-            "mm_token_type_ids": lambda value: value == 0,  # text
-        }
-        names = [name for name in _PROVEN if name in given and name not in wrong]
-        agreed = [agree[name](given[name].to(padding.device)).all().reshape(1) for name in names]
-        seen = torch.cat([part.flatten().long().to(padding.device) for part in (ids, *agreed)]).cpu().numpy()
-        wrong += [name for name, agrees in zip(names, seen[ids.numel() :], strict=True) if not agrees]
+        column = torch.arange(first + columns, device=self._padding.device)
+        names = [name for name in _PROVEN if name in given]
+        agreed = [self._agrees(name, given[name], first, column).reshape(1) for name in names]
+        seen = torch.cat([part.flatten().long().to(column.device) for part in (ids, *agreed)]).cpu().numpy()
+        wrong = [name for name, agrees in zip(names, seen[ids.numel() :], strict=True) if not agrees]
+        wrong += self._missing_of_padding(given) if self._sequences.padding.any() else []
         if wrong:
             raise UnsupportedError(
                 f"{wrong[0]} must be what follows from the session for {columns} columns behind the {first} that are "
@@ -140,26 +160,47 @@ class ForwardCheck:
         sequences.require_prompt(tokens)
         return tokens
 
-    def _wrong_by_shape(self, given: Mapping[str, Any], last: int) -> list[str]:
-        """Names of what is missing though the batch is padded, or has a shape that cannot be right."""
-        rows, columns = given["input_ids"].shape
-        wrong = []
-        if self._sequences.padding.any():
-            needed = ["attention_mask", *({"position_ids"} & self._accepted.parameters.keys())]
-            wrong += [name for name in needed if name not in given]
-        for name in given.keys() & _PROVEN:
-            value, width = given[name], last if name == "attention_mask" else columns
-            most = 2 if name == "attention_mask" else 3  # positions of images have a dimension more
-            is_tensor = isinstance(value, torch.Tensor) and 1 <= value.ndim <= most
-            if not is_tensor or value.shape[-1] != width or (value.ndim > 1 and value.shape[-2] not in (1, rows)):
-                wrong.append(name)
-        return wrong
+    def _agrees(self, name: str, value: Any, first: int, column: torch.Tensor) -> torch.Tensor:
+        """Whether an argument is what follows from the session, for the columns from `first` on."""
+        no = column.new_zeros(())
+        if not isinstance(value, torch.Tensor):
+            return no
+        value = value.to(column.device)
+        if name == "mm_token_type_ids":
+            return (value == 0).all()  # text
+        is_token, position = column >= self._padding, column - self._padding
+        if name == "attention_mask":
+            return torch.all((value != 0) == is_token) if value.shape == is_token.shape else no
+        rows, width = len(position), len(column) - first
+        is_shaped = (
+            1 <= value.ndim <= 3 and value.shape[-1] == width and (value.ndim == 1 or value.shape[-2] in (1, rows))
+        )
+        if not is_shaped:
+            return no
+        if name == "cache_position":
+            return torch.all(value == column[first:])
+        return torch.all((value == position[:, first:]) | ~is_token[:, first:])
+
+    def _missing_of_padding(self, given: Mapping[str, Any]) -> list[str]:
+        """What the model has to be told of padding, and is not."""
+        positions = given.get("position_ids")
+        if "attention_mask" not in given:
+            return ["attention_mask"]
+        if self._model.ignores_padding(positions):
+            return []
+        if positions is None and "position_ids" in self._model.accepted.parameters:
+            return ["position_ids"]
+        raise UnsupportedError(
+            "attention_mask: this model counts positions from the first column, padding or not, so its KV is not that "
+            "of the prompts: give it prompts of one length, without padding"
+        )
 
     def _require_length(self, columns: int) -> None:
         longest = columns - int(self._sequences.padding.min())
-        if self._limit is not None and longest > self._limit:
+        limit = self._model.limit
+        if limit is not None and longest > limit:
             raise UnsupportedError(
-                f"a sequence would have {longest} tokens, and from {self._limit + 1} on this model rotates keys by the "
+                f"a sequence would have {longest} tokens, and from {limit + 1} on this model rotates keys by the "
                 "length of the sequence (dynamic or longrope positions): KV does not belong to a prefix then, and none "
                 "could be reused; use a DynamicCache for it"
             )
@@ -186,35 +227,6 @@ def longest_prefix(model: torch.nn.Module) -> int | None:
             elif isinstance(kind, str) and "dynamic" in kind:
                 limits.append(own["original_max_seq_len"] - 1)
     return min(limits, default=None)
-
-
-def require_options(model: Any, options: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError on options of `generate` that do without the cache, or give the model more than tokens.
-
-    What they bring to the model is looked at again in each forward pass; here it is refused before anything runs.
-    """
-    of_model = {name: value for name, value in options.items() if name not in _OF_GENERATE}
-    require_tokens_only({name: value for name, value in of_model.items() if isinstance(value, torch.Tensor)})
-    if options.get("use_cache") is False:
-        raise UnsupportedError("use_cache=False: then nothing is cached; call model.generate itself")
-    for name in ("inputs", "past_key_values"):
-        if options.get(name) is not None:
-            raise UnsupportedError(f"{name}: a session has its own: give the prompts as input_ids, and no other cache")
-    implementation = effective_option(model, options, "cache_implementation")
-    if implementation not in (None, "hybrid"):  # transformers takes "hybrid" for None
-        raise UnsupportedError(
-            f"cache_implementation is {implementation!r}: this is another cache; set it to None, also in "
-            "model.generation_config"
-        )
-
-
-def effective_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
-    """An option as `generate` sees it: of the call, else of its generation config, else of the model's."""
-    config = options.get("generation_config")
-    for source in (options, {} if config is None else vars(config), vars(model.generation_config)):
-        if source.get(name) is not None:
-            return source[name]
-    return None
 
 
 def require_tokens_only(given: Mapping[str, Any]) -> None:

@@ -464,3 +464,18 @@ def test_nothing_is_a_fine_amount(page_size):
 
 def test_every_error_is_a_cache_error():
     assert all(issubclass(error, CacheError) for error, _, _ in WRONG_CALLS.values())
+
+
+def test_whoever_reads_windows_hears_of_those_that_are_gone():
+    """`translate_loc_from_full_to_swa` says 0 of them, which is a page that can be read."""
+    allocator = SWATokenToKVPoolAllocator(size=32, size_swa=16, page_size=4)
+    pages = allocator.alloc_pages(3)
+    slots = np.array([0, 3, *range(4, 16)], np.int32)  # two of the sink, which are nobody's
+    expected = allocator.translate_loc_from_full_to_swa(slots)
+    np.testing.assert_array_equal(allocator.require_window_slots("read", slots), expected)
+    allocator.free_windows(pages[1:2], PageState.PRIVATE)
+    with pytest.raises(ArgumentError, match=r"read: the window page .* of page 2 is gone"):
+        allocator.require_window_slots("read", slots)
+    np.testing.assert_array_equal(allocator.require_window_slots("read", slots[:6]), expected[:6])
+    with pytest.raises(OwnershipError, match="none of this allocator"):
+        allocator.require_window_slots("read", [40])

@@ -104,6 +104,20 @@ def _mpt():
     return transformers.MptForCausalLM(config)
 
 
+def _bart():
+    """A decoder that counts positions from the first column, padding or not."""
+    sizes = dict(d_model=32, encoder_layers=2, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4)
+    ends = dict(pad_token_id=0, bos_token_id=None, eos_token_id=None, forced_eos_token_id=None)
+    return transformers.BartForCausalLM(transformers.BartConfig(**sizes, **ends, vocab_size=VOCABULARY))
+
+
+def _both_ways():
+    """Attends to what comes after, as models of images do within a prompt's prefix."""
+    sizes = dict(num_hidden_layers=2, num_key_value_heads=2, head_dim=8, sliding_window=8)
+    config = transformers.Gemma3TextConfig(**SIZES, **sizes, use_bidirectional_attention=True)
+    return transformers.Gemma3ForCausalLM(config)
+
+
 def _qwen2_5_vl():
     """Keeps from one call to the next how far its positions are from the columns: images take fewer of them."""
     rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
@@ -133,6 +147,8 @@ PECULIAR = {
     "yarn": _llama_with_rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64),
     "phi3": _phi3,
     "mpt": _mpt,
+    "bart": _bart,
+    "both_ways": _both_ways,
     "qwen2_5_vl": _qwen2_5_vl,
 }
 """Models of which something else than the tokens before has a say in keys and values, or could have."""

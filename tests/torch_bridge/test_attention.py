@@ -129,6 +129,39 @@ def test_a_window_side_is_attended_through_its_own_pages():
         np.testing.assert_allclose(attend(q, 0).cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_window_page_that_is_gone_is_not_read_as_page_0():
+    """Its rows are zeros, whose scores are as good as any. What lies before the window of every query may be gone."""
+    sizes = dict(MHA, layer_num=1)
+    kv_config = SWAConfig(full=MHAConfig(**sizes), window=MHAConfig(**sizes), full_layers=(0,), window_layers=(1,))
+    memory, requests = running(kv_config, lens=(14, 3), sliding_window_size=5)
+    whole = PageTable.of(memory, requests).in_window(memory.allocator)
+    memory.cache.drop_out_of_window(requests[0])
+    memory.cache.evict(0, swa_num_tokens=64)  # the windows of tokens 0 .. 3 or more are gone
+    windows = PageTable.of(memory, requests).in_window(memory.allocator)
+    gone = np.flatnonzero(windows.indices == 0)
+    assert gone.tolist() == [0]
+    with borrow(memory.pool) as kv:
+        fill(kv.window)
+        for window, counts, is_refused in (
+            (5, None, False),  # tokens 9 .. 13
+            (5, (6, 1), False),  # 4 .. 13
+            (5, (7, 1), True),  # 3 .. 13
+            (10, None, False),
+            (11, None, True),
+            (None, None, True),
+        ):
+            attend = PagedAttention(kv.window, 4, window=window)
+            if is_refused:
+                with pytest.raises(ArgumentError, match=r"window page of some tokens is gone.* 0 at \[0\]"):
+                    attend.plan(windows, counts)
+                continue
+            q = queries(sum(counts or (1, 1)), 4, 8)
+            attend.plan(windows, counts)
+            with_hole = attend(q, 0)
+            attend.plan(whole, counts)
+            assert torch.equal(with_hole, attend(q, 0))
+
+
 def test_page_tables_are_those_of_the_requests():
     memory, requests = running(MHAConfig(**MHA))
     table = PageTable.of(memory, requests)

@@ -16,6 +16,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 from jaxcache import ArgumentError, CacheError, RequestStateError, UnsupportedError, init_memory_pool_and_cache
+from jaxcache.pages.base import PageState
 from tests.torch_bridge.hf_models import make_sharp
 from tests.torch_bridge.tensors import DEVICE
 from torch_bridge.transformers import JaxPagedCache, ShortageError
@@ -311,6 +312,43 @@ def test_the_model_that_lets_go_of_its_cache_says_so():
     assert torch.equal(answer(cache, "phi3", prompt(60)), own("phi3", prompt(60)))
 
 
+def test_kv_that_changes_with_later_tokens_is_refused():
+    with pytest.raises(UnsupportedError, match="attends in both directions"):
+        cache_for("both_ways")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attention_dropout=0.5)).train()
+    with pytest.raises(UnsupportedError, match=r"training mode \(call model\.eval\(\)\)"):
+        JaxPagedCache.for_model(model, 64)
+    JaxPagedCache.for_model(model.eval(), 64)
+
+
+def padded(*prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(each.shape[1] for each in prompts)
+    rows = [torch.nn.functional.pad(each, (width - each.shape[1], 0)) for each in prompts]
+    return torch.cat(rows), (torch.cat(rows) != 0).long()
+
+
+def test_positions_that_count_padding_are_refused():
+    """The KV of a prompt would be another behind padding than without, and both went by the same tokens."""
+    cache, prompts = cache_for("bart"), (prompt(21), prompt(13, seed=1))
+    ids, mask = padded(*prompts)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="counts positions from the first column"):
+            answer(cache, "bart", ids, attention_mask=mask)
+        for each in prompts:
+            require_right(cache, "bart", each)
+
+
+def test_padding_is_no_matter_where_positions_are_in_the_scores():
+    cache, (a, b) = cache_for("mpt"), (prompt(21), prompt(13, seed=1))
+    ids, mask = padded(a, b)
+    for _ in range(2):
+        options = dict(attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+        assert torch.equal(answer(cache, "mpt", ids, **options), model_named("mpt").generate(ids, **options))
+        for each in (a, b):
+            require_right(cache, "mpt", each)
+
+
 # Windows that are gone.
 
 
@@ -366,6 +404,35 @@ def test_prompt_lookup_does_not_read_windows_that_are_gone():
         assert torch.equal(
             answer(cache, "gemma3", prompt(60, seed), **options), own("gemma3", prompt(60, seed), **options)
         )
+
+
+def test_a_window_that_went_amid_a_session_is_noticed():
+    """Nothing takes it away; if something did, its layer would read page 0."""
+    cache, ids = cache_for("gemma3"), prompt(16)
+    with (
+        pytest.raises(ArgumentError, match="slots of a batch: the window page of each must be there"),
+        cache.session(ids) as past,
+    ):
+        logits("gemma3", past, ids[:, :12])
+        (request,) = cache.memory.running.values()
+        pages = cache.memory.req_to_token_pool.row_pages(request.req_pool_idx, 1, 2)
+        cache.memory.allocator.free_windows(pages, PageState.PRIVATE)
+        logits("gemma3", past, ids[:, 12:])
+    assert reused(cache, ids[:, :8]) == 0
+
+
+def test_a_model_that_leaves_its_cache_alone_says_so():
+    """Its answer would be right, and nothing of it could be kept: who asks for a cache should hear that."""
+    cache, model = cache_for(), model_named("llama")
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | dict(past_key_values=DynamicCache())), with_kwargs=True
+    )
+    try:
+        with pytest.raises(UnsupportedError, match="does not use the cache that it is given"):
+            answer(cache, "llama", IDS)
+    finally:
+        hook.remove()
+    require_right(cache, "llama", IDS)
 
 
 def test_a_window_side_that_keeps_less_than_a_layer_needs_is_refused():
