@@ -44,6 +44,11 @@ class Nodes:
       changes: Leaves added, nodes split and nodes removed so far.
     """
 
+    __slots__ = (
+        *("changes", "components", "element_bytes", "epoch", "evictable", "graves", "has_priorities", "is_single"),
+        *("page_bytes", "page_size", "policies", "policy", "protected", "roots", "stops", "with_hashes"),
+    )
+
     def __init__(
         self, page_size: int, components: Sequence[Component], policy: Policy, with_hashes: bool, element_bytes: int
     ):
