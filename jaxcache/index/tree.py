@@ -123,6 +123,9 @@ class RadixTree(Nodes):
         A new leaf is cut in two where a further component is offered from its middle on. In nodes that are there
         already, a hole is filled from where the component is offered on.
 
+        A node in which the key leaves the tree is split, and only the upper half, which the key has, counts as used. To
+        refresh the lower one too, as SGLang does, finds no more of a chat trace, with windows or without.
+
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
             element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
