@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.oplog.fingerprint import fingerprint
+from jaxcache.oplog.hook import hooked
 from jaxcache.oplog.log import OpKind, RecordedManager, bisect, record, replay
 from jaxcache.pages.allocator import PageState
 from jaxcache.request import RequestState
@@ -39,6 +41,40 @@ def test_every_call_that_changes_something_is_written_down():
     changes_nothing |= {"check_memory", "buckets", "room_for", "victim", "warm_up", "warm_up_offload", "warm_up_loop"}
     public = {name for name in vars(MemoryManager) if not name.startswith("_")}
     assert public - vars(RecordedManager).keys() == changes_nothing
+
+
+def test_the_hook_sees_every_argument_and_keeps_the_signature():
+    class Plain:
+        def act(self, what, *more, times=1):
+            """Acts."""
+            return [what, *more] * times
+
+    @hooked(["act"])
+    class Toy(Plain):
+        def around(self, name, arguments, call):
+            return name, arguments, call()
+
+    assert Toy().act("a", "b", times=2) == ("act", {"what": "a", "more": ("b",), "times": 2}, ["a", "b"] * 2)
+    assert Toy().act("a")[1] == {"what": "a", "more": (), "times": 1}
+    assert inspect.signature(Toy.act) == inspect.signature(Plain.act) and Toy.act.__doc__ == "Acts."
+    with pytest.raises(TypeError):
+        Toy().act(times=2)
+
+
+def test_an_operation_that_another_one_makes_is_not_recorded_again():
+    @hooked(["reset"])
+    class Thorough(RecordedManager):
+        def reset(self):
+            self.evict(100)
+            super().reset()
+
+    memory = Life(11).run(20).memory
+    memory.__class__ = Thorough
+    for request in list(memory.running.values()):
+        memory.finish(request)
+    before = len(memory.log.ops)
+    memory.reset()
+    assert [op.kind for op in memory.log.ops[before:]] == [OpKind.RESET]
 
 
 @pytest.mark.parametrize("until", [-1, 1.0, "1", 1000])

@@ -83,6 +83,8 @@ class RadixTree(Nodes):
         found = length = reached // self.element_bytes
         state = 0
         if not self.is_single:
+            if path:
+                self.resume.looked_up(path[-1], found)
             length = self.stops.usable(path, found)
             while path and path[-1].start >= length:
                 path.pop()
@@ -121,6 +123,9 @@ class RadixTree(Nodes):
         A new leaf is cut in two where a further component is offered from its middle on. In nodes that are there
         already, a hole is filled from where the component is offered on.
 
+        A node in which the key leaves the tree is split, and only the upper half, which the key has, counts as used. To
+        refresh the lower one too, as SGLang does, finds no more of a chat trace, with windows or without.
+
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
             element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
@@ -133,8 +138,9 @@ class RadixTree(Nodes):
     def evict(self, amount: int, component: int = 0) -> Eviction:
         """Evicts at least `amount` values of a component, unless fewer are evictable.
 
-        Whole nodes, in the policy's order, so it overshoots by less than one node. Evicting the first component removes
-        leaves; another component leaves a hole (tombstone) where its node has children.
+        Evicting the first component removes leaves, in the policy's order, so it overshoots by less than one node.
+        Another component leaves a hole (tombstone) where its node has children. Of it, what no resume point needs is
+        evicted first, whatever the policy (see `resume`).
 
         Cost: O(evicted), whatever the size of the tree.
         """
@@ -142,6 +148,8 @@ class RadixTree(Nodes):
         freed: list[list[np.ndarray]] = [[] for _ in self.components]
         nodes: list[Node] = []
         target = self.evictable[component] - amount
+        if component and self.resume.are_used:
+            self._evict_surplus(component, target, freed)
         while self.evictable[component] > target and (node := policy.victim()) is not None:
             if node.children:
                 self._take_out(node, (component,), freed)
@@ -149,6 +157,19 @@ class RadixTree(Nodes):
             else:
                 self._remove(node, freed, nodes)
         return Eviction(tuple([joined(part) for part in freed]), nodes)
+
+    def _evict_surplus(self, component: int, target: int, freed: list[list[np.ndarray]]) -> None:
+        """Evicts what no resume point needs, until `target` values are left or there is no more of it."""
+        while self.evictable[component] > target and (node := self.resume.next_candidate(component)) is not None:
+            slot = node.slot(component)
+            if slot.locks or slot.value is None:
+                continue
+            begin = self.resume.needed_from(component, node)
+            if begin > node.start:
+                if begin < node.end:
+                    node = self.split(node, begin, is_found=False)
+                self._take_out(node, (component,), freed)
+                self.changes += 1
 
     def drop(self, namespace: bytes) -> Eviction:
         """Removes all that is cached in one namespace, such as that of an adapter that is unloaded.
@@ -181,6 +202,8 @@ class RadixTree(Nodes):
             parent = node.parent
             self._unlink(node, freed, nodes)
             if parent.children:
+                if len(parent.children) == 1:
+                    self.resume.passed(parent)
                 return
             if parent.parent is None:
                 del self.roots[parent.namespace]
@@ -213,6 +236,7 @@ class RadixTree(Nodes):
                 self.evictable[i] -= len(value)
                 slot.value = None
                 self.policies[i].remove(node)
+                self.resume.removed(i, node)
 
     # ---- protection ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,9 @@ import random
 import numpy as np
 import pytest
 
-from jaxcache.compat.pymllm import EvictResult, MambaRadixCache, RadixCache
+import jaxcache.index
+from jaxcache.compat.pymllm import MambaRadixCache, RadixCache
+from jaxcache.compat.pymllm_base import BasePrefixCache, ChunkCache, EvictResult, InsertResult, MatchResult
 from jaxcache.errors import ArgumentError, OwnershipError, ReceiptError
 from jaxcache.index.check import check
 from jaxcache.index.key import RadixKey
@@ -257,7 +259,7 @@ def test_what_a_cache_does_not_keep_is_refused():
     for size in (0, -1, 1.5, "2"):
         with pytest.raises(ArgumentError, match="sliding_window_size"):
             RadixCache(1, size)
-    for state in (0, -1, None, 1.5):
+    for state in (0, -1, 1.5, "1"):
         with pytest.raises(ArgumentError, match="mamba_value"):
             MambaRadixCache(1).insert([1], mamba_value=state)
     for tokens in ([], [1], [1, 2, 3]):
@@ -265,6 +267,102 @@ def test_what_a_cache_does_not_keep_is_refused():
             MambaRadixCache(2).insert(tokens, mamba_value=1)
     with pytest.raises(ArgumentError, match="the key needs 2 slots"):
         RadixCache(2).insert([1, 2], np.array([2], np.int32))
+
+
+def test_results_have_the_documented_defaults():
+    nothing = np.empty(0, np.int32)
+    found = MatchResult(nothing)
+    assert found.indices is nothing
+    assert (found.last_node, found.prefix_len, found.mamba_branching_seqlen, found.mamba_value) == (None, 0, None, 0)
+    inserted = InsertResult()
+    assert (inserted.prefix_len, inserted.last_node, inserted.mamba_exist) == (0, None, False)
+    assert EvictResult() == EvictResult(0, 0, 0)
+
+
+def test_the_names_are_in_the_index():
+    names = "BasePrefixCache ChunkCache EvictResult InsertResult MambaRadixCache MatchResult RadixCache RadixKey"
+    for name in f"{names} hash_bytes hash_to_int64 hash_token_ids".split():
+        assert getattr(jaxcache.index, name).__name__ == name
+    assert jaxcache.index.ChunkCache is ChunkCache and issubclass(ChunkCache, BasePrefixCache)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = jaxcache.index.Nothing
+
+
+@pytest.mark.parametrize("kind", [RadixCache, MambaRadixCache, ChunkCache])
+def test_every_cache_takes_every_argument_of_an_insert_and_locks_nothing(kind):
+    cache = kind()
+    options = {"prev_prefix_len": 0, "swa_evicted_seqlen": 0, "mamba_value": 1, "chunked": True}
+    assert cache.insert([1, 2], **options).prefix_len == 0
+    assert cache.insert([1, 2], None, **options).prefix_len == (0 if kind is ChunkCache else 2)
+    assert cache.inc_lock_ref(None) is None
+    cache.dec_lock_ref(None)
+    cache.dec_lock_ref(None, None, chunked=True)
+    assert cache.protected_size() == 0
+    assert isinstance(cache, BasePrefixCache)
+
+
+@pytest.mark.parametrize("cache", [RadixCache(), RadixCache(1, 4), MambaRadixCache()])
+def test_a_receipt_is_given_back_alone_or_behind_its_node(cache):
+    cache.insert([1, 2], mamba_value=1)
+    node = cache.match_prefix([1, 2]).last_node
+    for give_back in (
+        lambda receipt: cache.dec_lock_ref(receipt),
+        lambda receipt: cache.dec_lock_ref(node, receipt),
+        lambda receipt: cache.dec_lock_ref(node, swa_boundary_id=receipt),
+    ):
+        receipt = cache.inc_lock_ref(node)
+        assert cache.protected_size() == 2
+        give_back(receipt)
+        assert cache.protected_size() == 0
+        with pytest.raises(ReceiptError, match="given back already"):
+            give_back(receipt)
+    with pytest.raises(ArgumentError, match="what a lock returned"):
+        cache.dec_lock_ref(node)
+
+
+def test_a_cache_that_keeps_nothing():
+    pool = TokenToKVPoolAllocator(8)
+    cache = ChunkCache(pool, page_size=1)
+    slots = pool.alloc(2)
+    result = cache.insert([1, 2], slots)
+    assert (result.prefix_len, result.last_node) == (0, None)
+    found = cache.match_prefix([1, 2])
+    assert (found.prefix_len, len(found.indices), found.last_node) == (0, 0, None)
+    assert cache.evict(5) == EvictResult()
+    cache.reset()
+    cache.pretty_print()
+    assert (cache.total_size(), cache.evictable_size(), pool.available_size()) == (0, 0, 6)
+
+
+def test_without_a_state_nothing_is_taken():
+    """In pymllm it was cached, and found, though nothing could be resumed from it."""
+    pool, states = TokenToKVPoolAllocator(16), StateAllocator(4)
+    cache = MambaRadixCache(1, pool, states)
+    first, state = pool.alloc(2), states.alloc_track_slot()
+    cache.insert([1, 2], first, mamba_value=state)
+    mine = pool.alloc(4)
+    result = cache.insert([1, 2, 3, 4], mine)
+    assert (result.prefix_len, result.mamba_exist, cache.total_size()) == (2, False, 2)
+    receipt = cache.inc_lock_ref(result.last_node)
+    assert cache.protected_size() == 2
+    pool.free(mine)  # all of them are still the caller's
+    cache.dec_lock_ref(receipt)
+    assert cache.insert([7, 8]).prefix_len == 0
+    check(cache.tree)
+
+
+def test_a_window_has_the_id_of_its_page():
+    """It was one more, so that page 0, which no pool gives out, could be told from a hole."""
+    pool = SWATokenToKVPoolAllocator(16, 16, 2)
+    cache = RadixCache(2, 2, pool)
+    slots = pool.alloc(8)
+    cache.insert(list(range(8)), slots)
+    (node,) = cache.tree.nodes()
+    assert node.value.tolist() == node.slot(1).value.tolist() == (slots[::2] // 2).tolist()
+    freed = []
+    pool.free_swa = lambda slots: freed.append(slots.tolist())
+    cache.evict(0, 8)
+    assert freed == [slots.tolist()]
 
 
 def test_windows_move_between_private_pages_only():
