@@ -406,6 +406,27 @@ def test_prompt_lookup_does_not_read_windows_that_are_gone():
         )
 
 
+@pytest.mark.parametrize("lacking", range(5))
+def test_a_row_reads_what_is_cached_as_far_as_its_windows_reach_back(lacking):
+    """Of 20 tokens the windows of the last 8 are there: enough to compute the last one again, but no more of them."""
+    cache, ids = JaxPagedCache.for_model(model_named("gemma3"), 256, page_size=1), prompt(21)
+    other = torch.cat([prompt(20 - lacking, seed=1), prompt(1 + lacking, seed=2)], dim=1)
+    answer(cache, "gemma3", other[:, : 20 - lacking], max_new_tokens=1)
+    with cache.session(ids[:, :20]) as past:
+        logits("gemma3", past, ids[:, :20])
+        cache.memory.cache.drop_out_of_window(next(iter(cache.memory.running.values())))
+    slots = cache.memory.cache.match_prefix(ids[0, :20].cpu().numpy()).device_indices
+    is_gone = cache.memory.allocator.window_pages(slots) == 0
+    assert is_gone.tolist() == [True] * 12 + [False] * 8
+    both = torch.cat([ids, other])
+    mask = torch.ones_like(both)
+    expected = model_named("gemma3").generate(both, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+    with cache.session(both) as past:
+        assert past.get_seq_length() == (0 if lacking > 1 else 20 - lacking)
+    assert torch.equal(answer(cache, "gemma3", both, attention_mask=mask), expected)
+    cache.memory.check_memory(read_device=True)
+
+
 def test_a_window_that_went_amid_a_session_is_noticed():
     """Nothing takes it away; if something did, its layer would read page 0."""
     cache, ids = cache_for("gemma3"), prompt(16)
