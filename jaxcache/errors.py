@@ -68,5 +68,8 @@ class TraceError(CacheError):
     """A trace file is missing or malformed; the message names the file and the line."""
 
 
-class BrokenInvariant(CacheError):
-    """The books do not balance: a bug in jaxcache or in code that bypassed it."""
+class BrokenInvariantError(CacheError):
+    """Internal consistency is lost: a bug in jaxcache, or code that changed its state without asking it."""
+
+
+BrokenInvariant = BrokenInvariantError

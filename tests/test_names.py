@@ -6,14 +6,20 @@ Where both have a name, `jaxcache.X` is SGLang's, driven by requests, and `jaxca
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jaxcache
+import jaxcache.compat
+import jaxcache.errors
 import jaxcache.index
 
 SIZES = "evictable_size protected_size total_size"
@@ -177,7 +183,7 @@ def test_what_the_table_points_to_is_there():
     for row in table():
         for path in re.findall(r"`([a-zA-Z_]+(?:\.[a-zA-Z_]+)+)`", row[1]):
             head, *rest = path.split(".")
-            found: object = vars(jaxcache).get(head)
+            found: object = getattr(jaxcache, head, None) if head[0].isupper() else None
             if found is None:
                 module, rest = ".".join(["jaxcache", *path.split(".")[:-1]]), path.split(".")[-1:]
                 found = importlib.import_module(module)
@@ -186,3 +192,43 @@ def test_what_the_table_points_to_is_there():
                 found = getattr(found, part, None)
             checked += 1
     assert checked >= 5
+
+
+def test_the_documented_interface_is_small_and_sorted():
+    assert len(jaxcache.__all__) <= 55
+    assert jaxcache.__all__ == sorted(jaxcache.__all__)
+    assert all(name in vars(jaxcache) for name in jaxcache.__all__), "loaded with the package"
+
+
+def test_every_error_is_documented_and_says_so_in_its_name():
+    errors = {value for value in vars(jaxcache.errors).values() if isinstance(value, type)}
+    assert {error.__name__ for error in errors} <= set(jaxcache.__all__)
+    assert all(error.__name__.endswith("Error") for error in errors)
+    assert jaxcache.BrokenInvariant is jaxcache.BrokenInvariantError
+
+
+def test_other_names_come_on_first_use_without_a_warning():
+    names = {name for name, value in vars(jaxcache.compat).items() if not name.startswith("_")}
+    names -= {"ascend", "pymllm", "sglang"}
+    assert {"InsertResult", "EvictResult", "PagedTokenToKVPoolAllocator", "RadixKey"} <= names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(getattr(jaxcache, name) is getattr(jaxcache.compat, name) for name in names)
+    assert names <= set(dir(jaxcache))
+    assert jaxcache.InsertResult.__module__ == jaxcache.EvictResult.__module__ == "jaxcache.compat.pymllm"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    for name in ("Radixcache", "_joined", "ascend"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(jaxcache, name)
+
+
+def test_importing_the_package_loads_no_other_systems_names():
+    source = "import sys, jaxcache; print([name for name in sys.modules if name.startswith('jaxcache.compat')])"
+    out = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
+
+
+def test_the_version_is_that_of_what_is_installed():
+    assert jaxcache.__version__ == importlib.metadata.version("jaxcache")

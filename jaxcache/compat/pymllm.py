@@ -279,7 +279,7 @@ class RadixCache(BasePrefixCache):
         """Whether it was told of a window."""
         return self.sliding_window_size is not None
 
-    def insert(
+    def insert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         key: RadixKey | np.ndarray | Sequence[int],
         value: Int32[np.ndarray, " slots"] | None = None,
@@ -376,7 +376,7 @@ class MambaRadixCache(BasePrefixCache):
         further = found.structural_length if found.structural_length > found.length else None
         return MatchResult(expand_pages(found.pages, self.page_size), found, found.length, further, found.state)
 
-    def insert(
+    def insert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         key: RadixKey | np.ndarray | Sequence[int],
         value: Int32[np.ndarray, " slots"] | None = None,
