@@ -10,6 +10,12 @@ import hypothesis
 import jax
 import pytest
 
+from tests import shapes
+
+# Must come before anything imports jaxcache.
+if os.environ.get("JAXCACHE_SHAPES", "0") not in ("", "0"):
+    shapes.install()
+
 from tests.kernels import h200
 
 # It needs torch throughout, and a run that may skip nothing has none.

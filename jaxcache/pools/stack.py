@@ -173,7 +173,7 @@ class LayerStack(MemoryPool):
         return mesh_of(self.config, self.buffers[0])
 
     def partition_specs(self) -> Self:
-        return self.with_buffers(*[self.config.partition_spec] * len(self.buffers))  # pyright: ignore[reportArgumentType]
+        return type(self)(self.config, *[self.config.partition_spec] * len(self.buffers))
 
     def with_buffers(self, *buffers: Shaped[Array, "layers rows *row"]) -> Self:
         """A pool of the same configuration around other arrays."""

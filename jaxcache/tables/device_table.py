@@ -31,7 +31,7 @@ class RequestTable(DevicePool):
         return RequestTable(flat.reshape(self.pages.shape))
 
     def slots(
-        self, row: Int32[Array, " tokens"], position: Int32[Array, " tokens"], page_size: int
-    ) -> Int32[Array, " tokens"]:
+        self, row: Int32[Array, "*#tokens"], position: Int32[Array, "*#tokens"], page_size: int
+    ) -> Int32[Array, "*tokens"]:
         """Slot of each (row, position). Positions past a request's end give stale slots: mask them."""
         return self.pages[row, position // page_size] * page_size + position % page_size
