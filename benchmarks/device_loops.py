@@ -18,12 +18,13 @@ import numpy as np
 
 from benchmarks.peers import Peers
 from benchmarks.timing import Report, time_jax_donated, with_kernel_time
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.content import write_step
 from jaxcache.request import Request
 from jaxcache.steps.loop import unpack_loop
-from tests import loops
+from tests.support import loops
 
 PAGE_SIZE = 16
 LOOPS = ((8, 1), (32, 1), (8, 4), (32, 4))

@@ -75,3 +75,27 @@ def _load(folder: Path, name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def load_decode_attention(folder: Path | None) -> Any:
+    """`decode_attention_fwd` of SGLang's Triton backend out of `folder`, or of the installed package; None if there is
+    none."""
+    if folder is None:
+        spec = importlib.util.find_spec("sglang")
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        folder = Path(spec.submodule_search_locations[0]).parent
+    path = folder / "sglang" / "srt" / "layers" / "attention" / "triton_ops" / "decode_attention.py"
+    if not path.is_file():
+        return None
+    utils = ModuleType("sglang.srt.utils")
+    vars(utils).update(is_hip=lambda: False, is_cuda=lambda: True, get_bool_env_var=lambda *_: False)
+    stand_ins: dict[str, Any] = {name: mock.MagicMock(name=name) for name in _STAND_INS}
+    stand_ins["sglang.srt.utils"] = utils
+    with mock.patch.dict(sys.modules, stand_ins):
+        spec = importlib.util.spec_from_file_location("sglang_decode_attention", path)
+        if spec is None or spec.loader is None:
+            return None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.decode_attention_fwd

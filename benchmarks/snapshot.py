@@ -33,7 +33,8 @@ import numpy as np
 
 from benchmarks.figures import machine, write_figures
 from jaxcache.device.donation import donating
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.snapshot.load import load_snapshot
 from jaxcache.snapshot.save import save_snapshot, thread_count

@@ -38,7 +38,8 @@ from jaxcache.errors import (
 from jaxcache.index.key import Namespace
 from jaxcache.index.policies.registry import Policy
 from jaxcache.kernels.in_place import prove_in_place
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mamba import MambaConfig, MambaPool

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxcache.cli.main import main
@@ -61,6 +62,7 @@ def test_a_planted_fault_is_exit_code_one(chats: Path) -> None:
     assert main(["replay", str(chats), *SMALL, "--plant", "skip_write"]) == 1
 
 
+TOO_LONG = "n" * 3000
 BAD_COMMANDS = {
     "a missing trace": ("replay nowhere.jsonl", "nowhere.jsonl: cannot be read"),
     "a directory": ("replay .", "is a directory"),
@@ -88,6 +90,20 @@ BAD_COMMANDS = {
     "figures into nowhere": ("replay chats.jsonl --json no/figures.json", "no/figures.json: cannot be written"),
     "figures into a folder": ("replay chats.jsonl --json .", "cannot be written"),
     "a report into nowhere": ("replay chats.jsonl --report no/report.html", "no/report.html: cannot be written"),
+    "figures into a name too long": (f"replay chats.jsonl --json {TOO_LONG}", "cannot be written: File name too long"),
+    "a report with a name too long": (
+        f"replay chats.jsonl --report {TOO_LONG}",
+        "cannot be written: File name too long",
+    ),
+    "a report into a folder": ("replay chats.jsonl --report .", "cannot be written"),
+    "figures below a file": ("replay chats.jsonl --json chats.jsonl/figures.json", "cannot be written"),
+    "a trace with a name too long": (f"replay {TOO_LONG}", "cannot be read: File name too long"),
+    "a new trace with a name too long": (
+        f"trace --requests 3 --out {TOO_LONG}",
+        "cannot be written: File name too long",
+    ),
+    "a new trace into a folder": ("trace --requests 3 --out .", "cannot be written: Is a directory"),
+    "more than there is memory": ("replay chats.jsonl --device-tokens 2000000000", "ask for fewer tokens or layers"),
     "a trace of nothing": ("trace --requests 0 --out new.jsonl", "requests must be in [1, "),
     "a trace into nowhere": ("trace --requests 3 --out no/new.jsonl", "no/new.jsonl: cannot be written"),
     "a trace without a place": ("trace --requests 3", "--out"),
@@ -107,8 +123,36 @@ def test_bad_input_is_exit_code_two_and_changes_nothing(name: str, chats: Path, 
     assert main(command.split()) == 2
     out, err = capsys.readouterr()
     assert message in err
-    assert "Traceback" not in err and not out
+    assert "Traceback" not in err and not out and len(err) < 2000
+    assert len(err.splitlines()) == 1 or "Usage:" in err
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "out.json"), "jaxcache: out.json: No space left on device"),
+        (IsADirectoryError(21, "Is a directory"), "jaxcache: a file: Is a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error: OSError, line: str, monkeypatch, capsys) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jaxcache.cli.commands.generate_chat", fail)
+    assert main(["trace", "--requests", "3", "--out", "new.jsonl"]) == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nsecond line")])
+def test_a_device_without_room_is_one_line(error: Exception, chats: Path, monkeypatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jaxcache.replay.run.init_memory_pool_and_cache", fail)
+    capsys.readouterr()
+    assert main(["replay", str(chats), *SMALL]) == 2
+    assert "--device-tokens 60000: no room for such a pool" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_python_m_jaxcache() -> None:

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pages.allocator import FreeOrder, PageState
 from jaxcache.pages.graph import PageAllocatorState
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
@@ -28,7 +29,7 @@ from jaxcache.steps.loop import DecodeLoop, DecodeRows, LoopShape, unpack_loop
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
-from tests.loops import (
+from tests.support.loops import (
     Oracle,
     append_tokens,
     assert_contents,

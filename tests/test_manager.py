@@ -17,7 +17,8 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
@@ -357,7 +358,7 @@ class Fault(Exception):
     [
         ("cache", "match_prefix", 1),
         ("cache", "inc_lock_ref", 1),
-        ("cache", "evict", 1),
+        ("cache", "evict_values", 1),
         ("allocator", "alloc_pages", 1),
         ("req_to_token_pool", "alloc", 1),
         ("req_to_token_pool", "write_pages", 1),
@@ -401,7 +402,7 @@ def test_a_fault_between_two_steps_of_an_admission_loses_nothing(monkeypatch, pa
     assert_contents(manager, [request])
 
 
-@pytest.mark.parametrize(("part", "method"), [("allocator", "alloc_pages"), ("cache", "evict")])
+@pytest.mark.parametrize(("part", "method"), [("allocator", "alloc_pages"), ("cache", "evict_values")])
 def test_a_fault_in_planning_loses_nothing(monkeypatch, part, method):
     manager = small_manager(num_pages=8)
     manager.finish(prefilled(manager, [1] * 24, rid="filler"))
@@ -558,7 +559,7 @@ def expected_batch(work, page_size, rows):
 def test_every_padding_of_an_extend_bucket(page_size, sizes):
     bucket = Bucket(StepKind.EXTEND, requests=4, tokens=8, pages=12, changes=16)
     manager = small_manager(page_size, num_pages=64 // page_size)
-    manager.buckets = (bucket,)
+    manager.planner.buckets = (bucket,)
     requests = []
     for i, size in enumerate(sizes):
         request = Request(str(i), list(range(100 * i, 100 * i + size + 3)), tag=i + 5)
@@ -592,7 +593,7 @@ def test_every_padding_of_a_decode_bucket(count):
     requests = [prefilled(manager, [i] * (3 + i), rid=str(i), tag=i) for i in range(count)]
     for request in requests:
         request.output_ids.append(40 + request.tag)
-    manager.buckets = (bucket,)
+    manager.planner.buckets = (bucket,)
     plan = manager.decode(requests) if requests else StepPlan.empty(bucket)
     assert plan.bucket == bucket
     batch = unpack(jnp.asarray(plan.pack(manager.req_to_token_pool.take_changes(64))), bucket, manager.table, 4)
@@ -639,7 +640,7 @@ def test_a_plan_that_does_not_fit_its_bucket_is_refused():
 @pytest.mark.parametrize("room", [0, 5])
 def test_the_device_table_is_exact_however_few_changes_fit_a_step(room):
     manager = small_manager(page_size=1, num_pages=64)
-    manager.buckets = tuple(
+    manager.planner.buckets = tuple(
         Bucket(bucket.kind, bucket.requests, bucket.tokens, bucket.pages, room) for bucket in manager.buckets
     )
     requests = [prefilled(manager, [i] * 11, rid=str(i)) for i in range(3)]
@@ -656,7 +657,7 @@ def test_the_device_table_is_exact_however_few_changes_fit_a_step(room):
 def test_changes_beyond_one_patch_are_sent_in_several(monkeypatch):
     monkeypatch.setattr("jaxcache.steps.runner.TABLE_PATCH_ENTRIES", 4)
     manager = small_manager(page_size=1, num_pages=64)
-    manager.buckets = tuple(Bucket(b.kind, b.requests, b.tokens, b.pages, 3) for b in manager.buckets)
+    manager.planner.buckets = tuple(Bucket(b.kind, b.requests, b.tokens, b.pages, 3) for b in manager.buckets)
     requests = [prefilled(manager, [i] * 20, rid=str(i)) for i in range(2)]
     assert_contents(manager, requests)
     np.testing.assert_array_equal(np.asarray(manager.table.pages), manager.req_to_token_pool.pages)

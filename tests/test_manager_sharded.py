@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxcache.errors import ShardingError
 from jaxcache.kernels.in_place import inspect_compiled
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.layout import Layout
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool

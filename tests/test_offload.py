@@ -11,7 +11,7 @@ from jaxcache.replay.content import write_step
 from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
 from jaxcache.steps.compiled import CompiledSteps
-from tests.test_decode_loop_flavours import WINDOW, make_manager
+from tests.support.loop_managers import WINDOW, make_manager
 
 PAGE = 4
 FLAVOURS = {"window": (True, False), "state": (False, True), "window+state": (True, True)}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
@@ -307,7 +308,7 @@ def test_reset_takes_windows_and_states_back():
     config = MemoryConfig(swa, 2, 16, chunk=16, sliding_window_size=6, states=states)
     manager = init_memory_pool_and_cache(config)
     allocator = manager.allocator
-    free = allocator.full_available_size(), allocator.swa_available_size(), manager.states.available_size()
+    free = allocator.full_available_size(), allocator.swa_available_size(), manager.cache.usage("state")[1]
     request = Request("r", list(range(8)))
     manager.admit(request)
     manager.run(content.write_step, manager.extend([(request, 8)]))
@@ -316,6 +317,6 @@ def test_reset_takes_windows_and_states_back():
     manager.reset()
     manager.check_memory(read_device=True)
     assert manager.cache.total_size() == 0
-    assert (allocator.full_available_size(), allocator.swa_available_size(), manager.states.available_size()) == free
+    assert (allocator.full_available_size(), allocator.swa_available_size(), manager.cache.usage("state")[1]) == free
     manager.runner.send_changes()
     assert not np.asarray(manager.pool.kv.full_to_window).any()

@@ -9,7 +9,7 @@ import pytest
 from jaxcache.device.pool import DevicePool
 from jaxcache.errors import BorrowedError, ReleasedError, RequestStateError, StalePoolError
 from jaxcache.events.events import AllBlocksCleared
-from jaxcache.manager.audit import check_device_map
+from jaxcache.manager.audit import check_device_maps
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.oplog.log import record, replay
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
@@ -17,8 +17,8 @@ from jaxcache.pools.mha import MHATokenToKVPool
 from jaxcache.request import Request
 from jaxcache.snapshot.save import save_snapshot
 from tests.snapshot.caches import MODEL, contents, fill
-from tests.snapshot.test_mesh import MHA, cached, place
-from tests.test_oplog import FLAVOURS, Life, make_config, nothing
+from tests.support.placed_caches import MHA, cached, place
+from tests.support.recorded_lives import FLAVOURS, Life, make_config, nothing
 
 
 class View:
@@ -57,7 +57,7 @@ def test_what_is_kept_is_there_again_and_requests_run_on(flavour, seed):
     for _ in range(2):
         memory.runner.send_changes()
         if isinstance(memory.allocator, SWATokenToKVPoolAllocator):
-            check_device_map(memory.pool, memory.allocator)
+            check_device_maps(memory.pool, memory.cache.components)
         life.run(60)
 
 
@@ -77,7 +77,8 @@ def test_what_is_dropped_is_forgotten():
         pool.require_live()
     assert memory.cache.total_size() == 0
     assert memory.allocator.full_available_size() == memory.allocator.size
-    assert memory.states is not None and memory.states.available_size() == memory.states.size
+    size, available, _ = memory.cache.usage("state")
+    assert available == size
     memory.resume_memory()
     assert not any(np.asarray(buffer).any() for buffer in memory.pool.buffers)
     for request in life.waiting:

@@ -133,7 +133,7 @@ def test_each_step_in_flight_sees_its_own_plan():
 
 
 def test_steps_that_are_made_anew_do_not_pile_up():
-    compiled, built = CompiledSteps(most=3), []
+    compiled, built = CompiledSteps(max_functions=3), []
 
     def find(step, shape="a"):
         return compiled.find(step, shape, lambda: built.append((step, shape)) or len(built))
@@ -155,7 +155,7 @@ def test_steps_that_are_made_anew_do_not_pile_up():
 
 def test_a_step_that_went_is_compiled_again():
     manager = small_manager()
-    manager.runner.compiled = CompiledSteps(most=1)
+    manager.runner.compiled = CompiledSteps(max_functions=1)
     request = Request("r", list(range(6)))
     manager.admit(request)
     for count, step in ((2, write_step), (1, lambda *args: write_step(*args)), (3, write_step)):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from jaxcache.errors import ArgumentError
+from jaxcache.kernels.float8 import FLOAT8_DTYPES
 
 TORCH_DTYPES: Mapping[np.dtype, torch.dtype] = MappingProxyType(
     {
@@ -48,3 +49,13 @@ def jax_dtype(name: str, dtype: torch.dtype) -> np.dtype:
     if dtype not in JAX_DTYPES:
         raise ArgumentError(f"{name} {_RULE}; got {dtype}")
     return JAX_DTYPES[dtype]
+
+
+def cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float rows in the dtype of a pool of floats; for float8 by the rule of `jaxcache.kernels.float8`."""
+    if rows.dtype is dtype or JAX_DTYPES[dtype] not in FLOAT8_DTYPES:
+        return rows.to(dtype)
+    # In float8 itself torch cannot compare; any wider float has the largest number of both formats.
+    wide = rows.float() if rows.element_size() == 1 else rows
+    largest = torch.finfo(dtype).max
+    return wide.clamp(-largest, largest).to(dtype)

@@ -43,7 +43,7 @@ class TorchMHAPool(TorchKVPool):
         Args:
           layer: Global layer id, or the layer itself.
           loc: `(n,)` slots; padding and what is outside the pool is dropped.
-          cache_k: `(n, heads, dim)`; cast to the pool's dtype.
+          cache_k: `(n, heads, dim)`; cast to the pool's dtype, saturated if it is fp8.
           cache_v: `(n, heads, v_dim)`, likewise.
           k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree.
           v_scale: The same for the values.

@@ -42,7 +42,7 @@ class TorchMLAPool(TorchKVPool):
         Args:
           layer: Global layer id, or the layer itself.
           loc: `(n,)` slots; padding and what is outside the pool is dropped.
-          cache_k_nope: Latent parts, `(n, rank)` or `(n, 1, rank)`; cast to the pool's dtype.
+          cache_k_nope: Latent parts, `(n, rank)` or `(n, 1, rank)`; cast to the pool's dtype, saturated if it is fp8.
           cache_k_rope: Rope parts, `(n, rope)` or `(n, 1, rope)`, likewise.
 
         Raises:

@@ -22,7 +22,7 @@ from jaxcache.pools.base import CpuCopy, KVCache
 from jaxcache.pools.config import require
 from jaxcache.pools.layout import Layout
 from torch_bridge import writes
-from torch_bridge.dtypes import torch_dtype
+from torch_bridge.dtypes import cast, torch_dtype
 from torch_bridge.memory import PoolMemory
 from torch_bridge.slots import slots_to_host
 
@@ -294,7 +294,7 @@ class TorchKVPool(TorchPool):
             raise ArgumentError(f"{name} {rule}; got {rows.dtype}, scale {scale}")
         require(rows.is_floating_point(), name, f"must be floats, for a {self._dtype} pool", rows.dtype)
         rows = rows if scale is None else rows.float() / scale
-        return rows.to(self._dtype).contiguous()
+        return cast(rows, self._dtype).contiguous()
 
     def _check_tensor(self, name: str, tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor):

@@ -8,7 +8,8 @@ Keys and values are written through a shared torch view of the pool, and gathere
 transformers computes as ever. `DynamicCache` copies as much, when it appends.
 
 A prefix is known by its token ids. So a cache is for one model; what else KV depends on, such as an adapter, goes into
-`extra_key`; and inputs other than tokens (`inputs_embeds`, images) must not be used with it.
+`extra_key`; and a model that is given something else than tokens (`inputs_embeds`, images, positions of its own) is
+refused before it runs: `torch_bridge.transformers_forward` looks at each forward pass, and what it confirms can stay.
 
 Written for transformers 5.17 to 5.23, whose caches are lists of layers that say themselves how long they are.
 """
@@ -48,6 +49,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
     )
 
 # ruff: isort: split
+from torch_bridge.transformers_forward import ForwardCheck, effective_option, require_options
 from torch_bridge.transformers_memory import memory_config_for
 
 
@@ -60,24 +62,26 @@ class JaxPagedCache(Cache):
 
     Not for beam search, several answers to one prompt (repeat it in `input_ids` instead), encoder-decoder models,
     recurrent layers, training, offloading or `torch.compile` of the model: each is refused. Assisted and prompt-lookup
-    decoding work.
+    decoding work. Where positions are rotated by the length of the sequence (dynamic NTK, longrope), sequences longer
+    than the model was trained for are refused, since KV is not that of a prefix then.
 
     Args:
       memory: Owner of the pool, an `MHAConfig` or `SWAConfig` one, on the device of the model. Its other requests may
         run and be cached beside those of `generate()`, under the same token ids.
       windows: Tokens that each layer attends to; None for all.
+      model: The model that the cache is for. `session` needs to know it, here or there; `generate` is told.
 
     Attributes:
       memory: As given.
 
     Raises:
       UnsupportedError: The memory is of another kind.
-      ArgumentError: `windows` is not one for each layer of the pool.
+      ArgumentError: `windows` is not one for each layer of the pool, or longer than the memory keeps.
     """
 
-    def __init__(self, memory: MemoryManager, windows: Sequence[int | None]):
+    def __init__(self, memory: MemoryManager, windows: Sequence[int | None], model: Any = None):
         kv = memory.config.kv
-        if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.states is not None:
+        if not isinstance(kv, (MHAConfig, SWAConfig)) or memory.config.states is not None:
             raise UnsupportedError(f"memory: need one for keys and values, an MHAConfig or SWAConfig, got {kv}")
         sides = (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)
         if any(side.layout is Layout.PAGE_MAJOR for side in sides):
@@ -85,7 +89,13 @@ class JaxPagedCache(Cache):
         num_layers = len(kv.full_layers) + len(kv.window_layers) if isinstance(kv, SWAConfig) else kv.layer_num
         if len(windows) != num_layers:
             raise ArgumentError(f"windows must be one for each of the {num_layers} layers, got {len(windows)}")
-        self.memory = memory
+        for layer in kv.window_layers if isinstance(kv, SWAConfig) else ():
+            window, most = windows[layer], memory.config.sliding_window_size or 0
+            if window is None or window > most:
+                raise ArgumentError(
+                    f"windows: layer {layer} is on the window side, which keeps {most} tokens, got {window}"
+                )
+        self.memory, self._model = memory, model
         self._session: _Session | None = None
         self._paged = [PagedLayer(self, i, window) for i, window in enumerate(windows)]
         super().__init__(layers=[*self._paged])
@@ -117,7 +127,7 @@ class JaxPagedCache(Cache):
         Cost: a forward pass of one token.
         """
         config, windows = memory_config_for(model, tokens, page_size, max_batch, window_tokens)
-        return cls(init_memory_pool_and_cache(config), windows)
+        return cls(init_memory_pool_and_cache(config), windows, model)
 
     def generate(
         self,
@@ -135,7 +145,7 @@ class JaxPagedCache(Cache):
           input_ids: `(batch, columns)` whole prompts, padded on the left.
           attention_mask: Likewise, 0 for padding. None if there is none: padding is not guessed from token ids.
           extra_key: Namespace, such as the name of an adapter.
-          **options: Any of `generate`'s.
+          **options: Any of `generate`'s. Where the model or its configs say `use_cache=False`, it is used all the same.
 
         Returns:
           What `generate` returns.
@@ -143,15 +153,22 @@ class JaxPagedCache(Cache):
         Raises:
           ArgumentError: No such prompts, or a sequence becomes longer than the memory allows.
           ShortageError: Memory is short, though all that can be is evicted.
-          UnsupportedError: The options ask for what a `JaxPagedCache` cannot do.
+          UnsupportedError: The options ask for what a `JaxPagedCache` cannot do, or give the model more than tokens.
 
         After an error nothing is held; the prompt stays cached as far as it was computed. Where `generate` guesses
         tokens (prompt lookup, an assistant), it gives the model whole prompts, and they are computed.
         """
+        require_options(model, options)
+        if effective_option(model, options, "use_cache") is False:
+            options["use_cache"] = True
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with self.session(input_ids, mask, extra_key=extra_key, reuse=not _guesses(model, options)):
+        reuse = not _guesses(model, options)
+        with self.session(input_ids, mask, extra_key=extra_key, reuse=reuse, model=model):
             output = model.generate(input_ids, attention_mask=mask, past_key_values=self, **options)
-            self.keep(output if isinstance(output, torch.Tensor) else output.sequences)
+            sequences = self.open_session.sequences
+            if sequences.confirmed == sequences.reused:
+                raise UnsupportedError("the model did not use the cache that it was given: call model.generate itself")
+            sequences.keep()
         return output
 
     @contextlib.contextmanager
@@ -162,6 +179,7 @@ class JaxPagedCache(Cache):
         *,
         extra_key: str | bytes | Namespace | None = None,
         reuse: bool = True,
+        model: Any = None,
     ) -> Iterator[Self]:
         """What `generate` does around the model, for a loop of your own.
 
@@ -170,15 +188,17 @@ class JaxPagedCache(Cache):
                 past.keep(output)
 
         In the block, `get_seq_length()` columns are there already: pass the model what comes after them, or `generate`
-        everything. Without `keep`, only the prompts stay.
+        everything. Without `keep`, only the prompts stay. A forward pass of the model that is given more than the next
+        tokens raises UnsupportedError, and what is computed otherwise than by passes of the whole model does not stay.
 
         Args:
           input_ids, attention_mask, extra_key: As for `generate`.
           reuse: False if the model will be given whole prompts, whatever is cached of them.
+          model: The model of the loop; by default the cache's. If there is none, nothing that is computed stays.
 
         Raises:
           RequestStateError: A session is open already.
-          ArgumentError, ShortageError: As `generate`.
+          ArgumentError, ShortageError, UnsupportedError: As `generate`.
         """
         if self._session is not None:
             raise RequestStateError("a session of this JaxPagedCache is open: leave it first, or make another cache")
@@ -188,25 +208,31 @@ class JaxPagedCache(Cache):
             view = stack.enter_context(share(self.memory.pool))
             sequences = Sequences(self.memory, view.device, tokens, is_token, extra_key, reuse)
             stack.callback(sequences.close)
+            model = self._model if model is None else model
+            if model is not None:
+                stack.enter_context(ForwardCheck(model, self, sequences).watching())
             for layer in self._paged:
                 layer.length = sequences.reused
-            self._session = session = _Session(sequences, view)
+            self._session = session = _Session(sequences, view, is_watched=model is not None)
             stack.callback(setattr, self, "_session", None)
             yield self
             if session.kept is not None:
-                sequences.keep(session.kept, min(layer.length for layer in self._paged))
+                sequences.keep(session.kept)
 
     def keep(self, output_ids: torch.Tensor) -> None:
         """Says, in a session, which tokens the model was given: what `generate` returns.
 
         Args:
-          output_ids: `(batch, columns)`, beginning with the prompts. What is not computed of them is not kept.
+          output_ids: `(batch, columns)`, beginning with the prompts. It is kept as far as the model was given it.
 
         Raises:
           ArgumentError: (leaving the session) It does not begin with the prompts.
-          RequestStateError: No session is open.
+          RequestStateError: No session is open, or one without a model.
         """
-        self.open_session.kept = output_ids.detach().cpu().numpy()
+        session = self.open_session
+        if not session.is_watched:
+            raise RequestStateError("nothing is known of what a model was given: open the session with model=...")
+        session.kept = output_ids.detach().cpu().numpy()
 
     @property
     def open_session(self) -> _Session:
@@ -280,6 +306,8 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, cache: JaxPagedCache, index: int, window: int | None):
         super().__init__()
         self._cache, self._index, self._window = cache, index, window
+        kv = cache.memory.config.kv
+        self._is_window = isinstance(kv, SWAConfig) and index in kv.window_layers
         self.is_sliding = window is not None
         self.length = 0
 
@@ -297,19 +325,10 @@ class PagedLayer(CacheLayerMixin):
         session = self._cache.open_session
         sequences, view = session.sequences, session.view
         rows, _, columns, _ = key_states.shape
-        if rows != sequences.batch:
-            raise ArgumentError(
-                f"the session has {sequences.batch} sequences, the model {rows}: open it with the same input_ids, and "
-                "use neither beams nor num_return_sequences (repeat the prompts instead)"
-            )
+        sequences.require_batch(rows)
         if key_states.requires_grad or value_states.requires_grad:
             raise UnsupportedError("no gradient flows through a pool: run the model under torch.no_grad()")
         if self.length == sequences.length:
-            if 0 < sequences.reused == sequences.length and columns >= sequences.prompt.shape[1]:
-                raise UnsupportedError(
-                    f"the model is given {columns} columns, the whole prompt, though {sequences.reused} of them are "
-                    "there: give it what comes after get_seq_length(), or open the session with reuse=False"
-                )
             sequences.grow(columns)
         if self.length + columns != sequences.length or columns != sequences.fresh.shape[1]:
             raise UnsupportedError(
@@ -320,9 +339,8 @@ class PagedLayer(CacheLayerMixin):
         view.set_kv_buffer(self._index, sequences.fresh.flatten(), *flat)
         visible, _ = self.get_mask_sizes(columns)
         self.length = sequences.length
-        slots = sequences.slots[:, -visible:]
-        if isinstance(view.config, SWAConfig) and self._index in view.config.window_layers:
-            slots = view.translate_loc_from_full_to_swa(slots)
+        slots = sequences.window_slots if self._is_window else sequences.slots
+        slots = slots[:, -visible:]
         keys, values = (buffer[slots].transpose(1, 2) for buffer in view.get_kv_buffer(self._index))
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
@@ -361,19 +379,15 @@ class PagedLayer(CacheLayerMixin):
 
 def _guesses(model: Any, options: dict[str, Any]) -> bool:
     """Whether `generate` guesses tokens, which it then gives the model behind the whole prompt, cached or not."""
-    config = options.get("generation_config") or model.generation_config
-    asked = [
-        options.get(name, vars(config).get(name))
-        for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model")
-    ]
-    return any(option is not None for option in asked)
+    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model", "use_mtp")
+    return any(effective_option(model, options, name) for name in names)
 
 
 class _Session:
     """What an open session consists of."""
 
-    def __init__(self, sequences: Sequences, view: Any):
-        self.sequences, self.view = sequences, view
+    def __init__(self, sequences: Sequences, view: Any, is_watched: bool):
+        self.sequences, self.view, self.is_watched = sequences, view, is_watched
         self.kept: np.ndarray | None = None
 
 

@@ -12,7 +12,8 @@ The ownership of each token range of a running request, which `cache_unfinished_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,10 @@ from jaxcache.request import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
+
+
+NONE_SPARED: Mapping[str, int] = MappingProxyType({})
+"""By component, how many of fresh pages need nothing of it: none of them."""
 
 
 class MatchResult:
@@ -62,7 +67,7 @@ class MatchResult:
 
     @property
     def state(self) -> int:
-        """The state saved after `prefix_len` tokens, to be copied before anything goes on from it; 0 if there is none.
+        """The state saved after `prefix_len` tokens, to be copied before a step updates it; 0 if there is none.
 
         The prefix must be locked until it was copied.
         """
@@ -70,9 +75,9 @@ class MatchResult:
 
     @property
     def mamba_branching_seqlen(self) -> int | None:
-        """Tokens whose pages are cached, where that is further than windows and states allow to go on from; else None.
+        """Tokens whose pages are cached, where that is further than windows and states allow to continue; else None.
 
-        Others have come this far: a snapshot saved here, while it is computed again, will be of use.
+        Others have come this far: a checkpoint taken here, while it is computed again, will be of use.
         """
         match = self.last_device_node
         return match.structural_length if match.structural_length > match.length else None
@@ -120,8 +125,12 @@ class BasePrefixCache(ABC):
         """Whether so many pages and states can be taken now, after evicting what is short if that suffices for all."""
 
     @abstractmethod
-    def drop_out_of_window(self, req: Request, keep_snapshot: bool = True) -> None:
-        """Frees what a running request has for its window layers and no later token attends, nor its snapshot needs."""
+    def make_room_for_pages(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> bool:
+        """`make_room` for pages of which, by component, the first `spared` ones need nothing of it."""
+
+    @abstractmethod
+    def drop_out_of_window(self, req: Request, keep_checkpoint: bool = True) -> None:
+        """Frees window pages of a running request that neither a later token nor its checkpoint needs."""
 
     @abstractmethod
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:

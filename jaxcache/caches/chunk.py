@@ -75,4 +75,4 @@ class SWAChunkCache(SWARadixCache):
                 f"evict_swa needs chunks of at least one token and prelen <= {req.kv_len}, the tokens computed, got "
                 f"attention_chunk_size = {chunk}, prelen = {prelen}"
             )
-        self._free_windows_before(req, prelen // chunk * chunk)
+        self._trim_before(req, prelen // chunk * chunk)

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.caches.radix import CacheOptions, RadixCache
-from jaxcache.components.state import StateKeeper
-from jaxcache.components.window import WindowKeeper
+from jaxcache.caches.prefix import CacheOptions
+from jaxcache.caches.radix import RadixCache
+from jaxcache.components.base import TreeComponent
+from jaxcache.components.full import FullPages
+from jaxcache.components.state import CHECKPOINT_INTERVAL, RecurrentStates
+from jaxcache.components.window import WindowPages
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
 from jaxcache.tables.hybrid_table import HybridReqToTokenPool
@@ -24,9 +27,9 @@ if TYPE_CHECKING:
 class MambaRadixCache(RadixCache):
     """Prefix cache for full attention and linear attention; with a window size, for sliding windows as well.
 
-    A prefix can be gone on from only where a state was saved, so only those are cached: a request is shared up to its
-    snapshot (`HybridReqToTokenPool.set_saved`), and at its end up to its end. A match gives the state, which is copied
-    into the request's working state before anything is computed, and never written to itself.
+    A prefix is reusable only where a state was saved, so only those are cached: a request is shared up to its
+    checkpoint (`HybridReqToTokenPool.set_saved`), and when it ends up to its end. A match gives the state, which is
+    copied into the request's working state before anything is computed, and never written to itself.
 
     Args:
       req_to_token_pool: As for `RadixCache`; knows the states of each row.
@@ -34,6 +37,7 @@ class MambaRadixCache(RadixCache):
       state_allocator: Owner of the states.
       page_size: Any. States are saved where pages end.
       sliding_window_size: As for `SWARadixCache`; None if no layer has a window.
+      state_interval: Tokens between the checkpoints of a decoding request, rounded up to whole pages.
       **options: As for `RadixCache`.
 
     Attributes:
@@ -52,13 +56,20 @@ class MambaRadixCache(RadixCache):
         state_allocator: StateAllocator,
         page_size: int,
         sliding_window_size: float | None = None,
+        *,
+        state_interval: int = CHECKPOINT_INTERVAL,
         **options: Unpack[CacheOptions],
     ):
-        windows = None
-        if sliding_window_size is not None:
-            windows = WindowKeeper(token_to_kv_pool_allocator, sliding_window_size)
         self.state_allocator = state_allocator
-        states = StateKeeper(state_allocator, req_to_token_pool)
+        full: FullPages | None = None
+        components: list[TreeComponent] = []
+        if sliding_window_size is not None:
+            window = WindowPages(token_to_kv_pool_allocator, sliding_window_size)
+            full, components = window.full, [window]
+        takes_checkpoints = not options.get("disable", False)
+        components.append(
+            RecurrentStates(state_allocator, req_to_token_pool, state_interval, takes_checkpoints=takes_checkpoints)
+        )
         super().__init__(
-            req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, window=windows, states=states
+            req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, full=full, components=components
         )

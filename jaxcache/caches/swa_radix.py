@@ -2,7 +2,7 @@
 
 tokens   0 ........ 100 ........ 200 ........ 250      three nodes, a window of 64
 full     7 8 9 ...   | 1 2 ...    | 3 4 ...            always there
-window   -           | 5 6 ...    | 7 8 ...            let go of in the first node: a hole (tombstone)
+window   -           | 5 6 ...    | 7 8 ...            evicted from the first node: a hole (tombstone)
 stops                 164 ...................          everywhere from here on, the last 64 tokens are there
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.caches.radix import CacheOptions, RadixCache
-from jaxcache.components.window import WindowKeeper
+from jaxcache.caches.prefix import CacheOptions
+from jaxcache.caches.radix import RadixCache
+from jaxcache.components.window import WindowPages
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.tables.request_table import ReqToTokenPool
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class SWARadixCache(RadixCache):
     """Prefix cache for full attention and sliding windows.
 
-    A prefix can be gone on from where the window is there before its end. Window pages are evicted before full ones, in
-    the middle of a path too. What leaves a hole is filled by the next request that computes it again: its window pages
-    go over to the tree's full pages, which stay where they are, as somebody may be reading them.
+    A prefix is reusable only if its last W tokens still have window pages. Window pages are evicted before full ones,
+    in the middle of a path too. The hole is filled by the next request that computes those tokens again: its window
+    pages move to the tree's full pages, which stay where they are, as somebody may be reading them.
 
     Args:
       req_to_token_pool: As for `RadixCache`.
@@ -47,8 +48,10 @@ class SWARadixCache(RadixCache):
         page_size: int,
         **options: Unpack[CacheOptions],
     ):
-        window = WindowKeeper(token_to_kv_pool_allocator, sliding_window_size)
-        super().__init__(req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, window=window)
+        window = WindowPages(token_to_kv_pool_allocator, sliding_window_size)
+        super().__init__(
+            req_to_token_pool, token_to_kv_pool_allocator, page_size, **options, full=window.full, components=(window,)
+        )
 
     def sanity_check(self) -> None:
         """`check`, by the name that SGLang has for it."""

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(args=sys.argv[1:] if argv is None else list(argv), prog_name="jaxcache")
     except CacheError as error:
         return _complain(str(error))
+    except OSError as error:  # a file that is none, a full disk
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
     except SystemExit as ending:  # how typer ends every command
         return ending.code if isinstance(ending.code, int) else WRONG_USE if ending.code else 0
     except KeyboardInterrupt:

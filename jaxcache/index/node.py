@@ -1,4 +1,4 @@
-"""Nodes, and the receipts that protect them. Data only: `tree.py` decides, this file remembers.
+"""Nodes of the tree, and what match, insert and evict return. Data only, no decisions.
 
     root (one a namespace)
      └─ node   key = b"...", whole pages of packed elements
@@ -33,22 +33,23 @@ def owned(values: np.ndarray) -> np.ndarray:
     return copy
 
 
-NOTHING = owned(np.empty(0))
+EMPTY_IDS = owned(np.empty(0))
+NOTHING = EMPTY_IDS  # the former name
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts in order; the part itself, where there is but one."""
+    """The parts, concatenated; a single part is returned as it is."""
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate(parts) if parts else NOTHING
+    return np.concatenate(parts) if parts else EMPTY_IDS
 
 
 class Slot:
     """What one component keeps at one node.
 
     Attributes:
-      value: int32 array, a page id a page (a spanning component) or one state id; None where there is none: it was let
-        go, or never offered (tombstone).
+      value: int32 array, a page id a page (a spanning component) or one state id; None for a hole (tombstone): evicted,
+        or never offered.
       locks: Receipts that cover this value.
     """
 
@@ -115,7 +116,7 @@ class Node(Slot):
 
 
 class Root(Node):
-    """Top of one namespace. Holds nothing, is never locked, and goes when its last child goes."""
+    """Top of one namespace. Has no value, is never locked, and is removed with its last child."""
 
     __slots__ = ("namespace",)
 
@@ -134,6 +135,15 @@ def below(roots: Iterable[Node]) -> Iterator[Node]:
             yield node
 
 
+def path_to(node: Node) -> list[Node]:
+    """The nodes from below the root down to `node`; none for a root."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
 class Match:
     """Where a lookup ended: a position on a path, perhaps inside its last node.
 
@@ -142,7 +152,7 @@ class Match:
       length: Tokens found, a multiple of the page size.
       pages: int32 page id of each page found, read-only.
       node: The node the match ends in or at; None when nothing was found.
-      structural_length: Tokens found before components cut the match back (equal to `length` with one component).
+      structural_length: Tokens found before further components cut the match back; `length` with one component.
       state: Id of the state saved at `length`; 0 if nothing was found, or the tree keeps no states.
     """
 
@@ -178,10 +188,9 @@ class Insertion:
       node: The node that ends the key; None for a key shorter than a page.
       length: Tokens of the key that are in the tree now (the key, cut to whole pages).
       present: Tokens of them that were in the tree before.
-      spare: For each component, the offered ids the tree did not take, without zeros: the caller still owns them and
-        frees them.
-      added: The nodes that were added, parents first: none, one, or two where something was offered for the end only.
-      healed: The nodes that were there and got a value of a further spanning component, which they had lacked.
+      spare: For each component, the offered ids the tree did not take, without zeros: the caller still owns them.
+      added: The nodes that were added, parents first: none, one, or two where a component was offered for the end only.
+      healed: Nodes that were in the tree with a hole of a further spanning component, which the offer filled.
     """
 
     __slots__ = ("_kept", "added", "healed", "length", "node", "present", "spare")
@@ -216,11 +225,11 @@ class Insertion:
 
 
 class Eviction:
-    """What was let go of, by an eviction or with its namespace; the caller owns it now.
+    """What an eviction, or the drop of a namespace, removed from the tree; the caller owns the values now.
 
     Attributes:
-      values: For each component, the values let go.
-      nodes: Nodes that left the tree, in order, with their keys and hashes but without values.
+      values: For each component, the values removed.
+      nodes: Nodes removed, in order, with their keys and hashes but without values.
     """
 
     __slots__ = ("nodes", "values")

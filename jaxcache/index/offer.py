@@ -16,40 +16,57 @@ from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
 
 
-def offered_from(components: Sequence[Component], values: Sequence[np.ndarray], owned: int, pages: int) -> list[int]:
-    """For each component, the page from which on it is offered up to the end of the key.
+class Offer:
+    """What one insert offers, checked.
 
     Args:
       components: Of the tree.
       values: See the module.
-      owned: Pages that are the tree's own: what is offered there is not looked at.
+      first: Pages from the start that are the tree's own: what is offered there is not looked at.
       pages: Pages of the key.
+
+    Attributes:
+      values, first, pages: As given.
+      starts: For each component, the page from which on it is offered up to the end of the key.
 
     Raises:
       ArgumentError: An array is missing or too short, or offers nothing at the end of the key: that could never be a
         stopping point.
     """
-    if len(values) != len(components):
-        raise ArgumentError(f"values: expected one array a component ({len(components)}), got {len(values)}")
-    starts: list[int] = []
-    for component, array in zip(components, values, strict=False):  # strict costs time, and was just checked
-        start = owned
-        if not component.spans:
-            if not len(array) or not array[0]:
-                start = pages
-        elif len(array) < pages:
-            raise ArgumentError(f"values of {component.name}: the key needs {pages}, got {len(array)}")
-        elif starts and owned < pages:
-            part = array[owned:pages]
-            if not part.item(part.argmin()):  # ids are not negative, so the least one says whether there is a 0
-                start += int(np.flatnonzero(part == 0)[-1]) + 1
-        if start == pages > owned:
-            raise ArgumentError(
-                f"values of {component.name}: nothing is offered at the end of the key, which could not be found then: "
-                "cut the key where something is"
-            )
-        starts.append(start)
-    return starts
+
+    __slots__ = ("first", "pages", "starts", "values")
+
+    def __init__(self, components: Sequence[Component], values: Sequence[np.ndarray], first: int, pages: int):
+        if len(values) != len(components):
+            raise ArgumentError(f"values: expected one array a component ({len(components)}), got {len(values)}")
+        self.values = values
+        self.first = first
+        self.pages = pages
+        if len(values[0]) < pages:
+            raise ArgumentError(f"values of {components[0].name}: the key needs {pages}, got {len(values[0])}")
+        starts = self.starts = [first]
+        for i in range(1, len(components)):
+            starts.append(_start_of(components[i], values[i], first, pages))
+
+
+def _start_of(component: Component, values: np.ndarray, first: int, pages: int) -> int:
+    """The page from which on `values` are offered for a further component."""
+    start = first
+    if not component.spans:
+        if not len(values) or not values[0]:
+            start = pages
+    elif len(values) < pages:
+        raise ArgumentError(f"values of {component.name}: the key needs {pages}, got {len(values)}")
+    elif first < pages:
+        part = values[first:pages]
+        if not part.item(part.argmin()):  # ids are not negative, so the least one says whether there is a 0
+            start += int(np.flatnonzero(part == 0)[-1]) + 1
+    if start == pages > first:
+        raise ArgumentError(
+            f"values of {component.name}: nothing is offered at the end of the key, which could not be found then: "
+            "cut the key where something is"
+        )
+    return start
 
 
 def as_priority(priority: Any) -> int:

@@ -1,27 +1,21 @@
-"""Receipts: proof of a lock, and what is asked of one before it is believed."""
+"""Receipts: proof of a lock, and the checks of one that is given back."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Node, Root
-
-
-class Locking(Protocol):
-    """What hands out receipts: a tree."""
-
-    @property
-    def element_bytes(self) -> int: ...
+from jaxcache.index.nodes import Nodes
 
 
 class Receipt:
     """Proof of a lock, to be given back exactly once.
 
-    It remembers token positions, and a split leaves the old object at the lower end, so no split can break it.
+    It keeps token positions, and a split leaves the old object at the lower end, so no split invalidates it.
 
     Attributes:
+      tree: The tree that issued it.
+      epoch: That of the tree at that time.
       node: Deepest protected node; None for a lock on nothing.
       length: Tokens protected.
       since: For each component, the token position the lock reaches back to.
@@ -30,7 +24,7 @@ class Receipt:
 
     __slots__ = ("epoch", "held", "length", "node", "since", "tree")
 
-    def __init__(self, tree: Locking, node: Node | None, length: int, since: list[int], epoch: int):
+    def __init__(self, tree: Nodes, node: Node | None, length: int, since: list[int], epoch: int):
         self.tree = tree
         self.node = node
         self.length = length
@@ -42,12 +36,12 @@ class Receipt:
         return f"Receipt(length={self.length}, held={self.held})"
 
 
-def require_live(receipt: Receipt, tree: Locking, epoch: int) -> None:
-    """O(1).
+def require_live(receipt: Receipt, tree: Nodes, epoch: int) -> None:
+    """Checks a receipt before its lock is changed. O(1).
 
     Args:
       receipt: What a lock returned.
-      tree: Whose it has to be.
+      tree: The tree that must have issued it.
       epoch: Of that tree: how often it was reset.
 
     Raises:
@@ -65,7 +59,7 @@ def require_live(receipt: Receipt, tree: Locking, epoch: int) -> None:
 
 
 def require_prefix(held: Receipt, key: RadixKey) -> None:
-    """One memory compare a node.
+    """Checks that a lock is on a prefix of `key`. One memory compare a node.
 
     Raises:
       ArgumentError: The lock is not on a prefix of `key`.

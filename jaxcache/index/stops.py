@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
-from jaxcache.index.node import NOTHING, Node
+from jaxcache.index.node import EMPTY_IDS, Node
 
 
 class Stops:
@@ -42,7 +42,7 @@ class Stops:
         self.spanning = [i for i, component in enumerate(components) if component.spans]
         self.windows = self.spanning[1:]
         self.state = states[0] if states else 0
-        self.no_windows = [NOTHING] * len(self.windows)
+        self.no_windows = [EMPTY_IDS] * len(self.windows)
         self.reaches = [component.reach for component in components]
 
     def usable(self, path: list[Node], found: int) -> int:

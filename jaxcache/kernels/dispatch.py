@@ -31,6 +31,10 @@ class Op(enum.Enum):
     MOVE_ROWS = "move_rows"
     GATHER_PAGES = "gather_pages"
     SCATTER_PAGES = "scatter_pages"
+    PAGED_DECODE = "paged_decode"
+    PAGED_EXTEND = "paged_extend"
+    MLA_DECODE = "mla_decode"
+    MLA_EXTEND = "mla_extend"
 
 
 class Implementation(enum.Enum):
@@ -75,7 +79,18 @@ class Rule:
 
 
 _COMPUTE_CAPABILITY: Mapping[str, int] = MappingProxyType(
-    {"A100": 80, "A10": 86, "L4": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100}
+    {
+        "A100": 80,
+        "A10": 86,
+        "L4": 89,
+        "L40S": 89,
+        "H100": 90,
+        "H200": 90,
+        "GH200": 90,
+        "B200": 100,
+        "GB200": 100,
+        "5090": 120,
+    }
 )
 MOSAIC_OPS = frozenset({Op.ALLOC_EXTEND, Op.ALLOC_DECODE, Op.WRITE_KV, Op.WRITE_MLA_KV})
 """Ops that have a Mosaic kernel; all have a Triton kernel."""

@@ -6,9 +6,9 @@
 | `write_kv_int8` | `x * (1 / scale)` as int8, where `scale = max(abs(x)) / 127` of a head | made here, kept beside |
 
 All arithmetic is float32, and each step is rounded correctly: the same bits on every device. Rounding is to nearest,
-ties to even. What is too large for the format becomes its largest finite value (448, 57,344, 127), infinities too. For
-float8 a NaN becomes 0x7f, a NaN of the format; int8 has none, so rows must be finite there. Rows are only read: the
-caller's arrays stay as they are.
+ties to even. What is too large for float8 saturates, and a NaN stays one, 0x7f: see `jaxcache.kernels.float8`. int8 has
+no NaN: a head with one gets it as its scale, and the payload 0, and an infinity counts as the largest float32. Rows are
+only read: the caller's arrays stay as they are.
 
 Slots and layers are treated as in `write_kv`.
 
@@ -26,12 +26,14 @@ import numpy as np
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray, require_array, require_int32, require_layer, require_pool
 from jaxcache.kernels.dispatch import Implementation, Op, choose
+from jaxcache.kernels.float8 import FLOAT8_DTYPES, float8_bits
 from jaxcache.kernels.quantized_pool import INT8_STEP, QuantizedPool
 from jaxcache.kernels.write_kv import put_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+_LARGEST = np.finfo(np.float32).max
 _ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -48,7 +50,7 @@ def write_kv_fp8(
     dtype: Any = None,
     implementation: Implementation | None = None,
 ) -> tuple[Shaped[Array, "layers slots heads k_dim"], Shaped[Array, "layers slots heads v_dim"]]:
-    """Divides rows by their scales, as `x * (1 / scale)`, and writes them as float8.
+    """Divides rows by their scales, as `x * (1 / scale)`, and writes them as float8, saturated.
 
     Args:
       k_pool: Keys of all layers, in a float8 dtype or uint8. Consumed: use the returned pool from here on.
@@ -110,12 +112,13 @@ def write_kv_int8(
       v_pool: Values of all layers with their scales. Consumed.
       layer: Index into the stack. An int is checked; an array out of range writes nothing.
       loc: Slot of each token. Slot 0 and slots outside the pool are dropped.
-      k: Keys as bfloat16, float16 or float32; finite.
+      k: Keys as bfloat16, float16 or float32.
       v: Values, likewise.
       implementation: Overrides `dispatch.choose`.
 
     Returns:
-      The pools with payload and scales written. A head of zeros has scale 0 and payload 0.
+      The pools with payload and scales written. A head of zeros has scale 0 and payload 0, one with a NaN scale NaN
+      and payload 0; an infinity is worth the largest float32.
 
     Raises:
       ArgumentError: on a wrong dtype, shape or layer, before anything is written.
@@ -146,7 +149,7 @@ def write_kv_int8(
 
 
 def quantize_fp8(rows: AnyArray, scale: AnyArray, dtype: Any) -> jax.Array:
-    """Bytes of `rows / scale` in a float8 format, by integer arithmetic: XLA rounds to float8 twice on some devices.
+    """Bytes of `rows * (1 / scale)` in a float8 format; see `jaxcache.kernels.float8`.
 
     Args:
       rows: `(n, heads, dim)`.
@@ -156,26 +159,18 @@ def quantize_fp8(rows: AnyArray, scale: AnyArray, dtype: Any) -> jax.Array:
     Returns:
       uint8, of the shape of `rows`.
     """
-    info = jnp.finfo(dtype)
-    mantissa, lowest = info.nmant, int(info.minexp)
     factor = reciprocal(jnp.asarray(scale))
-    x = jnp.asarray(rows).astype(jnp.float32) * (factor[..., None] if factor.ndim else factor)
-    size = jnp.minimum(jnp.abs(x), jnp.float32(info.max))
-    exponent = jnp.maximum(jax.lax.bitcast_convert_type(size, jnp.int32) >> 23, 127 + lowest) - 127
-    # Units of the last place as a power of two: the product is exact, and only the rounding to an integer rounds.
-    per_unit = jax.lax.bitcast_convert_type((127 + mantissa - exponent) << 23, jnp.float32)
-    units = jnp.round(size * per_unit).astype(jnp.int32)
-    code = ((exponent - lowest) << mantissa) + units
-    sign = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 24) & 0x80
-    return jnp.where(jnp.isnan(x), 0x7F, code | sign).astype(jnp.uint8)
+    return float8_bits(jnp.asarray(rows).astype(jnp.float32) * (factor[..., None] if factor.ndim else factor), dtype)
 
 
 def quantize_int8(rows: AnyArray) -> tuple[jax.Array, jax.Array]:
     """int8 payload of the shape of `rows`, and float32 scales without its last dimension."""
-    x = jnp.asarray(rows).astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-1, initial=0) * INT8_STEP
-    units = x * reciprocal(jnp.where(scales > 0, scales, 1))[..., None]
-    return jnp.clip(jnp.round(units), -127, 127).astype(jnp.int8), scales
+    x = jnp.clip(jnp.asarray(rows).astype(jnp.float32), -_LARGEST, _LARGEST)
+    has_nan = jnp.isnan(x).any(axis=-1)
+    scales = jnp.max(jnp.where(jnp.isnan(x), 0, jnp.abs(x)), axis=-1, initial=0) * INT8_STEP
+    units = jnp.clip(jnp.round(x * reciprocal(jnp.where(scales > 0, scales, 1))[..., None]), -127, 127)
+    payload = jnp.where(has_nan[..., None], 0, units).astype(jnp.int8)
+    return payload, jnp.where(has_nan, jnp.float32(jnp.nan), scales)
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
@@ -212,9 +207,8 @@ def _require_float_rows(name: str, rows: AnyArray, shape: tuple[int, ...]) -> No
 
 def _float8_of(name: str, pool: AnyArray, dtype: Any) -> Any:
     """The float8 format of a pool's bytes."""
-    known = {np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)}
     wanted = np.dtype(pool.dtype if dtype is None else dtype)
-    if wanted not in known or pool.dtype not in (wanted, np.uint8):
+    if wanted not in FLOAT8_DTYPES or pool.dtype not in (wanted, np.uint8):
         raise ArgumentError(
             f"{name} must be float8_e4m3fn or float8_e5m2, or uint8 with dtype= one of them, "
             f"got {pool.dtype} with dtype={dtype}"

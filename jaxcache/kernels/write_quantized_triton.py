@@ -189,13 +189,16 @@ def write_kv_fp8_kernel(
 @triton.jit
 def _to_int8(x, STEP: tl.constexpr):
     """int8 of each row of `x`, and the scale of the row."""
-    x = x.to(tl.float32)
-    scale = tl.max(tl.abs(x), 1) * STEP
+    LARGEST: tl.constexpr = 3.4028234663852886e38  # pyright: ignore[reportAssignmentType]
+    x = tl.clamp(x.to(tl.float32), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    has_nan = tl.max(tl.where(x == x, 0.0, 1.0), 1) > 0
+    scale = tl.max(tl.where(x == x, tl.abs(x), 0.0), 1) * STEP
     units = x * tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0))[:, None]  # pyright: ignore[reportOperatorIssue]
     # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even. The clamp stands between, so that
     # the product is rounded by itself.
     units = (tl.clamp(units, -127.0, 127.0) + 12582912.0) - 12582912.0
-    return units.to(tl.int8), scale
+    payload = tl.where(has_nan[:, None], 0.0, units).to(tl.int8)
+    return payload, tl.where(has_nan, float("nan"), scale)
 
 
 @triton.jit

@@ -1,43 +1,32 @@
-"""Do the books balance? Every page, window page, state and row has exactly one owner, by identity, not by count.
+"""An exact audit: every value of every component, and every row, has exactly one owner, by identity, not by count.
 
 Source: SGLang 0.5.2 scheduler, check_memory, which compares counts when idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxcache.components.base import MemoryComponent
 from jaxcache.errors import BrokenInvariant
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
-from jaxcache.pages.states import StateAllocator
-from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.stack import MemoryPool
-from jaxcache.pools.swa import SWAKVPool
 from jaxcache.request import Request
 from jaxcache.tables.device_table import RequestTable
-from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
 
-def check_owners(
-    running: Mapping[int, Request],
-    table: ReqToTokenPool,
-    allocator: BaseTokenToKVPoolAllocator,
-    states: StateAllocator | None = None,
-) -> None:
+def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, components: Sequence[MemoryComponent]) -> None:
     """What is private is exactly what running requests own; locked prefixes are the tree's; rows are running or free.
 
     Args:
       running: Running requests by row.
       table: The request table.
-      allocator: Owner of the pages and, where there are some, of the window pages.
-      states: Owner of the states, where there are some; the table then knows whose they are.
+      components: Of the cache.
 
     Raises:
-      BrokenInvariant: says which book does not balance.
+      BrokenInvariant: names what has no owner, or two.
     """
     private = [np.empty(0, np.int32)]
     for row, request in running.items():
@@ -45,27 +34,11 @@ def check_owners(
         private.append(pages[request.protected_len // table.page_size :])
         _check_shared(request, pages[: request.protected_len // table.page_size])
     owned = np.concatenate(private)
-    _check_private("pages", owned, allocator)
-    if isinstance(allocator, SWATokenToKVPoolAllocator):
-        windows = allocator.window_pages(owned)
-        _check_private("window pages", windows[windows > 0], allocator.window)
+    for component in components:
+        for problem in component.private_problems(owned):
+            raise BrokenInvariant(problem)
     if sorted([*running, *table.free_rows]) != list(range(table.size)):
         raise BrokenInvariant(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
-    if states is not None and isinstance(table, HybridReqToTokenPool):
-        _check_private("states", table.held_states, states)
-        sources = table.state_from[table.state_from > 0]
-        if (states.owner_of(sources) != PageState.TREE).any():
-            raise BrokenInvariant(f"states: {sources} are to be copied, but not all of them are the tree's")
-
-
-def _check_private(what: str, owned: np.ndarray, allocator: BaseTokenToKVPoolAllocator) -> None:
-    """`owned`, the property of requests, must be each private page of the allocator once."""
-    expected = np.flatnonzero(allocator.states == PageState.PRIVATE)
-    if not np.array_equal(np.sort(owned), expected):
-        odd = np.setxor1d(owned, expected)[:5]
-        raise BrokenInvariant(
-            f"private {what}: requests own {len(owned)}, the allocator says {len(expected)}; see {odd}"
-        )
 
 
 def _check_shared(request: Request, pages: np.ndarray) -> None:
@@ -100,14 +73,12 @@ def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, de
             raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
 
 
-def check_device_map(pool: MemoryPool, allocator: SWATokenToKVPoolAllocator) -> None:
-    """The map from full to window pages is the same on the device. Reads it back.
+def check_device_maps(pool: MemoryPool, components: Sequence[MemoryComponent]) -> None:
+    """The maps of all components are the same on the device. Reads them back.
 
     Raises:
-      BrokenInvariant: names a page that differs.
+      BrokenInvariant: names an entry that differs.
     """
-    kv = pool.kv if isinstance(pool, HybridKVPool) else pool
-    if isinstance(kv, SWAKVPool):
-        differs = np.flatnonzero(np.asarray(kv.full_to_window) != allocator.full_to_window)
-        if len(differs):
-            raise BrokenInvariant(f"full page {differs[0]}: the device's map to window pages differs from the host's")
+    for component in components:
+        for problem in component.device_problems(pool):
+            raise BrokenInvariant(problem)

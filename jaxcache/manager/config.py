@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.caches.lora_radix import LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache
-from jaxcache.caches.radix import CacheOptions, RadixCache
+from jaxcache.caches.prefix import CacheOptions
+from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.index.policies.registry import Policy
@@ -43,10 +44,10 @@ class MemoryConfig:
       need_sort: Hand out pages in ascending order where possible (contiguous transfers).
       sliding_window_size: Tokens that the window layers of an `SWAConfig` attend to. Give the window side room for a
         chunk, and for a window and three pages a running request, or steps find memory short. With states, room for
-        `state_interval` tokens more a request keeps its snapshots.
-      states: Sizes of the recurrent states, for a model that has some: a working one and a snapshot for each running
+        `state_interval` tokens more a request keeps its checkpoints.
+      states: Sizes of the recurrent states, for a model that has some: a working one and a checkpoint for each running
         request, and those that are cached.
-      state_interval: Tokens between snapshots of the state of a decoding request.
+      state_interval: Tokens between checkpoints of the state of a decoding request.
       enable_lora: Requests name their adapter, as `Namespace(lora_id=...)`; adapters can be dropped.
       is_eagle: Cache by pairs of neighbouring tokens, for EAGLE's draft model.
 
@@ -85,6 +86,24 @@ class MemoryConfig:
     def has_window(self) -> bool:
         """Whether some layers attend to a sliding window."""
         return isinstance(self.kv, SWAConfig)
+
+    def new_parts(
+        self, mesh: Mesh | None = None
+    ) -> tuple[MemoryPool, BaseTokenToKVPoolAllocator, ReqToTokenPool, RadixCache]:
+        """What a `MemoryManager` is made of beside this config: pool, allocator, request table and cache."""
+        pool, allocator, table = self.new_pool(mesh), self.new_allocator(), self.new_table()
+        return pool, allocator, table, self.new_cache(table, allocator, self.new_state_allocator())
+
+    @property
+    def num_values(self) -> int:
+        """Pages and states that there are, whoever has them; window pages go with theirs."""
+        states = 0 if self.states is None else self.states.num_states
+        return self.kv.size // self.kv.page_size + states
+
+    @property
+    def window_size(self) -> int:
+        """Usable slots of the window side; 0 without one."""
+        return self.kv.size_swa if isinstance(self.kv, SWAConfig) else 0
 
     def new_pool(self, mesh: Mesh | None = None) -> MemoryPool:
         """The device pool, on `mesh` if it is sharded.
@@ -125,7 +144,7 @@ class MemoryConfig:
         Source: SGLang 0.5.2 scheduler.py: a chunk cache where nothing is shared, as prompts are computed in chunks;
         else the tree for the kind of memory; else the one for adapters.
         """
-        size, window = self.kv.page_size, self.sliding_window_size
+        size, window, interval = self.kv.page_size, self.sliding_window_size, self.state_interval
         options: CacheOptions = {
             "disable": self.disable_radix_cache,
             "enable_kv_cache_events": self.enable_kv_cache_events,
@@ -133,7 +152,7 @@ class MemoryConfig:
             "is_eagle": self.is_eagle,
         }
         if states is not None and isinstance(table, HybridReqToTokenPool):
-            return MambaRadixCache(table, allocator, states, size, window, **options)
+            return MambaRadixCache(table, allocator, states, size, window, state_interval=interval, **options)
         if isinstance(allocator, SWATokenToKVPoolAllocator) and window is not None:
             if self.disable_radix_cache:
                 return SWAChunkCache(table, allocator, size, window)

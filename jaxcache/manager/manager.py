@@ -16,7 +16,6 @@ Every acquisition is all or nothing: what fails, or comes back None, has changed
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,27 +23,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache.caches.radix import RadixCache
-from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import ArgumentError, RequestStateError
-from jaxcache.index.node import NOTHING
-from jaxcache.manager.audit import check_device_map, check_device_table, check_owners
+from jaxcache.manager.admission import Admission
+from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners
 from jaxcache.manager.config import MemoryConfig
-from jaxcache.manager.recurrent import RunningStates
+from jaxcache.manager.memory import WholeMemory
 from jaxcache.manager.swap import KeptCopy, warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pages.arguments import as_count
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
-from jaxcache.pages.states import StateAllocator
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
-from jaxcache.steps.buckets import StepKind, default_buckets
+from jaxcache.steps.buckets import Bucket, StepKind, default_buckets
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, LoopReplay
 from jaxcache.steps.plan import StepPlan
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.runner import StepRunner
 from jaxcache.tables.device_table import RequestTable
-from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
 
@@ -61,9 +56,7 @@ def init_memory_pool_and_cache(config: MemoryConfig, *, mesh: Mesh | None = None
 
     Source: SGLang 0.5.2 scheduler.py, init_memory_pool_and_cache.
     """
-    pool, allocator, table = config.new_pool(mesh), config.new_allocator(), config.new_table()
-    states = config.new_state_allocator()
-    return MemoryManager(config, pool, allocator, table, config.new_cache(table, allocator, states), states)
+    return MemoryManager(config, *config.new_parts(mesh))
 
 
 class MemoryManager:
@@ -72,10 +65,8 @@ class MemoryManager:
     Attributes:
       req_to_token_pool: Host request table.
       allocator: Owner of the pages.
-      states: Owner of the recurrent states; None without them.
-      cache: The prefix cache.
+      cache: The prefix cache, with a component for each kind of memory.
       runner: The device's side: pool, device table, compiled steps.
-      buckets: Static shapes of steps.
       running: Running requests by row.
       planner: What plans steps and checks their plans.
     """
@@ -87,29 +78,26 @@ class MemoryManager:
         allocator: BaseTokenToKVPoolAllocator,
         req_to_token_pool: ReqToTokenPool,
         cache: RadixCache,
-        states: StateAllocator | None = None,
     ):
         self.config = config
         self.allocator = allocator
-        self.states = states
         self.req_to_token_pool = req_to_token_pool
         self.cache = cache
         self.page_size = config.kv.page_size
-        self._windows = allocator if isinstance(allocator, SWATokenToKVPoolAllocator) else None
-        self.runner = StepRunner(pool, req_to_token_pool, self._windows)
-        self.buckets = default_buckets(
+        self.running: dict[int, Request] = {}
+        self.runner = StepRunner(pool, req_to_token_pool, cache.components)
+        self._stepping = tuple(component for component in cache.components if component.per_request)
+        self._loops = DecodeLoops(allocator, req_to_token_pool)
+        buckets = default_buckets(
             config.max_running,
             config.chunk,
             self.page_size,
-            has_window=self._windows is not None,
-            has_states=states is not None,
+            maps=tuple(device_map.name for device_map in self.runner.maps),
+            has_states=bool(self._stepping),
         )
-        self.running: dict[int, Request] = {}
-        self._loops = DecodeLoops(allocator, req_to_token_pool)
-        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops)
-        self._states: RunningStates | None = None
-        if isinstance(req_to_token_pool, HybridReqToTokenPool) and states is not None:
-            self._states = RunningStates(req_to_token_pool, states, cache, self.runner, config.state_interval)
+        self.planner = StepPlanner(self.running, req_to_token_pool, allocator, cache, self._loops, buckets)
+        self._admission = Admission(config.max_context_len, cache, req_to_token_pool, self.planner, self.runner)
+        self._whole = WholeMemory(self.running, cache, req_to_token_pool, self.runner)
 
     @property
     def pool(self) -> MemoryPool:
@@ -129,6 +117,11 @@ class MemoryManager:
         """Device twin of the request table; replaced as the pool is."""
         return self.runner.table
 
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Static shapes of steps; the planner's."""
+        return self.planner.buckets
+
     # ---- the life of a request -----------------------------------------------------------------------------------
 
     def admit(self, request: Request) -> int | None:
@@ -143,81 +136,16 @@ class MemoryManager:
         Raises:
           RequestStateError: It is running or done.
           ReleasedError: The pool's memory was released.
-          ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with pages of another size.
+          ArgumentError: It is longer than `max_context_len`, or its copy is from a manager with other pages or layers.
         """
-        if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
-            raise RequestStateError(
-                f"request {request.rid} is {request.state.value}: only a waiting one can be admitted"
-            )
-        if request.num_tokens > self.config.max_context_len:
-            limit = self.config.max_context_len
-            raise ArgumentError(f"request {request.rid} has {request.num_tokens} tokens, max_context_len is {limit}")
-        if request.cpu_copy is not None and request.cpu_copy.page_size != self.page_size:
-            raise ArgumentError(
-                f"request {request.rid} has a host copy in pages of {request.cpu_copy.page_size}, here they have "
-                f"{self.page_size}: set its cpu_copy to None, and it is computed again"
-            )
-        self.runner.require_resumed()
-        if not self.req_to_token_pool.available_size():
+        entry = self._admission.admit(request)
+        if entry is None:
             return None
-        cap = request.num_tokens - 1
-        if request.logprob_start_len is not None:
-            cap = min(cap, request.logprob_start_len)
-        found = self.cache.match_prefix(request.key[:cap])
-        with contextlib.ExitStack() as undo:  # leaves with everything taken given back, unless `pop_all` keeps it
-            lock = self.cache.inc_lock_ref(found)
-            undo.callback(self.cache.dec_lock_ref, lock)
-            kept = request.cpu_copy
-            kv_len = max(lock.length, kept.worth(request.num_tokens - 1) if kept is not None else 0)
-            kept = kept if kv_len > lock.length else None
-            state = self._take_state(undo)
-            if state is None:
-                return None
-            fresh = self._take_kept_pages(kept, lock.length, kv_len)
-            if fresh is None:
-                return None
-            undo.callback(self.allocator.release, fresh, PageState.PRIVATE)
-            (row,) = self.req_to_token_pool.alloc(1) or (-1,)
-            undo.callback(self.req_to_token_pool.free, row)
-            self.req_to_token_pool.write_pages(row, 0, found.pages)
-            self.req_to_token_pool.write_pages(row, len(found.pages), fresh)
-            if kept is not None:
-                self.runner.send_changes()  # the pool looks window pages up in its own map
-                self.pool = kept.loaded(self.pool, lock.length, kv_len, fresh, state)
-            undo.pop_all()
-        request.enter(self.req_to_token_pool, row)
-        request.kv_len, request.num_pages = kv_len, len(found.pages) + len(fresh)
-        request.lock, request.state = lock, RequestState.RUNNING
-        request.cached_tokens = lock.length
-        if self.cache.observer is not None:
-            self.cache.observer.admitted(request.num_tokens, lock.length)
-        request.branching_len = found.mamba_branching_seqlen or 0
-        request.cpu_copy = None
-        if self._states is not None:
-            self._states.place(row, state, found.state if kept is None else NO_COPY)
-        self.running[row] = request
+        self.running[entry.row] = request
         self.planner.forget_batch()
-        if kept is not None:
+        if entry.kept is not None:
             self.cache.cache_unfinished_req(request)
-        return kv_len
-
-    def _take_state(self, undo: contextlib.ExitStack) -> int | None:
-        """A working state, 0 without states; None if there is none left."""
-        if self._states is None or self.states is None:
-            return 0
-        state = self._states.take()
-        if state is not None:
-            undo.callback(self.states.free_track_slot, state)
-        return state
-
-    def _take_kept_pages(self, kept: KeptCopy | None, start: int, stop: int) -> np.ndarray | None:
-        """Pages for the tokens `[start, stop)` of a host copy; none without one; None if memory is short."""
-        if kept is None:
-            return NOTHING
-        first = start // self.page_size
-        num_pages = self._pages_of(stop) - first
-        self.planner.make_room(num_pages, kept.without_window(first, num_pages))
-        return kept.take_pages(self.allocator, first, num_pages)
+        return entry.kv_len
 
     def finish(self, request: Request) -> None:
         """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""
@@ -233,9 +161,9 @@ class MemoryManager:
     def retract(self, request: Request, offload: bool = False) -> None:
         """Takes a running request's memory to make room; `admit` resumes it.
 
-        What it computed becomes evictable and is found again if it is still there. Append the sampled token first: who
-        comes back has to have a token left to compute, so without it the last one is computed again, and a kept
-        recurrent state, which stands for all of them, is of no use.
+        What it computed becomes evictable and is found again if it is still there. Append the sampled token first; a
+        resumed request needs one uncomputed token, or its last token is recomputed, and a kept recurrent state, which
+        stands for all of them, is of no use.
 
         Args:
           request: A running request.
@@ -247,17 +175,14 @@ class MemoryManager:
         self._release(request, RequestState.RETRACTED)
 
     def _kept_copy(self, request: Request) -> KeptCopy:
-        row = self._row(request)
-        pages = self.req_to_token_pool.row_pages(row, 0, self._pages_of(request.kv_len))
-        windows = NOTHING if self._windows is None else self._windows.window_pages(pages)
-        if self._states is not None:
-            self._states.fill(np.array([row], np.int32))
-        self.runner.send_changes()
-        return KeptCopy.of(self.pool, self.page_size, pages, request.kv_len, windows, self.working_state(request))
+        row = self.planner.require_running(request)
+        for component in self._stepping:
+            component.before_step(np.array([row], np.int32), self.runner)
+        pages = self.req_to_token_pool.row_pages(row, 0, -(-request.kv_len // self.page_size))
+        return KeptCopy.of(self.pool, self.cache.components, self.page_size, row, pages, request.kv_len)
 
     def _release(self, request: Request, state: RequestState) -> None:
-        self.planner.require_running(request)
-        row = self._row(request)
+        row = self.planner.require_running(request)
         self.cache.cache_finished_req(request)
         del self.running[row]
         self.planner.forget_batch()
@@ -268,8 +193,8 @@ class MemoryManager:
     def next_chunk(self, request: Request, most: int) -> int:
         """How many tokens of a running request to compute in its next step: `most`, or what is left, if fewer.
 
-        With recurrent states it is less where that lets the step end at a point whose state is worth keeping: where an
-        earlier request branched off, or at the last page boundary.
+        With recurrent states it is less where that lets the step end at a point whose state is worth keeping: at the
+        branch point of an earlier request, or at the last page boundary.
 
         Raises:
           RequestStateError: The request is not running.
@@ -277,22 +202,21 @@ class MemoryManager:
         """
         self.planner.require_running(request)
         if as_count("most", most) < 1:
-            raise ArgumentError("most must be at least 1: leave a request out that shall not compute")
+            raise ArgumentError("most must be at least 1: omit requests with nothing to compute")
         start = request.kv_len
         end = min(request.num_tokens, start + most)
-        if self._states is not None:
-            end = self._states.next_stop(start, end, request.num_tokens, request.branching_len)
+        for component in self._stepping:
+            end = component.next_stop(start, end, request.num_tokens, request.branching_len)
         return end - start
 
     def working_state(self, request: Request) -> int:
-        """The recurrent state that a running request's steps go on from; 0 without states."""
-        table = self.req_to_token_pool
-        return int(table.state[self._row(request)]) if isinstance(table, HybridReqToTokenPool) else 0
+        """The recurrent state that a running request's steps update; 0 without states."""
+        return sum(self.req_to_token_pool.states_of(np.array([_row_of(request)])).tolist())
 
     def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
         """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
 
-        Evicts what is short. None if memory is short all the same: nothing has changed then, nothing was evicted.
+        Evicts if needed. Returns None, without side effects, if memory is still insufficient.
 
         Args:
           work: Distinct running requests, each with a number of tokens >= 1 that it still has to compute.
@@ -301,7 +225,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
         """
-        return self.planner.extend(work, self.buckets)
+        return self.planner.extend(work)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
@@ -312,7 +236,7 @@ class MemoryManager:
           RequestStateError: A request is not running.
           ArgumentError: A request has not one token to compute, it is no int32, or a request is named twice.
         """
-        return self.planner.decode(requests, self.buckets)
+        return self.planner.decode(requests)
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
@@ -329,13 +253,14 @@ class MemoryManager:
           ArgumentError: The step does not return `(pool, out)`.
         """
         self.planner.require_current(plan)
-        if self._states is not None:
-            self._states.fill(plan.row)
+        for component in self._stepping:
+            component.before_step(plan.row, self.runner)
         out = self.runner.run(step, plan, *args)
         self.planner.commit(plan)
-        if self._states is not None:
-            self._states.snapshot(plan)
-        if plan.bucket.kind is StepKind.EXTEND:
+        is_prompt = plan.bucket.kind is StepKind.EXTEND
+        for component in self._stepping:
+            component.after_step(plan.row, plan.seq_len, is_prompt, self.cache, self.runner)
+        if is_prompt:
             for request in plan.requests:
                 self.cache.cache_unfinished_req(request, chunked=True)
         return out
@@ -386,10 +311,7 @@ class MemoryManager:
         Raises:
           RequestStateError, ArgumentError: as `decode`, and if a number is out of range.
         """
-        plan = self.planner.decode_loop(requests, steps, width, limits, self.buckets)
-        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
-        self.planner.make_room(num_pages)
-        return self._loops.open(plan, num_pages)
+        return self.planner.decode_loop(requests, steps, width, limits, pages)
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
         """Dispatches a loop on the pools.
@@ -404,8 +326,8 @@ class MemoryManager:
           RequestStateError: The loop was launched already, or is over. Nothing has changed.
         """
         self._loops.require_planned(plan)
-        if self._states is not None:
-            self._states.fill(plan.row)
+        for component in self._stepping:
+            component.before_step(plan.row, self.runner)
         books, out = self.runner.run_loop(step, plan, *args)
         self._loops.launched(plan, books)
         return out
@@ -442,33 +364,13 @@ class MemoryManager:
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
-    def _pages_of(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
-
-    def _row(self, request: Request) -> int:
-        if request.req_pool_idx is None:
-            raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
-        return request.req_pool_idx
-
     def reset(self) -> None:
         """Forgets every prefix and takes every page, state and row back, as if new; what is compiled stays.
 
         Raises:
           RequestStateError: Requests are running. Nothing has changed.
         """
-        self._require_idle()
-        self._forget()
-
-    def _require_idle(self) -> None:
-        if self.running:
-            raise RequestStateError(f"{len(self.running)} requests are running: finish, retract or abort them first")
-
-    def _forget(self) -> None:
-        self.cache.reset()
-        self.allocator.clear()
-        if self.states is not None:
-            self.states.clear()
-        self.req_to_token_pool.clear()
+        self._whole.reset()
 
     def release_memory(self, *, keep: bool = False) -> None:
         """Frees the pool's device memory until `resume_memory`: for other arrays of this process, such as training's.
@@ -491,12 +393,7 @@ class MemoryManager:
         Cost: waits for the steps in flight; then what is kept, over the host link.
         Source: SGLang 0.5.2 scheduler, release_memory_occupation.
         """
-        if keep:
-            self.runner.release(rows_in_use(self.allocator, self.states))
-            return
-        self._require_idle()
-        self.runner.release(None)
-        self._forget()
+        self._whole.release(keep)
 
     def resume_memory(self) -> None:
         """Brings the pool's device memory back, with what was kept; at other addresses, perhaps: share it anew.
@@ -514,11 +411,7 @@ class MemoryManager:
 
         Source: SGLang 0.5.2 scheduler, _get_token_info.
         """
-        windows, size = self._windows, self.allocator.size
-        available = self.allocator.available_size() if windows is None else windows.full_available_size()
-        evictable = self.cache.full_evictable_size()
-        used = size - available - evictable
-        return used, used / size, available, evictable
+        return self._whole.usage("full")
 
     def get_swa_token_info(self) -> tuple[int, int, float, float, int, int, int, int]:
         """Of full and window side: (full used, window used, full usage, window usage, full available, full evictable,
@@ -529,13 +422,7 @@ class MemoryManager:
 
         Source: SGLang 0.5.2 scheduler, _get_swa_token_info.
         """
-        if self._windows is None:
-            raise ArgumentError("get_swa_token_info: no layer of this memory has a window; see get_token_info")
-        full_used, full_usage, full_available, full_evictable = self.get_token_info()
-        available, evictable = self._windows.swa_available_size(), self.cache.swa_evictable_size()
-        used = self._windows.size_swa - available - evictable
-        usage = used / self._windows.size_swa
-        return full_used, used, full_usage, usage, full_available, full_evictable, available, evictable
+        return self._whole.swa_usage()
 
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.
@@ -549,9 +436,14 @@ class MemoryManager:
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
-        check_owners(self.running, self.req_to_token_pool, self.allocator, self.states)
+        check_owners(self.running, self.req_to_token_pool, self.cache.components)
         if read_device:
             self.runner.send_changes()
             check_device_table(self.running, self.req_to_token_pool, self.table)
-            if self._windows is not None:
-                check_device_map(self.pool, self._windows)
+            check_device_maps(self.pool, self.cache.components)
+
+
+def _row_of(request: Request) -> int:
+    if request.req_pool_idx is None:
+        raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
+    return request.req_pool_idx

@@ -4,98 +4,140 @@
                           | window layers |                 window layers: those whose window pages are still there
                                           state             recurrent layers: the state after the last token
 
+Each component says in which row of its stacks a token has its value, when the copy is made and when it is loaded back.
+
 Source: SGLang 0.5.2 memory_pool.py, get_cpu_copy and load_cpu_copy, as its decode servers use them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcache.caches.base import expand_pages
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
-from jaxcache.pools.hybrid import HybridKVPool
-from jaxcache.pools.stack import MemoryPool
-from jaxcache.pools.swa import SWAKVPool
+from jaxcache.components.base import MemoryComponent
+from jaxcache.errors import ArgumentError
+from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+@dataclass(frozen=True, eq=False)
+class StackCopy:
+    """Rows of one stack in host memory.
+
+    Attributes:
+      rows: In the order of `tokens`.
+      tokens: int32, ascending: the tokens that have a row.
+    """
+
+    rows: CpuCopy
+    tokens: Int32[np.ndarray, " tokens"]
+
+    def part(self, start: int, stop: int) -> StackCopy:
+        """The rows of the tokens in `[start, stop)`, in the same memory."""
+        first, last = np.searchsorted(self.tokens, (start, stop)).tolist()
+        return StackCopy(self.rows.tokens(first, last), self.tokens[first:last])
 
 
 @dataclass(frozen=True, eq=False)
 class KeptCopy:
-    """KV, and the state if there is one, of the first tokens of a request, in host memory.
+    """What a request's first tokens have in each stack of a pool, in host memory.
 
     Attributes:
       num_tokens: Tokens copied.
       page_size: Tokens a page.
-      holes: Pages from the start that had no window page.
-      kv: Their rows.
-      state: The state after the last of them.
+      stacks: What was copied, by name of the stack.
+      holes: By component, pages from the start up to the last one in which a token has no row.
     """
 
     num_tokens: int
     page_size: int
-    holes: int
-    kv: Any
-    state: Any
+    stacks: Mapping[str, StackCopy]
+    holes: Mapping[str, int]
 
     @classmethod
     def of(
-        cls, pool: MemoryPool, page_size: int, pages: np.ndarray, num_tokens: int, windows: np.ndarray, state: int
+        cls,
+        pool: MemoryPool,
+        components: Sequence[MemoryComponent],
+        page_size: int,
+        row: int,
+        pages: Int32[np.ndarray, " pages"],
+        num_tokens: int,
     ) -> KeptCopy:
-        """Copies the first `num_tokens` tokens in `pages`. Blocks until done.
+        """Copies the first `num_tokens` tokens of a request. Blocks until done.
 
         Args:
           pool: Read, not consumed.
+          components: Of the cache.
           page_size: Tokens a page.
-          pages: Full pages.
+          row: The request's row in the request table.
+          pages: Its full pages.
           num_tokens: Tokens in them.
-          windows: Window page of each of them, 0 for none; empty without window layers.
-          state: The request's state; 0 without states.
         """
-        slots = expand_pages(pages, page_size)[:num_tokens]
-        without = np.flatnonzero(windows == 0)
-        holes = int(without[-1]) + 1 if len(without) else 0
-        if not isinstance(pool, HybridKVPool):
-            return cls(num_tokens, page_size, holes, pool.get_cpu_copy(slots), None)
-        kept_state = pool.states.get_cpu_copy(np.array([state], np.int32))
-        return cls(num_tokens, page_size, holes, pool.kv.get_cpu_copy(slots), kept_state)
+        stacks = pool.stacks()
+        copies: dict[str, StackCopy] = {}
+        holes: dict[str, int] = {}
+        for component in components:
+            rows = component.token_rows(row, pages, 0, num_tokens)
+            tokens, missing = np.flatnonzero(rows), np.flatnonzero(rows == 0)
+            holes[component.name] = int(missing[-1]) // page_size + 1 if len(missing) else 0
+            for name in component.stack_names:
+                copies[name] = StackCopy(stacks[name].get_cpu_copy(rows[tokens]), tokens)
+        return cls(num_tokens, page_size, copies, holes)
 
-    def worth(self, most: int) -> int:
-        """How many tokens a request that may have `most` gets from this: a state is of use at its own position only."""
-        if self.state is not None and self.num_tokens > most:
-            return 0
-        return min(self.num_tokens, most)
+    def restorable_tokens(self, components: Sequence[MemoryComponent], limit: int) -> int:
+        """Tokens that this copy can restore, at most `limit`."""
+        return min(component.restorable_tokens(self.num_tokens, limit) for component in components)
 
-    def without_window(self, first_page: int, num_pages: int) -> int:
-        """How many of so many copied pages from `first_page` on, the first ones, need no window page."""
-        return min(max(self.holes - first_page, 0), num_pages)
+    def spared(self, first_page: int, num_pages: int) -> dict[str, int]:
+        """By component, how many of so many copied pages from `first_page` on, the first ones, need nothing of it."""
+        return {name: min(max(holes - first_page, 0), num_pages) for name, holes in self.holes.items()}
 
-    def take_pages(self, allocator: BaseTokenToKVPoolAllocator, first_page: int, num_pages: int) -> np.ndarray | None:
-        """Fresh pages for the copied tokens from page `first_page` on; without window pages where none were copied."""
-        if isinstance(allocator, SWATokenToKVPoolAllocator):
-            return allocator.alloc_pages(num_pages, without_window=self.without_window(first_page, num_pages))
-        return allocator.alloc_pages(num_pages)
+    def loaded(
+        self,
+        pool: Any,
+        components: Sequence[MemoryComponent],
+        row: int,
+        pages: Int32[np.ndarray, " pages"],
+        start: int,
+        stop: int,
+    ) -> Any:
+        """The pool with the tokens `[start, stop)` in fresh pages of the request in `row`; consumes the old one.
 
-    def loaded(self, pool: MemoryPool, start: int, stop: int, pages: np.ndarray, state: int) -> Any:
-        """The pool with the tokens `[start, stop)` in fresh pages, and the state in `state`; consumes the old one."""
-        slots = expand_pages(pages, self.page_size)[: stop - start]
-        part = self.kv.tokens(start, stop)
-        if not isinstance(pool, HybridKVPool):
-            return pool.load_cpu_copy(part, slots)
-        pool = pool.with_kv(pool.kv.load_cpu_copy(part, slots))
-        return pool.with_states(pool.states.load_cpu_copy(self.state, np.array([state], np.int32)))
+        Raises:
+          ArgumentError: The copy is of a pool with other stacks or layers. The pool is as before.
+          StalePoolError, BorrowedError: The pool cannot be donated.
+        """
+        stacks: dict[str, LayerStack] = pool.stacks()
+        if stacks.keys() != self.stacks.keys():
+            raise ArgumentError(
+                f"cpu_copy: it has {sorted(self.stacks)}, this pool has {sorted(stacks)}: set it to None, and the "
+                "request is computed again"
+            )
+        pool.require_donatable()
+        loads: list[tuple[str, CpuCopy, np.ndarray]] = []
+        for component in components:
+            targets = component.token_rows(row, pages, start, stop)
+            for name in component.stack_names:
+                part = self.stacks[name].part(start, stop)
+                loads.append((name, part.rows, targets[part.tokens - start]))
+        for name, rows, targets in loads:  # all are checked first: one that is refused must not cost the others
+            stacks[name].require_loadable(rows, targets)
+        for name, rows, targets in loads:
+            stacks[name] = stacks[name].load_cpu_copy(rows, targets)
+        return pool.with_stacks(stacks)
 
 
 def warmed_up(pool: MemoryPool) -> MemoryPool:
     """The pool, consumed and given back unchanged, with all that copies from and to it need compiled."""
-    if isinstance(pool, HybridKVPool):
-        return pool.with_kv(warmed_up(pool.kv)).with_states(_round_trip(pool.states))
-    if isinstance(pool, SWAKVPool):
-        return pool.with_full(_round_trip(pool.full)).with_window(_round_trip(pool.window))
-    return _round_trip(pool)
+    return pool.with_stacks({name: _round_trip(stack) for name, stack in pool.stacks().items()})
 
 
-def _round_trip(pool: Any) -> Any:
-    return pool.load_cpu_copy(pool.get_cpu_copy([0]), [0])
+def _round_trip(stack: LayerStack) -> LayerStack:
+    sink = np.zeros(1, np.int32)
+    return stack.load_cpu_copy(stack.get_cpu_copy(sink), sink)

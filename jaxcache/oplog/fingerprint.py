@@ -1,4 +1,4 @@
-"""A digest of a manager's books: equal after equal operations."""
+"""A digest of what a manager's host knows: equal after equal operations."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 from typing import Any
 
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 
 
 def fingerprint(memory: MemoryManager) -> str:
-    """A digest of the host's books: tree with locks and order of use, allocators with their free lists, running rows.
+    """A digest of the host's state: tree with locks and order of use, allocators with their free lists, running rows.
 
     Equal for managers that were told the same, such as those of two ranks. O(pages and nodes).
     """
@@ -33,13 +32,8 @@ def fingerprint(memory: MemoryManager) -> str:
             todo += sorted(node.children.values(), key=_key, reverse=True)
     for policy in tree.policies:
         add([numbers[node] for node in policy])
-    allocators = [memory.allocator, memory.states]
-    if isinstance(memory.allocator, SWATokenToKVPoolAllocator):
-        allocators.append(memory.allocator.window)
-        add(memory.allocator.full_to_window.tolist())
-    for allocator in allocators:
-        if allocator is not None:
-            add(allocator.states.tolist(), allocator.free_pages.tolist(), allocator.release_pages.tolist())
+    for component in memory.cache.components:
+        add(component.name, *component.digest())
     for row, request in sorted(memory.running.items()):
         add(row, request.rid, request.kv_len, request.protected_len)
         add(table.row_pages(row, 0, request.num_pages).tolist(), memory.working_state(request))

@@ -27,7 +27,6 @@ from jaxcache.index.key import Namespace, RadixKey, pack
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pages.arguments import as_count
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.loop_plan import LoopPlan, LoopReplay
@@ -255,10 +254,7 @@ class RecordedManager(MemoryManager):
 
 def record(config: MemoryConfig, max_ops: int = 100_000, *, mesh: Mesh | None = None) -> RecordedManager:
     """`init_memory_pool_and_cache`, of a manager that writes down what it is told, up to so many calls."""
-    pool, allocator, table = config.new_pool(mesh), config.new_allocator(), config.new_table()
-    states = config.new_state_allocator()
-    cache = config.new_cache(table, allocator, states)
-    return RecordedManager(config, pool, allocator, table, cache, states, max_ops=max_ops)
+    return RecordedManager(config, *config.new_parts(mesh), max_ops=max_ops)
 
 
 def replay(
@@ -346,10 +342,7 @@ def bisect(
 
 def _deciding(config: MemoryConfig) -> dict[str, Any]:
     """What the host's decisions depend on: of the pools their sizes, and all else."""
-    allocator, states = config.new_allocator(), config.new_state_allocator()
-    windows = allocator.size_swa if isinstance(allocator, SWATokenToKVPoolAllocator) else None
-    kv = allocator.size, allocator.page_size, windows
-    return vars(config) | {"kv": kv, "states": None if states is None else states.size}
+    return vars(config) | {"kv": (config.kv.size, config.kv.page_size, config.window_size), "states": config.num_values}
 
 
 def _absorb(memory: MemoryManager, batch: list[Request], plans: dict[int, Any], plan: int, did: LoopReplay) -> None:

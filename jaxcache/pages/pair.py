@@ -189,6 +189,20 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         offsets = slots - pages * np.int32(self.page_size)
         return np.where(windows > 0, windows * np.int32(self.page_size) + offsets, np.int32(0))
 
+    def require_window_slots(self, name: str, slots: ArrayLike) -> Int32[np.ndarray, " n"]:
+        """`translate_loc_from_full_to_swa` for whoever reads what is there: 0, the sink, for the sink alone. O(n).
+
+        Raises:
+          ArgumentError: if a token's window page is gone, and page 0 would be read; or `slots` is no list of integers.
+          OwnershipError: if a slot lies in no page of this allocator.
+        """
+        slots = int32_array(name, slots)
+        windows = self.translate_loc_from_full_to_swa(slots)
+        is_there = (windows > 0) | (slots < self.page_size)
+        rule = name + ": the window page of each must be there, but that of page {} is gone: compute its tokens again"
+        _require_pages(is_there, rule, slots // self.page_size)
+        return windows
+
     def num_changed(self) -> int:
         """Entries of the map waiting to be sent to the device."""
         return len(self._changes)

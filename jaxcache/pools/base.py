@@ -75,6 +75,10 @@ class KVCache(LayerStack):
         """`get_key_buffer` and `get_value_buffer`."""
         return self.get_key_buffer(layer), self.get_value_buffer(layer)
 
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """The slots themselves, in the one stack that there is."""
+        return {"kv": loc}
+
     def gather(self, loc: Int32[Array, " n"], layer: LayerId | None = None) -> Any:
         """Reads the rows of `n` slots.
 
@@ -104,7 +108,8 @@ class KVCache(LayerStack):
 
         Args:
           loc: Slot of each token.
-          *rows: `(layers, n, *row)` for each array of the pool: k and v, or the latent rows. Cast to the pool's dtype.
+          *rows: `(layers, n, *row)` for each array of the pool: k and v, or the latent rows. Cast to the pool's dtype,
+            saturated if it is fp8.
 
         Returns:
           The updated pool; this one is consumed.

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxcache.errors import ArgumentError
+from jaxcache.kernels.float8 import FLOAT8_DTYPES, float8_bits
 from jaxcache.pools.layout import LayerMajor, Layout, PageMajor
 
 if TYPE_CHECKING:
@@ -44,8 +45,15 @@ def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
 
 
 def to_storage(rows: ArrayLike, dtype: DTypeLike, storage: DTypeLike) -> Shaped[Array, "*rows"]:
-    """Casts `rows` to the pool's `dtype`, rounding to nearest even, and reinterprets the bits as `storage`."""
-    return _bitcast(jnp.asarray(rows).astype(dtype), storage)
+    """Casts `rows` to the pool's `dtype`, rounding to nearest even, and reinterprets the bits as `storage`.
+
+    What is too large for float8 saturates (`jaxcache.kernels.float8`); for float16 and bfloat16 it becomes an infinity.
+    Rows of the pool's dtype keep their bits.
+    """
+    rows, dtype = jnp.asarray(rows), np.dtype(dtype)
+    if dtype in FLOAT8_DTYPES and rows.dtype != dtype:
+        return _bitcast(float8_bits(rows, dtype), storage)
+    return _bitcast(rows.astype(dtype), storage)
 
 
 def from_storage(rows: Shaped[Array, "*rows"], dtype: DTypeLike) -> Shaped[Array, "*rows"]:

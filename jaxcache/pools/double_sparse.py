@@ -82,7 +82,7 @@ class DoubleSparseTokenToKVPool(KVCache):
         Args:
           layer: Global layer id; may be traced.
           loc: Slot of each token.
-          k: Keys; cast to the pool's dtype.
+          k: Keys; cast to the pool's dtype, saturated if it is fp8.
           v: Values, likewise.
           label: Labels, likewise.
 

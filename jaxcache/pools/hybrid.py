@@ -9,6 +9,7 @@ Source: SGLang 0.5.2 memory_pool.py, HybridLinearKVPool.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
 from jaxcache.pools.mamba import MambaConfig, MambaPool
-from jaxcache.pools.stack import CpuCopy, MemoryPool
+from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool
 from jaxcache.pools.swa import SWAConfig, SWACpuCopy
 
 if TYPE_CHECKING:
@@ -130,6 +131,16 @@ class HybridKVPool(MemoryPool):
 
     def partition_specs(self) -> Self:
         return type(self)(self.kv.partition_specs(), self.states.partition_specs())
+
+    def stacks(self) -> dict[str, LayerStack]:
+        return self.kv.stacks() | {"states": self.states}
+
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        return type(self)(self.kv.with_stacks(stacks), stacks["states"])
+
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """Those of the KV pool: states stand for prefixes."""
+        return self.kv.token_rows(loc)
 
     def with_kv(self, kv: MemoryPool) -> Self:
         """This pool with its KV pool replaced, by an update of it."""

@@ -173,7 +173,7 @@ class MambaPool(LayerStack):
         Args:
           states: Distinct but for 0, which is padding and not written.
           layer: Global layer id; may be traced.
-          conv: The convolution's part; cast to the pool's dtype.
+          conv: The convolution's part; cast to the pool's dtype, saturated if it is fp8.
           temporal: The recurrent part, likewise.
 
         Returns:

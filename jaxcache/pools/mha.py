@@ -100,8 +100,8 @@ class MHATokenToKVPool(KVCache):
         Args:
           layer: Global layer id; may be traced.
           loc: Slot of each token.
-          k: Keys; cast to the pool's dtype. Values beyond the range of an fp8 dtype overflow as its cast says: scale
-            them.
+          k: Keys; cast to the pool's dtype. What is beyond the range of an fp8 dtype saturates
+            (`jaxcache.kernels.float8`): scale it.
           v: Values, likewise.
           k_scale: Divides the keys, in float32 and before the cast, also if the dtypes agree. A number, or an array
             that broadcasts to `k`, such as `(heads, 1)`. The caller's arrays are untouched. XLA may multiply by the

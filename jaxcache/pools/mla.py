@@ -80,7 +80,7 @@ class MLATokenToKVPool(KVCache):
         Args:
           layer: Global layer id; may be traced.
           loc: Slot of each token.
-          k_nope: Latent parts; cast to the pool's dtype. Any width.
+          k_nope: Latent parts; cast to the pool's dtype, saturated if it is fp8. Any width.
           k_rope: Rope parts, likewise.
 
         Returns:

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from jaxcache.pools.stack import MemoryPool, pad_to
-from jaxcache.pools.stacks import layer_stacks, parts_of, rows_per_part, with_layer_stacks
+from jaxcache.pools.stacks import parts_of, rows_per_part
 
-_NOTHING = np.empty(0, np.int32)
-_MOST_IN_FLIGHT = 4
+_EMPTY_ROWS = np.empty(0, np.int32)
+_MAX_IN_FLIGHT = 4
 
 
 class ReleasedPool:
@@ -39,13 +39,13 @@ class ReleasedPool:
         self._type, self._config, self._mesh = type(pool), pool.config, pool.mesh
         self._device = next(iter(pool.buffers[0].devices())) if self._mesh is None else None
         self._parts: dict[str, list[tuple[np.ndarray, tuple[Any, ...]]]] = {}
-        for name, stack in layer_stacks(pool).items():
+        for name, stack in pool.stacks().items():
             size = rows_per_part(stack)
             parts = self._parts[name] = []
-            for rows in parts_of(_NOTHING if kept is None else kept[name], size):
+            for rows in parts_of(_EMPTY_ROWS if kept is None else kept[name], size):
                 rows = pad_to(rows, size)
                 parts.append((rows, stack.start_copy(rows)))
-                jax.block_until_ready(parts[-_MOST_IN_FLIGHT:][0])  # each needs room on the device
+                jax.block_until_ready(parts[-_MAX_IN_FLIGHT:][0])  # each needs room on the device
         jax.block_until_ready(self._parts)
         for buffer in pool.buffers:
             buffer.delete()
@@ -56,10 +56,10 @@ class ReleasedPool:
         Cost: those rows over the host link.
         """
         pool = self._type.create(self._config, device=self._device, mesh=self._mesh)
-        stacks = layer_stacks(pool)
+        stacks = pool.stacks()
         for name, parts in self._parts.items():
             for i, (rows, copies) in enumerate(parts):
                 stacks[name] = stacks[name].with_rows(rows, *stacks[name].placed(*copies))
-                if i % _MOST_IN_FLIGHT == 0:
+                if i % _MAX_IN_FLIGHT == 0:
                     jax.block_until_ready(stacks[name])
-        return with_layer_stacks(pool, stacks)
+        return pool.with_stacks(stacks)

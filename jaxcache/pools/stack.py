@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
@@ -114,6 +114,18 @@ class MemoryPool(DevicePool, abc.ABC):
         """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
 
     @abc.abstractmethod
+    def stacks(self) -> dict[str, LayerStack]:
+        """The stacks of layers that the pool consists of, by name; a new dict each time."""
+
+    @abc.abstractmethod
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        """The pool with these stacks, which are updates of its own, one for each name of `stacks()`."""
+
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """Row of each of `n` slots in the stacks that have one a token, by name; 0, the sink, where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has rows for no tokens")
+
+    @abc.abstractmethod
     def get_kv_size_bytes(self) -> Any:
         """Bytes of the arrays, the sink included: one number, or one for each part of a row."""
 
@@ -174,6 +186,12 @@ class LayerStack(MemoryPool):
 
     def partition_specs(self) -> Self:
         return type(self)(self.config, *[self.config.partition_spec] * len(self.buffers))
+
+    def stacks(self) -> dict[str, LayerStack]:
+        return {"kv": self}
+
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        return stacks["kv"]
 
     def with_buffers(self, *buffers: Shaped[Array, "layers rows *row"]) -> Self:
         """A pool of the same configuration around other arrays."""

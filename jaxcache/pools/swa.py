@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,7 +30,7 @@ from jaxcache.device.donation import donating
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require
-from jaxcache.pools.stack import CpuCopy, MemoryPool, bucketed
+from jaxcache.pools.stack import CpuCopy, LayerStack, MemoryPool, bucketed
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
@@ -217,6 +218,16 @@ class SWAKVPool(MemoryPool):
     def partition_specs(self) -> Self:
         specs: Any = PartitionSpec()
         return type(self)(self.config, self.full.partition_specs(), self.window.partition_specs(), specs)
+
+    def stacks(self) -> dict[str, LayerStack]:
+        return {"full": self.full, "window": self.window}
+
+    def with_stacks(self, stacks: Mapping[str, Any]) -> Self:
+        return self.replaced(full=stacks["full"], window=stacks["window"])
+
+    def token_rows(self, loc: Int32[ArrayLike, " n"]) -> dict[str, Any]:
+        """The slots themselves in `full`, and the slots of `translate_loc_from_full_to_swa` in `window`."""
+        return {"full": loc, "window": self.translate_loc_from_full_to_swa(loc)}
 
     def with_full(self, full: KVCache) -> Self:
         """This pool with its full side replaced, by an update of it."""

@@ -10,6 +10,7 @@ GPU agree bit for bit, and their values are small integers that every pool dtype
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,16 +19,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxcache.pools.base import KVCache
-from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.mamba import MambaPool
-from jaxcache.pools.swa import SWAKVPool
+from jaxcache.pools.stack import MemoryPool
 from jaxcache.steps.batch import Batch
 from jaxcache.tables.device_table import RequestTable
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
 
-Pool = KVCache | SWAKVPool | HybridKVPool
+Pool = MemoryPool
 DIGEST_LANES = 4
 """Elements at the start of a temporal state that hold its sum, a byte each: what the next step goes on from."""
 _TEMPORAL, _CONV = 2, 3
@@ -75,23 +75,20 @@ def write_step(pool: Pool, batch: Batch) -> tuple[Pool, None]:
 def write_rows(pool: Pool, batch: Batch, slots: jax.Array, positions: jax.Array) -> Pool:
     """`write_step` with slots and positions of the caller's, which is where faults come in."""
     seed = token_seed(batch.tag[batch.request], batch.tokens, positions)
-    if not isinstance(pool, HybridKVPool):
-        return _write_kv(pool, slots, seed)
-    sums = jnp.zeros(batch.row.shape, jnp.uint32).at[batch.request].add(jnp.where(batch.valid, seed, 0))
-    return pool.with_kv(_write_kv(pool.kv, slots, seed)).with_states(_advance(pool.states, batch.state, sums))
+    stacks: dict[str, Any] = pool.stacks()
+    rows = pool.token_rows(slots)
+    for name, offset in _layer_offsets(stacks, rows).items():
+        stacks[name] = _write_layers(stacks[name], rows[name], seed, offset)
+    for name in stacks.keys() - rows.keys():  # a state for each request
+        sums = jnp.zeros(batch.row.shape, jnp.uint32).at[batch.request].add(jnp.where(batch.valid, seed, 0))
+        stacks[name] = _advance(stacks[name], batch.state, sums)
+    return pool.with_stacks(stacks)
 
 
-def _write_kv(pool: Any, slots: jax.Array, seed: jax.Array) -> Any:
-    if isinstance(pool, SWAKVPool):
-        full = _write_layers(pool.full, slots, seed, 0)
-        window = _write_layers(pool.window, pool.translate_loc_from_full_to_swa(slots), seed, _window_offset(pool))
-        return pool.with_full(full).with_window(window)
-    return _write_layers(pool, slots, seed, 0)
-
-
-def _window_offset(pool: SWAKVPool) -> int:
-    """What tells the content of the first window layer from that of the first full layer."""
-    return pool.full.config.layer_num
+def _layer_offsets(stacks: dict[str, Any], rows: dict[str, Any]) -> dict[str, int]:
+    """What tells the content of the first layer of each token stack from that of the stacks before it."""
+    counts = [stacks[name].config.layer_num for name in rows]
+    return dict(zip(rows, accumulate(counts, initial=0), strict=False))
 
 
 def _write_layers(pool: KVCache, slots: jax.Array, seed: jax.Array, offset: int) -> KVCache:
@@ -173,35 +170,37 @@ def count_wrong_states(pool: MambaPool, packed: Shaped[Array, " 2"], mismatched:
 
 # ---- reading back ----------------------------------------------------------------------------------------------------
 
-READ_BACK_HEADER = 5
-"""Entries of a packed read-back before its token ids."""
+READ_BACK_HEADER = 4
+"""Entries of a packed read-back before the first positions of its stacks and its token ids."""
 
 
 def count_mismatches(
-    pool: KVCache | SWAKVPool, table: RequestTable, packed: Int32[Array, " size"], mismatched: Int32[Array, ""]
+    pool: MemoryPool, table: RequestTable, packed: Int32[Array, " size"], mismatched: Int32[Array, ""]
 ) -> Int32[Array, ""]:
     """Reads rows of one request back through the device table and adds the tokens that are wrong in any layer.
 
     Args:
       pool: Read, not consumed.
       table: Read, not consumed.
-      packed: [row, tag, first position, number of tokens, first position that window layers must have, token ids ...
-        (padded)].
+      packed: [row, tag, first position, number of tokens, for each stack with a row a token the first position that it
+        must have, token ids ... (padded)].
       mismatched: The count so far.
     """
-    row, tag, start, count, window_start = (packed[i] for i in range(READ_BACK_HEADER))
-    tokens = packed[READ_BACK_HEADER:]
+    stacks: dict[str, Any] = pool.stacks()
+    row, tag, start, count = (packed[i] for i in range(READ_BACK_HEADER))
+    some_slots = jnp.zeros(1, jnp.int32)
+    first_tokens = READ_BACK_HEADER + len(pool.token_rows(some_slots))
+    firsts, tokens = packed[READ_BACK_HEADER:first_tokens], packed[first_tokens:]
     offset = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     position = jnp.minimum(start + offset, start + count - 1)
     is_read = offset < count
-    full = pool.full if isinstance(pool, SWAKVPool) else pool
-    slots = table.slots(jnp.full_like(position, row), position, full.config.page_size)
+    page_size = next(iter(stacks.values())).config.page_size
+    rows = pool.token_rows(table.slots(jnp.full_like(position, row), position, page_size))
     seed = token_seed(jnp.full_like(tokens, tag), tokens, start + offset)
-    wrong = _wrong_rows(full, slots, seed, 0) & is_read
-    if isinstance(pool, SWAKVPool):
-        window_slots = pool.translate_loc_from_full_to_swa(slots)
-        is_attended = is_read & (start + offset >= window_start)
-        wrong |= _wrong_rows(pool.window, window_slots, seed, _window_offset(pool)) & is_attended
+    wrong = jnp.zeros(tokens.shape, bool)
+    for i, (name, layer_offset) in enumerate(_layer_offsets(stacks, rows).items()):
+        must_have = is_read & (start + offset >= firsts[i])
+        wrong |= _wrong_rows(stacks[name], rows[name], seed, layer_offset) & must_have
     return mismatched + jnp.sum(wrong, dtype=jnp.int32)
 
 

@@ -5,6 +5,7 @@ Each fault is a mistake of a kind that serving systems have really made. None of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.pages.allocator import PageState
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.replay.config import Fault
 from jaxcache.replay.content import Pool, write_rows, write_step
 from jaxcache.tables.changes import TableChanges
@@ -20,6 +20,7 @@ from jaxcache.tables.changes import TableChanges
 if TYPE_CHECKING:
     import jax
 
+    from jaxcache.components.base import PoolHolder
     from jaxcache.manager.manager import MemoryManager
     from jaxcache.request import Request
     from jaxcache.steps.batch import Batch
@@ -60,11 +61,11 @@ class Saboteur:
             self._honest_alloc = manager.allocator.alloc_pages
             manager.allocator.alloc_pages = self._alloc_a_page_in_use
         if fault is Fault.STALE_STATE:
-            self._honest_copy = manager.runner.copy_states
-            manager.runner.copy_states = self._copy_nothing
-        if fault is Fault.WRONG_WINDOW and isinstance(manager.allocator, SWATokenToKVPoolAllocator):
-            self._honest_changes = manager.allocator.take_changes
-            manager.allocator.take_changes = self._take_blank_changes
+            for component in manager.cache.components:
+                component.copy = functools.partial(self._copy_nothing, component.copy)
+        if fault is Fault.WRONG_WINDOW:
+            for device_map in manager.runner.maps:
+                device_map.take_changes = functools.partial(self._take_blank_changes, device_map.take_changes)
 
     def after_plan(self) -> None:
         """Called when pages have been taken and the table is written, before the step runs."""
@@ -74,12 +75,12 @@ class Saboteur:
                 request, row, own = victim
                 self._manager.req_to_token_pool.write_pages(row, request.num_pages - 1, own[:1])
 
-    def _copy_nothing(self, source: np.ndarray, target: np.ndarray) -> None:
-        if not source.any() or not self._strikes():  # the warm-up copies nothing but zeros
-            self._honest_copy(source, target)
+    def _copy_nothing(self, honest: Callable, device: PoolHolder, source: np.ndarray, target: np.ndarray) -> None:
+        if not source.any() or not self._strikes():
+            honest(device, source, target)
 
-    def _take_blank_changes(self, limit: int) -> TableChanges:
-        changes = self._honest_changes(limit)
+    def _take_blank_changes(self, honest: Callable[[int], TableChanges], limit: int) -> TableChanges:
+        changes = honest(limit)
         return TableChanges(changes.index, changes.page * 0) if len(changes.index) and self._strikes() else changes
 
     def after_step(self) -> None:

@@ -9,8 +9,6 @@ import jax
 import numpy as np
 
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
-from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.replay.content import READ_BACK_HEADER, count_mismatches, count_wrong_states, prefix_digest
 from jaxcache.request import Request
 
@@ -28,7 +26,8 @@ class Proof:
 
     def __init__(self, manager: MemoryManager):
         self._manager = manager
-        self._window = manager.config.sliding_window_size
+        self._reaches = [part.reach for part in manager.cache.tree.components if part.spans]
+        self._prefixes = [part for part in manager.cache.components if part.per_request]  # one value a prefix
         self._wrong = self._zero()
         self._read_rows = jax.jit(count_mismatches)
         self._read_state = jax.jit(count_wrong_states)
@@ -38,9 +37,8 @@ class Proof:
     def warm_up(self) -> None:
         """Compiles every shape."""
         for room in READ_BACK_TOKENS:
-            self._compare_rows(np.zeros(READ_BACK_HEADER + room, np.int32))
-        if isinstance(self._manager.pool, HybridKVPool):
-            self._compare_state(0, np.uint32(0))
+            self._compare_rows(np.zeros(READ_BACK_HEADER + len(self._reaches) + room, np.int32))
+        self._compare_state(0, np.uint32(0))
         self._wrong = self._zero()  # the sink holds nothing that could be right
 
     def _zero(self) -> jax.Array:
@@ -56,19 +54,20 @@ class Proof:
         """Compares the first `count` tokens of a running request: all of them in layers that attend to everything, and
         the last ones in window layers."""
         tokens = request.key.token_ids
-        window_start = max(0, count - self._window) if self._window is not None else 0
+        firsts = [int(max(0, count - reach)) for reach in self._reaches]
+        header = READ_BACK_HEADER + len(firsts)
         for start in range(0, count, READ_BACK_TOKENS[-1]):
             size = min(READ_BACK_TOKENS[-1], count - start)
             room = next(room for room in READ_BACK_TOKENS if room >= size)
-            packed = np.zeros(READ_BACK_HEADER + room, np.int32)
-            packed[:READ_BACK_HEADER] = request.req_pool_idx or 0, request.tag, start, size, window_start
-            packed[READ_BACK_HEADER : READ_BACK_HEADER + size] = tokens[start : start + size]
+            packed = np.zeros(header + room, np.int32)
+            packed[:header] = request.req_pool_idx or 0, request.tag, start, size, *firsts
+            packed[header : header + size] = tokens[start : start + size]
             self._compare_rows(packed)
         self.verified_slots += count
 
     def verify_state(self, request: Request) -> None:
         """Compares the state that a running request works on with the whole of what was computed for it."""
-        if not isinstance(self._manager.pool, HybridKVPool) or not request.kv_len:
+        if not self._prefixes or not request.kv_len:
             return
         self._compare_state(
             self._manager.working_state(request), prefix_digest(request.tag, request.key.token_ids[: request.kv_len])
@@ -76,15 +75,14 @@ class Proof:
         self.verified_states += 1
 
     def _compare_rows(self, packed: np.ndarray) -> None:
-        pool = self._manager.pool
-        kv = pool.kv if isinstance(pool, HybridKVPool) else pool
-        self._wrong = self._read_rows(kv, self._manager.table, packed, self._wrong)
+        self._wrong = self._read_rows(self._manager.pool, self._manager.table, packed, self._wrong)
 
     def _compare_state(self, state: int, digest: np.uint32) -> None:
         packed = np.array([state, digest], np.uint32)
-        pool = self._manager.pool
-        if isinstance(pool, HybridKVPool):
-            self._wrong = self._read_state(pool.states, packed, self._wrong)
+        stacks = self._manager.pool.stacks()
+        for component in self._prefixes:
+            for name in component.stack_names:
+                self._wrong = self._read_state(stacks[name], packed, self._wrong)
 
 
 def count_leaks(manager: MemoryManager) -> int:
@@ -92,11 +90,10 @@ def count_leaks(manager: MemoryManager) -> int:
 
     For when no request runs.
     """
-    cache, allocator = manager.cache, manager.allocator
+    cache = manager.cache
     locked = cache.full_protected_size() + cache.swa_protected_size() + cache.mamba_protected_size()
-    lost = [manager.get_token_info()[0]]
-    if isinstance(allocator, SWATokenToKVPoolAllocator):
-        lost.append(manager.get_swa_token_info()[1])
-    if manager.states is not None:
-        lost.append(manager.states.size - manager.states.available_size() - cache.mamba_evictable_size())
-    return locked + sum(map(abs, lost))
+    lost = 0
+    for component in cache.tree.components:
+        size, available, evictable = cache.usage(component.name)
+        lost += abs(size - available - evictable) * (manager.page_size if component.spans else 1)
+    return locked + lost

@@ -8,8 +8,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from jaxcache.errors import TraceError
 from jaxcache.replay.chart import Line, Series, chart, compact
+from jaxcache.replay.files import write_text
 from jaxcache.replay.result import ReplayResult, Sample
 from jaxcache.replay.summary import figures, host_rows, verdict
 
@@ -23,10 +23,7 @@ def write_report(result: ReplayResult, path: str | Path) -> None:
     Raises:
       TraceError: The file cannot be written.
     """
-    try:
-        Path(path).write_text(render(result), encoding="utf-8")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_text(path, render(result))
 
 
 def render(result: ReplayResult) -> str:

@@ -7,9 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from jaxcache.errors import TraceError
+from jaxcache.replay.files import write_text
 
 
 @dataclass
@@ -51,7 +49,7 @@ class ReplayResult:
       chunks, decode_steps: Extend and decode steps.
       retractions: Requests that had to make room.
       recompiles_after_warmup: XLA compilations of the process after the warm-up.
-      host_us: For match, admit, plan, insert and evict: p50, p99 and total_s of host time.
+      host_us: Host time of lookups, admissions, plans, inserts into the tree and evictions: p50, p99 and total_s.
       error: Message of the error that ended the replay, or None.
     """
 
@@ -109,34 +107,4 @@ class ReplayResult:
         Raises:
           TraceError: The file cannot be written.
         """
-        try:
-            path.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-class Stopwatch:
-    """Host time of named operations.
-
-    Args:
-      names: Operations that stand in the summary even if they are never called.
-    """
-
-    def __init__(self, *names: str) -> None:
-        self._ns: dict[str, list[int]] = {name: [] for name in names}
-
-    def add(self, name: str, ns: int) -> None:
-        """One more call of `name`."""
-        self._ns.setdefault(name, []).append(ns)
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """p50 and p99 in microseconds, the total in seconds and the number of calls, by name."""
-        return {
-            name: {
-                "p50": round(float(np.percentile(ns or [0], 50)) / 1e3, 2),
-                "p99": round(float(np.percentile(ns or [0], 99)) / 1e3, 2),
-                "total_s": round(sum(ns) / 1e9, 4),
-                "calls": len(ns),
-            }
-            for name, ns in self._ns.items()
-        }
+        write_text(path, json.dumps(self.as_json(), indent=2) + "\n")

@@ -11,7 +11,6 @@ of window layers the last W tokens, and the recurrent state as the sum of everyt
 
 from __future__ import annotations
 
-import functools
 import platform
 import time
 from collections import deque
@@ -26,14 +25,15 @@ import numpy as np
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import Namespace
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
-from jaxcache.pools.swa import SWAConfig
 from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for
+from jaxcache.replay.host_time import HostTimes
 from jaxcache.replay.proof import Proof, count_leaks
-from jaxcache.replay.result import ReplayResult, Sample, Stopwatch
+from jaxcache.replay.result import ReplayResult, Sample
 from jaxcache.replay.setup import memory_config
 from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens
 from jaxcache.request import Request
+from jaxcache.steps.plan import StepPlan
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 SAMPLES = 400
@@ -61,7 +61,12 @@ def run_replay(
     """
     requests = config.load_requests() if requests is None else requests
     config = config.for_platform(jax.default_backend())
-    manager = init_memory_pool_and_cache(memory_config(config, requests))
+    memory = memory_config(config, requests)
+    try:
+        manager = init_memory_pool_and_cache(memory)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error) or "out of memory").splitlines()[0][:160]
+        raise ArgumentError(f"--device-tokens {config.device_tokens}: no room for such a pool: {reason}") from error
     if observe is not None:
         observe(manager)
     replay = Replay(config, manager, requests, progress)
@@ -84,16 +89,16 @@ class Replay:
         self.progress = progress
         self.step = step_for(config.plant)
         self.saboteur = Saboteur(config.plant, manager)
-        self.stopwatch = Stopwatch("match", "admit", "plan", "insert", "evict")
+        self.host = HostTimes()
         self.result = ReplayResult()
         self.waiting: deque[int] = deque(range(len(requests)))
         self.retracted: deque[Request] = deque()
         self.running: list[Request] = []
         self.unverified: dict[Request, int] = {}  # admitted with so many tokens that have not been read back yet
         self.index: dict[Request, int] = {}
+        self.answers: dict[Request, list[int]] = {}
         self.done = 0
         self.proof = Proof(manager)
-        self._time_host_calls()
 
     def run(self) -> ReplayResult:
         """Warms up, replays, balances the books."""
@@ -104,7 +109,8 @@ class Replay:
         with count_compilations() as compilations:
             started = time.perf_counter()
             try:
-                self._loop(started)
+                with self.host.watching(self.manager.cache):
+                    self._loop(started)
                 self._balance()
             except CacheError as error:
                 result.error = f"{type(error).__name__}: {error}"
@@ -140,7 +146,8 @@ class Replay:
             page = manager.page_size
             if self.running and available + evictable - promised < request.num_tokens + (len(self.running) + 1) * page:
                 return  # let those that run end first
-            found = manager.admit(request)
+            with self.host.measured("admit"):
+                found = manager.admit(request)
             if found is None:
                 return
             if request in self.index:
@@ -173,13 +180,11 @@ class Replay:
                 budget -= work[-1][1]
         if not work:
             return
-        plan = self.manager.extend(work)
-        while plan is None:
+        while (plan := self._planned(self.manager.extend, work)) is None:
             if len(work) > 1:
                 work = work[:1]
             else:
                 self._make_room(keep=work[0][0])
-            plan = self.manager.extend(work)
         self.saboteur.after_plan()
         self.manager.run(self.step, plan)
         self.saboteur.after_step()
@@ -189,6 +194,10 @@ class Replay:
             if request.kv_len == request.num_tokens:
                 self._sample_token(request)
 
+    def _planned(self, plan: Callable[[Any], StepPlan | None], work: Any) -> StepPlan | None:
+        with self.host.measured("plan"):
+            return plan(work)
+
     def _is_decoding(self, request: Request) -> bool:
         return bool(request.output_ids) and request.num_tokens - request.kv_len == 1
 
@@ -197,13 +206,11 @@ class Replay:
         batch = [request for request in self.running if self._is_decoding(request)]
         if not batch:
             return
-        plan = self.manager.decode(batch)
-        while plan is None:
+        while (plan := self._planned(self.manager.decode, batch)) is None:
             self._make_room(keep=None)
             batch = [request for request in batch if request.req_pool_idx is not None]
             if not batch:
                 return
-            plan = self.manager.decode(batch)
         self.saboteur.after_plan()
         self.manager.run(self.step, plan)
         self.saboteur.after_step()
@@ -218,14 +225,10 @@ class Replay:
         i = self.index[request]
         if len(request.output_ids) < self.trace[i].output_length:
             if not request.output_ids:
-                self._answers[request] = output_tokens(i, self.trace[i].output_length, self.config.seed).tolist()
-            request.output_ids.append(self._answers[request][len(request.output_ids)])
+                self.answers[request] = output_tokens(i, self.trace[i].output_length, self.config.seed).tolist()
+            request.output_ids.append(self.answers[request][len(request.output_ids)])
         if len(request.output_ids) == self.trace[i].output_length:
             self._end(request)
-
-    @functools.cached_property
-    def _answers(self) -> dict[Request, list[int]]:
-        return {}
 
     def _end(self, request: Request) -> None:
         if self.config.verify:
@@ -234,7 +237,7 @@ class Replay:
         self.saboteur.before_finish(request)
         self.manager.finish(request)
         self._leave(request)
-        self._answers.pop(request, None)
+        self.answers.pop(request, None)
         del self.index[request]
         self.done += 1
 
@@ -270,7 +273,7 @@ class Replay:
         if not self.result.leaked_slots:
             manager.check_memory(read_device=True)
             cached = manager.cache.full_evictable_size()
-            type(manager.cache).evict(manager.cache, cached)  # neither timed nor counted: nobody needs the room
+            manager.cache.evict(cached)
             self.result.leaked_slots = count_leaks(manager) + manager.cache.full_evictable_size()
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
@@ -282,31 +285,6 @@ class Replay:
         self.proof.warm_up()
         manager.warm_up_offload()
         jax.block_until_ready(manager.pool)
-
-    def _time_host_calls(self) -> None:
-        manager, cache = self.manager, self.manager.cache
-        for name, owner, method in (
-            ("match", cache, "match_prefix"),
-            ("admit", manager, "admit"),
-            ("plan", manager, "extend"),
-            ("plan", manager, "decode"),
-            ("insert", cache, "cache_unfinished_req"),
-            ("insert", cache, "cache_finished_req"),
-            ("evict", cache, "evict"),
-        ):
-            setattr(owner, method, self._timed(name, getattr(owner, method)))
-
-    def _timed(self, name: str, call: Callable) -> Callable:
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter_ns()
-            out = call(*args, **kwargs)
-            self.stopwatch.add(name, time.perf_counter_ns() - started)
-            if name == "evict":
-                self.result.evicted_tokens += out
-            return out
-
-        return timed
 
     def _sample(self, wall_s: float) -> None:
         used, _, _, evictable = self.manager.get_token_info()
@@ -328,7 +306,8 @@ class Replay:
         result, config, manager = self.result, self.config, self.manager
         result.requests = self.done
         result.hit_rate = result.hit_tokens / result.prompt_tokens if result.prompt_tokens else 0.0
-        result.host_us = self.stopwatch.summary()
+        result.evicted_tokens = self.host.evicted_tokens
+        result.host_us = self.host.summary()
         result.page_size = config.page_size
         result.device_tokens = config.pool_tokens
         result.concurrency = config.concurrency
@@ -341,11 +320,11 @@ class Replay:
         result.pool = config.pool.value
         result.layout = config.layout.value
         kv = manager.config.kv
-        full = kv.full if isinstance(kv, SWAConfig) else kv
+        first: Any = next(iter(manager.pool.stacks().values())).config
         result.pool_bytes = sum(buffer.nbytes for buffer in jax.tree.leaves(manager.pool))
         result.layers = kv.layer_num
-        result.row_shapes = [list(shape) for shape in full.row_shapes]
-        result.dtype = str(full.dtype)
+        result.row_shapes = [list(shape) for shape in first.row_shapes]
+        result.dtype = str(first.dtype)
         result.device = jax.local_devices()[0].device_kind
         result.jax_version = jax.__version__
         result.python_version = platform.python_version()

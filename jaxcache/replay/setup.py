@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.errors import ArgumentError
-from jaxcache.manager.manager import MemoryConfig
+from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.base import KVCacheConfig
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
@@ -28,14 +30,16 @@ def memory_config(config: ReplayConfig, requests: list[TraceRequest]) -> MemoryC
     """Sizes and kinds of everything, for `init_memory_pool_and_cache`.
 
     Raises:
-      ArgumentError: The memory cannot hold the longest request.
+      ArgumentError: The memory cannot hold the longest request, or the device has no room for it.
     """
     longest = max(request.input_length + request.output_length for request in requests)
     if longest > config.pool_tokens:
         raise ArgumentError(f"--device-tokens {config.device_tokens} cannot hold the longest request, {longest} tokens")
     states = _state_config() if config.cache.has_states else None
+    kv = _kv_config(config, states)
+    _require_room(config, kv)
     return MemoryConfig(
-        kv=_kv_config(config, states),
+        kv=kv,
         states=None if states is None else states(config.num_states),
         sliding_window_size=config.window if config.cache.has_window else None,
         max_running=config.concurrency,
@@ -88,12 +92,33 @@ def _bytes(config: KVCacheConfig) -> int:
     return sum(int(np.prod(buffer.shape)) * buffer.dtype.itemsize for buffer in buffers)
 
 
+def _require_room(config: ReplayConfig, kv: KVCacheConfig | SWAConfig) -> None:
+    """Raises ArgumentError if the pool is larger than the memory there is: the device's; for a CPU, the host's."""
+    needed = sum(map(_bytes, (kv.full, kv.window) if isinstance(kv, SWAConfig) else (kv,)))
+    room = _room()
+    if room is not None and needed > room:
+        raise ArgumentError(
+            f"--device-tokens {config.device_tokens} with {kv.layer_num} layers takes {needed / 2**30:,.1f} GiB, "
+            f"{room / 2**30:,.1f} GiB are there: ask for fewer tokens or layers"
+        )
+
+
+def _room() -> int | None:
+    """Bytes that a pool may take; None where nobody says."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        return math.prod(map(os.sysconf, names)) if os.sysconf_names.keys() >= set(names) else None
+    stats = device.memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+
+
 def _layers_that_fit(layer_bytes: int, num_states: int) -> int:
     """As many layers as a GPU's memory has room for; two on a CPU, which is enough to mix them up."""
-    stats = jax.local_devices()[0].memory_stats()
-    if jax.default_backend() == "cpu" or not stats:
+    free = _room()
+    if jax.default_backend() == "cpu" or free is None:
         return 2
     config = _state_config()(num_states or 1)
     states = config.state_bytes * config.rows if num_states else 0
-    room = MEMORY_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]) - states
+    room = MEMORY_FRACTION * free - states
     return max(1, int(room // layer_bytes))

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxcache.errors import ArgumentError, TraceError
+from jaxcache.replay.files import naming, shown
 
 BLOCK_TOKENS = 512
 MAX_TOKENS = 1 << 24
@@ -63,29 +64,25 @@ def read_trace(path: str | Path, limit: int | None = None) -> list[TraceRequest]
         raise ArgumentError(f"limit must be at least 1, got {limit}; leave it out to read the whole trace")
     path = Path(path)
     requests: list[TraceRequest] = []
-    try:
+    with naming(path, "read"):
         if path.is_dir():
-            raise TraceError(f"{path}: is a directory; give a trace file (JSONL, one request a line)")
+            raise TraceError(f"{shown(path)}: is a directory; give a trace file (JSONL, one request a line)")
         with path.open("rb") as file:
-            for where, line in _lines(file, path):
+            for where, line in _lines(file, shown(path)):
                 requests.append(_parse(line, where))
                 if len(requests) == limit:
                     break
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # a name that no file system takes, such as one with a NUL
-        raise TraceError(f"{str(path)!r}: is no file name: {error}") from error
     if not requests:
-        raise TraceError(f"{path}: holds no request")
+        raise TraceError(f"{shown(path)}: holds no request")
     return requests
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
     """Each line that is not blank, with the place to name when it is wrong."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         if len(line) > MAX_LINE_BYTES:
             raise TraceError(f"{where}: longer than {MAX_LINE_BYTES} bytes; this is no trace of one request a line")
         if line.strip():
@@ -155,18 +152,15 @@ def write_trace(path: str | Path, requests: Iterable[TraceRequest]) -> None:
     Raises:
       TraceError: if the file cannot be written.
     """
-    try:
-        with Path(path).open("w", encoding="utf-8") as file:
-            for request in requests:
-                record = {
-                    "timestamp": request.timestamp_ms,
-                    "input_length": request.input_length,
-                    "output_length": request.output_length,
-                    "hash_ids": request.hash_ids,
-                }
-                file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with naming(path, "written"), Path(path).open("w", encoding="utf-8") as file:
+        for request in requests:
+            record = {
+                "timestamp": request.timestamp_ms,
+                "input_length": request.input_length,
+                "output_length": request.output_length,
+                "hash_ids": request.hash_ids,
+            }
+            file.write(json.dumps(record) + "\n")
 
 
 def prompt_tokens(request: TraceRequest, block: int = BLOCK_TOKENS) -> np.ndarray:

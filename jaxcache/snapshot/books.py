@@ -1,4 +1,4 @@
-"""The host's books of a manager in one record of arrays, and back."""
+"""What the host knows of a whole cache, as one state dict of arrays, and back."""
 
 from __future__ import annotations
 
@@ -12,41 +12,39 @@ _BYTES_BESIDE = 256 << 20  # namespaces, what a policy learned, headers
 _BYTES_A_PAGE = 1 << 10  # of records, values and ghosts; a node has at least a page
 
 
-def saved_books(manager: MemoryManager) -> Books:
-    """All of an idle manager's books. O(pages and nodes).
+def state_dict(manager: MemoryManager) -> Books:
+    """All that the host of an idle manager knows. O(pages and nodes).
 
     Raises:
       LockedError, SnapshotError: Somebody holds locks or pages.
     """
-    books = prefixed("tree", saved_tree(manager.cache.tree)) | prefixed("pages", manager.allocator.saved_books())
-    books |= prefixed("rows", manager.req_to_token_pool.saved_books())
-    return books if manager.states is None else books | prefixed("states", manager.states.saved_books())
+    arrays = prefixed("tree", saved_tree(manager.cache.tree))
+    arrays |= prefixed("rows", manager.req_to_token_pool.saved_books())
+    for component in manager.cache.components:
+        arrays |= component.state_dict()
+    return arrays
 
 
-def restore_books(manager: MemoryManager, books: Books) -> None:
-    """Gives a new manager the books of another one. O(pages and nodes).
+def load_state_dict(manager: MemoryManager, arrays: Books) -> None:
+    """Gives a new manager the state dict of another one. O(pages and nodes).
 
     Raises:
-      SnapshotError: These are no books of a manager with this config. The manager is of no use then.
+      SnapshotError: It is not one of a manager with this config. The manager is of no use then.
     """
-    columns = Columns(books)
+    columns = Columns(arrays)
     restore_tree(manager.cache.tree, columns.part("tree"))
     if manager.cache.events is not None:
         manager.cache.events.restate()
-    manager.allocator.restore_books(columns.part("pages"))
+    for component in manager.cache.components:
+        component.load_state_dict(columns)
     manager.req_to_token_pool.restore_books(columns.part("rows"))
-    if manager.states is not None:
-        manager.states.restore_books(columns.part("states"))
     try:
         manager.check_memory()
     except BrokenInvariant as problem:
         raise SnapshotError(f"books: those of the tree and of the allocators differ: {problem}") from problem
 
 
-def most_bytes(config: MemoryConfig) -> int:
-    """What the books of a cache of this size cannot exceed, be they of a cache of short or long prefixes."""
-    kv = config.kv
+def max_bytes(config: MemoryConfig) -> int:
+    """What the state dict of a cache of this size cannot exceed, be it of a cache of short or long prefixes."""
     element_bytes = 8 if config.is_eagle else 4
-    states = 0 if config.states is None else config.states.num_states
-    pages = kv.size // kv.page_size + states
-    return _BYTES_BESIDE + pages * (kv.page_size * element_bytes + _BYTES_A_PAGE)
+    return _BYTES_BESIDE + config.num_values * (config.kv.page_size * element_bytes + _BYTES_A_PAGE)

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import SnapshotError
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.stack import LayerStack, pad_to
-from jaxcache.pools.stacks import layer_stacks, parts_of, with_layer_stacks
-from jaxcache.snapshot.books import most_bytes, restore_books
+from jaxcache.pools.stacks import parts_of
+from jaxcache.snapshot.books import load_state_dict, max_bytes
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
 from jaxcache.snapshot.parts import Part, read_part
@@ -71,14 +70,14 @@ def load_snapshot(
         folder = path / manifest.folder
         books = _read_books(folder, manifest, config)
         manager = init_memory_pool_and_cache(config, mesh=mesh)
-        restore_books(manager, books)
-        rows = rows_in_use(manager.allocator, manager.states)
-        stacks = layer_stacks(manager.pool)
+        load_state_dict(manager, books)
+        rows = manager.cache.rows_in_use()
+        stacks = manager.pool.stacks()
         for stack, pool in stacks.items():
             _require_parts(manifest, stack, pool, rows[stack])
         for stack, pool in stacks.items():
             stacks[stack] = _read_rows(folder, manifest, stack, pool, rows[stack], count)
-        manager.pool = with_layer_stacks(manager.pool, stacks)
+        manager.pool = manager.pool.with_stacks(stacks)
     return manager
 
 
@@ -115,7 +114,7 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
 
 def _read_books(folder: Path, manifest: Manifest, config: MemoryConfig) -> dict[str, np.ndarray]:
     parts = manifest.parts["books"]
-    most = most_bytes(config)
+    most = max_bytes(config)
     if len(parts) != 1 or parts[0].num_bytes > most:
         raise SnapshotError(f"{folder}: it must have one file of books of at most {most} bytes, got {parts[:2]}")
     return read_part(folder / "books.safetensors", parts[0])

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.pages.arguments import as_count
 from jaxcache.pools.stack import LayerStack, pad_to
-from jaxcache.pools.stacks import layer_stacks, parts_of, rows_per_part
-from jaxcache.snapshot.books import saved_books
+from jaxcache.pools.stacks import parts_of, rows_per_part
+from jaxcache.snapshot.books import state_dict
 from jaxcache.snapshot.folder import new_folder, publish
 from jaxcache.snapshot.manifest import Manifest, fingerprint
 from jaxcache.snapshot.parts import Part, write_part
@@ -66,8 +65,8 @@ def save_snapshot(
     name = fingerprint(model, manager.config)
     if manager.running:
         raise RequestStateError(f"{len(manager.running)} requests are running: finish, retract or abort them first")
-    books = saved_books(manager)
-    stacks, rows = layer_stacks(manager.pool), rows_in_use(manager.allocator, manager.states)
+    books = state_dict(manager)
+    stacks, rows = manager.pool.stacks(), manager.cache.rows_in_use()
     sizes = {stack: rows_per_part(pool) for stack, pool in stacks.items()}
     with new_folder(path) as folder:
         parts = {"books": [write_part(folder / "books.safetensors", books)]}

@@ -38,7 +38,7 @@ class Bucket:
       tokens: Tokens computed.
       pages: Fresh pages.
       changes: Changed entries of the request table.
-      window_changes: Changed entries of the map to window pages; 0 without window layers.
+      maps: Names of the maps in the pool that steps bring changes of; for each as many entries as `changes`.
       has_states: Whether each request has a recurrent state.
     """
 
@@ -47,7 +47,7 @@ class Bucket:
     tokens: int
     pages: int
     changes: int
-    window_changes: int = 0
+    maps: tuple[str, ...] = ()
     has_states: bool = False
 
     @functools.cached_property
@@ -58,8 +58,8 @@ class Bucket:
             lengths["state"] = self.requests
         fields = [Field(name, length) for name, length in lengths.items()]
         fields += Field("index", self.changes, NOWHERE), Field("page", self.changes)
-        if self.window_changes:
-            fields += Field("window_index", self.window_changes, NOWHERE), Field("window_page", self.window_changes)
+        for name in self.maps:
+            fields += Field(f"{name}_index", self.changes, NOWHERE), Field(f"{name}_page", self.changes)
         return Packing(tuple(fields))
 
     def holds(self, requests: int, tokens: int, pages: int) -> bool:
@@ -68,7 +68,7 @@ class Bucket:
 
 
 def default_buckets(
-    max_running: int, chunk: int, page_size: int, *, has_window: bool = False, has_states: bool = False
+    max_running: int, chunk: int, page_size: int, *, maps: tuple[str, ...] = (), has_states: bool = False
 ) -> tuple[Bucket, ...]:
     """A short list that serves a batch of up to `max_running` requests and `chunk` prompt tokens a step.
 
@@ -79,8 +79,7 @@ def default_buckets(
     buckets = []
 
     def add(kind: StepKind, requests: int, tokens: int, pages: int, changes: int) -> None:
-        window_changes = changes if has_window else 0
-        buckets.append(Bucket(kind, requests, tokens, pages, changes, window_changes, has_states))
+        buckets.append(Bucket(kind, requests, tokens, pages, changes, maps, has_states))
 
     size = max_running
     while True:

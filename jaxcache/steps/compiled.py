@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxcache.device.donation import DonatingStep, donating, is_update
 from jaxcache.device.staging import fetched
 from jaxcache.errors import ArgumentError
-from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.steps.batch import unpack
 from jaxcache.steps.buckets import Bucket
 from jaxcache.steps.loop import LoopShape, unpack_loop
 from jaxcache.tables.device_table import RequestTable
 
-MOST_STEPS = 32
+MAX_FUNCTIONS = 32
 """Functions whose compiled steps are kept."""
 
+Patch = Callable[[Any, Any, Any], Any]
+"""`DeviceMap.patched` of a map: (pool, index, page) -> pool."""
+NO_PATCHES: Mapping[str, Patch] = MappingProxyType({})
 
-def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
+
+def whole_step(
+    step: Callable, bucket: Bucket, page_size: int, patches: Mapping[str, Patch] = NO_PATCHES
+) -> DonatingStep:
     """`step(pool, batch, *args) -> (pool, out)` as a donated step of pool, table and a packed plan.
+
+    `patches` writes the changes that the plan brings into the pool's maps, one for each name in `bucket.maps`.
 
     The result is called with `(pool, table, upload, *args)` and returns the pool, the table, the packed plan as it
     reached the device, and `out`.
@@ -29,22 +37,15 @@ def whole_step(step: Callable, bucket: Bucket, page_size: int) -> DonatingStep:
     def jaxcache_step(pool: Any, table: RequestTable, upload: Any, *args: Any) -> Any:
         packed = fetched(upload)
         batch = unpack(packed, bucket, table, page_size)
-        if bucket.window_changes:
+        for name in bucket.maps:
             parts = bucket.packing.unpack(packed)
-            pool = with_window_map(pool, parts["window_index"], parts["window_page"])
+            pool = patches[name](pool, parts[f"{name}_index"], parts[f"{name}_page"])
         result = step(pool, batch, *args)
         if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
             return result[0], batch.table, packed, result[1]
         raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
 
     return donating(jaxcache_step)
-
-
-def with_window_map(pool: Any, index: Any, page: Any) -> Any:
-    """The pool with entries of its map to window pages overwritten; an index past the end is padding."""
-    if isinstance(pool, HybridKVPool):
-        return pool.with_kv(with_window_map(pool.kv, index, page))
-    return pool.with_window_map(index, page)
 
 
 def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
@@ -63,14 +64,13 @@ def whole_loop(step: Callable, shape: LoopShape) -> DonatingStep:
 
 
 class CompiledSteps:
-    """Jitted steps by function and static shape.
+    """Jitted steps by function and static shape: an LRU cache, bounded by `max_functions`.
 
-    A function made anew for each call would be kept, and what it was compiled to, for ever: of more than `most`
-    functions, the one that was used least recently goes, and is compiled again should it come back.
+    A caller that makes a new function for each call would otherwise keep every one of them alive, compiled.
     """
 
-    def __init__(self, most: int = MOST_STEPS):
-        self._most = most
+    def __init__(self, max_functions: int = MAX_FUNCTIONS):
+        self._max_functions = max_functions
         self._steps: OrderedDict[Callable, dict[Hashable, DonatingStep]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class CompiledSteps:
         """The jitted step for a function and a shape; `build` makes it where there is none."""
         if step not in self._steps:
             self._steps[step] = {}
-            if len(self._steps) > self._most:
+            if len(self._steps) > self._max_functions:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(step)
         by_shape = self._steps[step]

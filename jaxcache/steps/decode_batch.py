@@ -16,11 +16,9 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import pack
-from jaxcache.index.node import NOTHING
 from jaxcache.pages.arguments import int32_array
 from jaxcache.request import Request
 from jaxcache.steps.plan import StepPlan
-from jaxcache.tables.hybrid_table import HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ class RunningBatch:
             row=row,
             prompt_len=np.array([request.prompt_len for request in requests], np.int32),
             tag=int32_array("tag: those of the batch", [request.tag for request in requests]),
-            state=table.state[row] if isinstance(table, HybridReqToTokenPool) else NOTHING,
+            state=table.states_of(row),
         )
 
     def last_tokens(self, sampled: Int32[np.ndarray, " requests"]) -> Int32[np.ndarray, " requests"]:

@@ -10,7 +10,9 @@ from the pages (`kernels/alloc_pages`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 NO_CHANGES = TableChanges(np.empty(0, np.int32), np.empty(0, np.int32))
+NO_MAPS: Mapping[str, TableChanges] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +66,10 @@ class StepPlan:
     def pack(
         self,
         changes: TableChanges,
-        window_changes: TableChanges = NO_CHANGES,
+        map_changes: Mapping[str, TableChanges] = NO_MAPS,
         out: Int32[np.ndarray, " size"] | None = None,
     ) -> Int32[np.ndarray, " size"]:
-        """The one vector that is uploaded, changes of the request table and of the map to window pages included.
+        """The one vector that is uploaded, changes of the request table and of the pool's maps included.
 
         Padding is 0; padding of table changes is out of range, which drops them.
 
@@ -74,6 +77,7 @@ class StepPlan:
           ArgumentError: Something does not fit the bucket.
         """
         parts = vars(self) | vars(changes)
-        if self.bucket.window_changes:
-            parts |= {"window_index": window_changes.index, "window_page": window_changes.page}
+        for name in self.bucket.maps:
+            of_map = map_changes.get(name, NO_CHANGES)
+            parts |= {f"{name}_index": of_map.index, f"{name}_page": of_map.page}
         return self.bucket.packing.pack(parts, out)

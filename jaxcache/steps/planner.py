@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.caches.base import BasePrefixCache
+from jaxcache.caches.base import NONE_SPARED, BasePrefixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.arguments import as_count
@@ -45,7 +45,7 @@ class Waiting(NamedTuple):
 
 
 class StepPlanner:
-    """Plans steps over the requests of one table.
+    """Plans steps over the requests of one table: a plan has its bucket and its pages when it leaves here.
 
     Args:
       running: The running requests by row; the manager's own dict.
@@ -53,6 +53,10 @@ class StepPlanner:
       allocator: Where fresh pages come from.
       cache: What is evicted for them.
       loops: Whose requests cannot be planned.
+      buckets: Static shapes of steps.
+
+    Attributes:
+      buckets: As given.
     """
 
     def __init__(
@@ -62,35 +66,38 @@ class StepPlanner:
         allocator: BaseTokenToKVPoolAllocator,
         cache: BasePrefixCache,
         loops: DecodeLoops,
+        buckets: Sequence[Bucket],
     ):
         self._running, self._table, self._loops = running, table, loops
         self._allocator, self._cache = allocator, cache
+        self.buckets = tuple(buckets)
         self._last_batch: RunningBatch | None = None
         self._cursor: DecodeCursor | None = None
 
-    def require_running(self, request: Request) -> None:
-        """Raises RequestStateError unless a request runs here, in no decode loop."""
+    def require_running(self, request: Request) -> int:
+        """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
         row = request.req_pool_idx
         if request.state is not RequestState.RUNNING or row is None or self._running.get(row) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
         if self._loops.holds(row):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
+        return row
 
-    def make_room(self, num_pages: int, without_window: int = 0) -> None:
-        """Evicts what is short of so many free pages, `without_window` of which need no window page, if that is enough.
+    def make_room(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> None:
+        """Evicts what is short of so many free pages, if that is enough; `spared` as for `make_room_for_pages`.
 
         Where only window pages are short, running requests give up those that none of their tokens will attend to
-        again, one request after the other, and if that is not enough, snapshots with the windows before them.
+        again, one request after the other, and if that is not enough, checkpoints with the windows before them.
         """
-        if self._cache.make_room(num_pages, without_window=without_window):
+        if self._cache.make_room_for_pages(num_pages, spared):
             return
         most = self._allocator.full_available_size() + self._cache.evictable_size()
         if most < num_pages * self._table.page_size:
             return
-        for keep_snapshot in (True, False):
+        for keep_checkpoint in (True, False):
             for request in self._running.values():
-                self._cache.drop_out_of_window(request, keep_snapshot)
-                if self._cache.make_room(num_pages, without_window=without_window):
+                self._cache.drop_out_of_window(request, keep_checkpoint)
+                if self._cache.make_room_for_pages(num_pages, spared):
                     return
 
     def take_pages(self, num_pages: int) -> Int32[np.ndarray, " pages"] | None:
@@ -106,7 +113,7 @@ class StepPlanner:
 
     # ---- plans ---------------------------------------------------------------------------------------------------
 
-    def extend(self, work: Sequence[tuple[Request, int]], buckets: Sequence[Bucket]) -> StepPlan | None:
+    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
         """`MemoryManager.extend` has the contract."""
         batch, kv_len, room = self._waiting([request for request, _ in work])
         counts = [as_count(f"work: tokens of request {request.rid}", n) for request, n in work]
@@ -119,7 +126,7 @@ class StepPlanner:
         if target.max() > table.max_context_len:
             self._refuse_longer(batch, target)
         new = pages_of(more - room, table.page_size)
-        bucket = smallest(buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
+        bucket = smallest(self.buckets, StepKind.EXTEND, len(counts), sum(counts), int(new.sum()))
         fresh = self.take_pages(int(new.sum()))
         if fresh is None:
             return None
@@ -127,7 +134,7 @@ class StepPlanner:
         table.append_pages(batch.row, fresh, new)
         return self._step_plan(bucket, batch, kv_len, target, last_loc, np.concatenate(tokens), fresh)
 
-    def decode(self, requests: Sequence[Request], buckets: Sequence[Bucket]) -> StepPlan | None:
+    def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
         cursor = self._cursor
         if cursor is None or not cursor.continues(requests):
@@ -137,7 +144,7 @@ class StepPlanner:
         if cursor.longest > self._table.max_context_len:
             self._refuse_longer(cursor.batch, target)
         num_pages = len(cursor.growing)
-        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), num_pages)
         fresh = self.take_pages(num_pages)
         if fresh is None:
             return None
@@ -150,18 +157,18 @@ class StepPlanner:
         requests: Sequence[Request],
         steps: int,
         width: int,
-        limits: Sequence[int] | None,
-        buckets: Sequence[Bucket],
-    ) -> LoopPlan:
-        """`MemoryManager.decode_loop` has the contract; the plan has no pages yet."""
+        limits: Sequence[int] | None = None,
+        pages: int | None = None,
+    ) -> LoopPlan | None:
+        """`MemoryManager.decode_loop` has the contract."""
         batch, kv_len, _ = self._waiting(requests)
         if len(batch.state) and width > 1:
             raise ArgumentError(
                 f"width must be 1 with recurrent states, which no draft can be taken out of, got {width}"
             )
         tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
-        bucket = smallest(buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
-        return LoopPlan(
+        bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
+        plan = LoopPlan(
             LoopShape(bucket.requests, steps, width, self._table.page_size),
             batch.requests,
             row=batch.row,
@@ -171,6 +178,9 @@ class StepPlanner:
             state=batch.state,
             tokens=tokens,
         )
+        num_pages = plan.most_pages if pages is None else min(as_count("pages", pages), plan.most_pages)
+        self.make_room(num_pages)
+        return self._loops.open(plan, num_pages)
 
     def _waiting(self, requests: Sequence[Request]) -> Waiting:
         """Distinct running requests that wait for a step.

@@ -1,6 +1,6 @@
 """The device's side of a manager: pool and request table, and the jitted steps that consume and replace them.
 
-Everything a step is told travels in one packed vector. Changes of the request table and of the map to window pages go
+Everything a step is told travels in one packed vector. Changes of the request table and of the maps of components go
 with it, or ahead of it where its bucket has no room for them.
 
 Source: jaxcache's own.
@@ -9,7 +9,7 @@ Source: jaxcache's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,17 +17,16 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxcache.components.base import MemoryComponent
 from jaxcache.device.donation import DonatingStep, donating
 from jaxcache.device.packing import NOWHERE
 from jaxcache.device.staging import Uploads
 from jaxcache.errors import ReleasedError
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
-from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
-from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step, with_window_map
+from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
 from jaxcache.steps.loop_plan import LoopPlan
-from jaxcache.steps.plan import NO_CHANGES, StepPlan
+from jaxcache.steps.plan import StepPlan
 from jaxcache.tables.changes import TableChanges
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -42,14 +41,15 @@ class StepRunner:
     Args:
       pool: The KV pool; the runner's from now on.
       host_table: What the device table follows.
-      windows: What the pool's map to window pages follows, if it has one.
+      components: Whose maps the pool has copies of.
 
     Attributes:
+      maps: Those maps.
       table: Device twin of the request table; likewise replaced.
       compiled: The jitted steps. Managers of equal sizes may share them.
     """
 
-    def __init__(self, pool: MemoryPool, host_table: ReqToTokenPool, windows: SWATokenToKVPoolAllocator | None = None):
+    def __init__(self, pool: MemoryPool, host_table: ReqToTokenPool, components: Sequence[MemoryComponent] = ()):
         self._pool: Any = pool
         self._released: ReleasedPool | None = None
         self.table: RequestTable = host_table.device_table(pool.mesh)
@@ -65,10 +65,12 @@ class StepRunner:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
         self.compiled = CompiledSteps()
         self._host_table = host_table
-        self._windows = windows
+        self._components = tuple(components)
+        self.maps = tuple(device_map for component in components for device_map in component.maps)
+        self._patches = {device_map.name: device_map.patched for device_map in self.maps}
         self._uploads: dict[int, Uploads] = {}
         self._patch = donating(RequestTable.patched)
-        self._patch_map = donating(with_window_map)
+        self._patch_map = {name: donating(patched) for name, patched in self._patches.items()}
 
     @property
     def pool(self) -> Any:
@@ -105,23 +107,24 @@ class StepRunner:
         if self._released is None:
             raise ReleasedError("pool: its device memory is there: call release_memory first")
         self._pool, self._released = self._released.resumed(), None
-        if self._windows is not None:
-            self._windows.send_all()
+        for device_map in self.maps:
+            device_map.send_all()
 
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
-        bucket, page_size, windows = plan.bucket, self._host_table.page_size, self._windows
-        jitted = self.compiled.find(step, bucket, lambda: whole_step(step, bucket, page_size))
-        self.send_changes(bucket.changes, bucket.window_changes)
+        bucket, page_size, patches = plan.bucket, self._host_table.page_size, self._patches
+        jitted = self.compiled.find(step, bucket, lambda: whole_step(step, bucket, page_size, patches))
+        map_room = bucket.changes if bucket.maps else 0
+        self.send_changes(bucket.changes, map_room)
         changes = self._host_table.take_changes(bucket.changes)
-        window_changes = NO_CHANGES if windows is None else windows.take_changes(bucket.window_changes)
+        map_changes = {device_map.name: device_map.take_changes(map_room) for device_map in self.maps}
         try:
-            pack = functools.partial(plan.pack, changes, window_changes)
+            pack = functools.partial(plan.pack, changes, map_changes)
             out = self._dispatch(jitted, bucket.packing.size, pack, args)
         except BaseException:
             self._host_table.give_back(changes)
-            if windows is not None:
-                windows.give_back(window_changes)
+            for device_map in self.maps:
+                device_map.give_back(map_changes[device_map.name])
             raise
         return out
 
@@ -143,32 +146,23 @@ class StepRunner:
         self._uploads[size].give_back(slot, packed)
         return out
 
-    def send_changes(self, room: int = 0, window_room: int = 0) -> None:
-        """Sends changes ahead of a step that has room for no more than so many of them."""
+    def send_changes(self, room: int = 0, map_room: int = 0) -> None:
+        """Sends changes ahead of a step that has room for no more than so many of the table and of each map."""
         while self._host_table.num_changed() > room:
             with _sent(self._host_table) as patch:
                 self.table = self._patch(self.table, *patch)
-        while self._windows is not None and self._windows.num_changed() > window_room:
-            with _sent(self._windows) as patch:
-                self.pool = self._patch_map(self.pool, *patch)
-
-    def copy_states(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copies recurrent states, after what was dispatched before and before what is dispatched next.
-
-        Args:
-          source: int32 (n,); 0 makes the target zero.
-          target: int32 (n,), distinct.
-        """
-        self.pool = self.pool.with_states(self.pool.states.copy_states(source, target))
+        for device_map in self.maps:
+            while device_map.num_changed() > map_room:
+                with _sent(device_map) as patch:
+                    self.pool = self._patch_map[device_map.name](self.pool, *patch)
 
     def warm_up(self) -> None:
-        """Compiles what `send_changes` and `copy_states` run."""
+        """Compiles what `send_changes` and the copies of components run."""
         self.table = self._patch(self.table, *_patch_of_nothing())
-        if self._windows is not None:
-            self.pool = self._patch_map(self.pool, *_patch_of_nothing())
-        if isinstance(self.pool, HybridKVPool):
-            most = min(self._host_table.size, self.pool.config.states.num_states)
-            self.pool = self.pool.with_states(self.pool.states.warmed_up(most))
+        for device_map in self.maps:
+            self.pool = self._patch_map[device_map.name](self.pool, *_patch_of_nothing())
+        for component in self._components:
+            self.pool = component.warmed_up(self.pool, self._host_table.size)
 
 
 class _Mirrored(Protocol):

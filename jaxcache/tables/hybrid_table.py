@@ -48,6 +48,10 @@ class HybridReqToTokenPool(ReqToTokenPool):
         """Working state of each row, which steps read and write; 0 = none. A live, read-only view, like the others."""
         return _read_only(self._state)
 
+    def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+        """Working state of each of these rows, as a copy."""
+        return self._state[rows]
+
     @property
     def state_from(self) -> Int32[np.ndarray, " size"]:
         """State to be copied into the working state before the next step: a cached one, 0 = emptied, or `NO_COPY`."""

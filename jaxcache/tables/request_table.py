@@ -263,6 +263,10 @@ class ReqToTokenPool:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
         return self._pages[row, first:stop]
 
+    def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
+        """Working state of each of these rows; empty, as rows have none here."""
+        return np.empty(0, np.int32)
+
     @property
     def pages(self) -> Int32[np.ndarray, "rows max_pages"]:
         """The whole host table, read-only."""

@@ -357,7 +357,7 @@ class ContentLife:
         self.wipe()
         self.cache.check()
         running = {request.req_pool_idx: request for request in self.running}
-        check_owners(running, self.table, self.allocator, self.states)
+        check_owners(running, self.table, self.cache.components)
         self.check_tree()
         for request in self.running:
             self.check_readable(request)

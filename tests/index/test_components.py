@@ -10,7 +10,7 @@ from jaxcache.index.explain import Reason, explain
 from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
-from tests.regressions.test_tree_edges import count_calls
+from tests.support.counting import count_calls
 
 WINDOW, STATE = Component("window", 4), Component("state", 1, spans=False)
 

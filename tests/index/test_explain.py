@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 
 from jaxcache.caches.radix import RadixCache
@@ -12,15 +11,10 @@ from jaxcache.index.graves import Graves
 from jaxcache.index.key import RadixKey
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
+from tests.support.trees import put
 
 STATE = Component("state", 1, spans=False)
 WINDOW = Component("window", 4)
-
-
-def put(tree, tokens, space=None):
-    key = RadixKey(tokens, space)
-    pages = np.arange(1, len(tokens) // tree.page_size + 1, dtype=np.int32)
-    return tree.insert(key, [pages if component.spans else pages[:1] for component in tree.components])
 
 
 def test_all_of_it_is_found():

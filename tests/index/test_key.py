@@ -14,7 +14,7 @@ from jaxcache.index.check import draw
 from jaxcache.index.key import BigramKey, Namespace, RadixKey
 from jaxcache.index.page_hashes import page_hashes
 from jaxcache.index.tree import RadixTree
-from tests.index.test_explain import put
+from tests.support.trees import put
 
 tokens = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=12)
 TOKENS = [5, 6, 7, 5, 6]

@@ -122,11 +122,13 @@ def fp8(rows: np.ndarray, scale, dtype) -> np.ndarray:
 
 
 def int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Payload, and a scale for each head of each row."""
-    x = rows.astype(np.float32)
+    """Payload, and a scale for each head of each row; of a head with a NaN, payload 0 and scale NaN."""
+    largest = np.finfo(np.float32).max
+    x = np.clip(rows.astype(np.float32), -largest, largest)
     scale = np.abs(x).max(-1) * np.float32(1 / 127)
     factor = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.round(x * factor[..., None]), -127, 127).astype(np.int8), scale
+    units = np.clip(np.round(x * factor[..., None]), -127, 127)
+    return np.where(np.isnan(scale)[..., None], 0, units).astype(np.int8), scale
 
 
 def random_floats(rng: np.random.Generator, shape: tuple[int, ...], dtype, decades: float = 3) -> np.ndarray:
@@ -134,3 +136,30 @@ def random_floats(rng: np.random.Generator, shape: tuple[int, ...], dtype, decad
     size = 10.0 ** rng.uniform(-decades, decades, (*shape[:-1], 1))
     x = rng.standard_normal(shape) * size * (rng.random(shape) > 0.1) * (rng.random((*shape[:-1], 1)) > 0.1)
     return x.astype(np.float32).astype(dtype)
+
+
+FLOAT8_DTYPES = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+
+def float8_edges(dtype) -> np.ndarray:
+    """What a cast to float8 may do wrong, float32 `(128,)`: where it overflows, where it rounds, no numbers."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    steps = np.array([1, 1.03, 1.04, 1.07, 1.08, 1.12, 1.13, 2, 1e3, 1e30], np.float32) * np.float32(largest)
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal) * np.float32([0.4, 0.5, 0.6, 1, 1.5, 2.5])
+    edges = np.concatenate([steps, tiny, np.float32([0, 17, 19, 500, 3.3e38, np.inf, np.nan])]).astype(np.float32)
+    return np.resize(np.concatenate([edges, -edges]), 128)
+
+
+def saturated(rows: np.ndarray, dtype) -> np.ndarray:
+    """Rows in a float8 format: the nearest number, or the largest one where it is too large; a NaN is a NaN."""
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    return np.clip(rows.astype(np.float32), -largest, largest).astype(dtype)
+
+
+def assert_same_float8(got, want: np.ndarray) -> None:
+    """The same bits; of a NaN, which has several, that it is one."""
+    got = np.asarray(got)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    is_nan = np.isnan(want.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), is_nan)
+    np.testing.assert_array_equal(np.where(is_nan, 0, bits(got)), np.where(is_nan, 0, bits(want)))

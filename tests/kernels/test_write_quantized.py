@@ -34,6 +34,12 @@ def fp8_case(source):
     return pools, rows, [np.float32(rng.uniform(0.1, 3)), rng.uniform(0.1, 3, HEADS).astype(np.float32)], loc
 
 
+def int8_case(source):
+    _, payloads, rows, loc = make(np.int8, source)
+    rows[0][:3, 0, :2] = [[np.inf, -1], [np.nan, 1], [-np.inf, np.nan]]
+    return payloads, rows, loc
+
+
 @FORMATS
 @SOURCES
 def test_fp8(dtype, source):
@@ -47,7 +53,7 @@ def test_fp8(dtype, source):
 
 @SOURCES
 def test_int8(source):
-    _, payloads, rows, loc = make(np.int8, source)
+    payloads, rows, loc = int8_case(source)
     scales = [np.full(payload.shape[:3], -7, np.float32) for payload in payloads]
     pools = [QuantizedPool(jnp.array(p), jnp.array(s)) for p, s in zip(payloads, scales, strict=True)]
     got = write_kv_int8(*pools, 1, loc, *rows)
@@ -89,7 +95,7 @@ def test_fp8_triton_source(dtype, triton_kernels):
 
 
 def test_int8_triton_source(triton_kernels):
-    _, payloads, rows, loc = make(np.int8, np.float32)
+    payloads, rows, loc = int8_case(np.float32)
     scales = [np.full(payload.shape[:3], -7, np.float32) for payload in payloads]
     arrays = (payloads[0], scales[0], payloads[1], scales[1], np.int32([1]), loc, *rows)
     launch = triton_kernels.int8_launch(N, HEADS, *DIMS, 4)

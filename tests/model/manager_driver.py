@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, MemoryManager, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.request import Request
@@ -89,7 +90,7 @@ class ManagerDriver:
         self.num_pages = {1: 32, 4: 12, 16: 8}[page_size]
         self.manager = small_manager(page_size, self.num_pages, policy=policy)
         # Little room for table changes in a step, and in a patch: what does not fit has to travel ahead, in pieces.
-        self.manager.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
+        self.manager.planner.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
         self.manager.warm_up(write_step)
         self.running: list[Request] = []
         self.waiting: list[Request] = []

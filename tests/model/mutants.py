@@ -25,7 +25,14 @@ from tests.model.tree_driver import OPS_PER_LIFE
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutants.txt")
 WITH_A_STEP = (
-    *("manager/manager.py", "manager/swap.py", "device/packing.py", "steps/decode_batch.py", "steps/planner.py"),
+    *(
+        "manager/manager.py",
+        "manager/admission.py",
+        "manager/swap.py",
+        "device/packing.py",
+        "steps/decode_batch.py",
+        "steps/planner.py",
+    ),
     *("steps/runner.py", "steps/compiled.py", "steps/plan.py", "steps/batch.py", "steps/buckets.py"),
 )
 TIMEOUT_S = 600

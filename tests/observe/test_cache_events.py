@@ -7,7 +7,7 @@ import pytest
 from jaxcache.events.consumer import EventConsumer
 from jaxcache.events.events import BlockStored, EventBatch, EventQueue, block_name
 from jaxcache.index.page_hashes import namespace_seed, page_hashes
-from tests.caches.test_content import WEIGHTS, RandomLife
+from tests.support.random_lives import WEIGHTS, RandomLife
 
 SEEDS = [*range(40), 69]
 

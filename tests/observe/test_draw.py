@@ -16,9 +16,9 @@ from jaxcache.errors import UnsupportedError
 from jaxcache.index.check import draw as internals
 from jaxcache.observe.draw import icicle, page_map, rich_tree, tree_map, view
 from jaxcache.observe.look import LOCKED, namespace_name, runs
+from tests.support.drawings import SVG
 
 PAGE = 2
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def grown(policy: Policy = Policy.LRU) -> RadixTree:

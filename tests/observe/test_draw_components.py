@@ -9,7 +9,7 @@ import pytest
 from jaxcache import FULL, Component, RadixKey, RadixTree
 from jaxcache.observe.draw import tree_map
 from jaxcache.observe.look import LOCKED, looks
-from tests.observe.test_draw import SVG
+from tests.support.drawings import SVG
 
 PAGE = 2
 WINDOW, STATE = Component("window", 4), Component("state", 1, spans=False)

@@ -20,7 +20,7 @@ from jaxcache.index.key import Namespace, RadixKey
 from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
 from tests.observe.event_driver import NO_FAULTS, Life
-from tests.regressions.test_tree_edges import count_calls
+from tests.support.counting import count_calls
 
 
 def names(tokens, page_size=1, space=None):

@@ -11,9 +11,9 @@ from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.observe.metrics import SECONDS, CacheMetrics, CacheSource, MetricPool
 from jaxcache.request import Request
-from tests.caches.test_radix_cache import make_cache
 from tests.model.manager_driver import small_manager, write_step
-from tests.regressions.test_tree_edges import count_calls
+from tests.support.counting import count_calls
+from tests.support.radix_caches import make_cache
 
 
 def values(registry):

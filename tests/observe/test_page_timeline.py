@@ -8,7 +8,7 @@ import pytest
 
 from jaxcache import ArgumentError, PagedTokenToKVPoolAllocator, PageState
 from jaxcache.observe.draw import PageTimeline
-from tests.observe.test_draw import SVG
+from tests.support.drawings import SVG
 
 
 def owners(timeline: PageTimeline) -> dict[tuple[int, int], str]:

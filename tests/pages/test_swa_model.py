@@ -13,7 +13,7 @@ from jaxcache.pages.allocator import PageState
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from tests.pages.model import FREE, PRIVATE, TREE
 from tests.pages.swa_model import SWAModel
-from tests.pages.test_model import AllocatorLife, as_list
+from tests.support.allocator_lives import AllocatorLife, as_list
 
 
 class SWAAllocatorLife(AllocatorLife):

@@ -13,11 +13,12 @@ from jaxcache.errors import ArgumentError, BorrowedError, ShardingError, StalePo
 from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
 from jaxcache.pools.mamba import MambaPool
-from tests.pools import state_steps, steps
+from tests.pools import steps
 from tests.pools.numpy_pool import filled_pool, mha_config, mla_config, random_rows
 from tests.pools.numpy_states import filled_states, mamba_config, random_parts
 from tests.pools.swa_steps import swa_config
-from tests.pools.test_sharding import make_mesh
+from tests.support.hybrid_steps import abstract_hybrid, hybrid_step
+from tests.support.meshes import make_mesh
 
 BY_KIND = pytest.mark.parametrize("make_config", [mha_config, mla_config])
 
@@ -26,21 +27,6 @@ def filled(make_config=mha_config):
     kv, kv_oracle = filled_pool(make_config())
     states, state_oracle = filled_states(mamba_config())
     return HybridKVPool(kv, states), kv_oracle, state_oracle
-
-
-def hybrid_step(pool, kv_args, state_args):
-    """A step of a model with layers of both kinds, which resumes before and takes snapshots afterwards."""
-    states, _ = state_steps.whole_step(pool.states, *state_args)
-    kv, _ = steps.scan(pool.kv, *kv_args)
-    return pool.with_states(states).with_kv(kv)
-
-
-def abstract_hybrid(kv_config, platform):
-    kv, *kv_args = steps.abstract_args(kv_config.pool_type, kv_config, platform)
-    states, *state_args = state_steps.abstract_args(state_steps.config_of(), platform)
-    pool = HybridKVPool.abstract(HybridConfig(kv=kv.config, states=states.config), platform=platform)
-    assert jax.tree.leaves(pool) == [*kv.buffers, *states.buffers]
-    return pool, kv_args, state_args
 
 
 @BY_KIND

@@ -18,6 +18,7 @@ from jaxcache.pools.mha import HeadsConfig, MHATokenToKVPool
 from jaxcache.pools.mla import MLATokenToKVPool
 from tests.pools.numpy_pool import NumpyPool, bits, make_pool, mha_config, mla_config, page_major, random_rows
 from tests.pools.steps import BY_KIND, KINDS, OPS, SHAPES, SIZES, abstract_args, as_tuple, on_mesh, row_specs, set_layer
+from tests.support.meshes import expect, make_mesh, place, pointers
 
 BY_SHARDS = pytest.mark.parametrize("shards", [1, 2, 8])
 BY_KIND_AND_SHARDS = pytest.mark.parametrize(
@@ -30,27 +31,9 @@ BY_KIND_AND_SHARDS = pytest.mark.parametrize(
 EVERYWHERE = PartitionSpec()
 
 
-def make_mesh(shards: int, *more: tuple[str, int], axis_type: AxisType = AxisType.Auto) -> Mesh:
-    """CPU devices, simulated beyond the first (tests/conftest.py)."""
-    names, sizes = zip(*more, ("tp", shards), strict=True)
-    devices = np.array(jax.devices("cpu")[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(devices, names, axis_types=(axis_type,) * len(names))
-
-
 def sharded(make_config, dtype, shards, **sizes):
     sizes = {"head_num": 8} | sizes if isinstance(make_config(), HeadsConfig) else sizes
     return make_config(dtype, axis_name="tp", shards=shards, **sizes)
-
-
-def pointers(pool) -> list[int]:
-    return [shard.data.unsafe_buffer_pointer() for buffer in pool.buffers for shard in buffer.addressable_shards]
-
-
-def expect(pool, oracle: NumpyPool) -> None:
-    """The oracle's bits in every slot of every layer on every device."""
-    for buffer, array in zip(pool.buffers, oracle.as_they_lie(), strict=True):
-        for shard in buffer.addressable_shards:
-            np.testing.assert_array_equal(bits(shard.data), bits(array)[shard.index])
 
 
 def shard_map(step, pool, *specs, out=None):
@@ -70,11 +53,6 @@ def filled(config, mesh, seed=0):
     every = row_specs(config)[1]
     fill = shard_map(lambda p, loc, rows: p.set_all_layers(loc, *rows), pool, EVERYWHERE, every)
     return fill(pool, slots, place(pool, rows, every)), oracle
-
-
-def place(pool, rows, spec):
-    """Rows cut like the pool, which a mesh of explicit axes asks for."""
-    return tuple(jax.device_put(row, NamedSharding(pool.mesh, spec)) for row in rows)
 
 
 def config_of_one(config):

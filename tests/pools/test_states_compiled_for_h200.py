@@ -9,8 +9,8 @@ from tests.kernels import h200
 from tests.pools import steps
 from tests.pools.numpy_pool import mha_config, mla_config
 from tests.pools.state_steps import DTYPES, STEPS, abstract_args, config_of, copy, on_mesh
-from tests.pools.test_hybrid_pool import abstract_hybrid, hybrid_step
 from tests.pools.test_pools_compiled_for_h200 import check
+from tests.support.hybrid_steps import abstract_hybrid, hybrid_step
 
 pytestmark = pytest.mark.h200
 

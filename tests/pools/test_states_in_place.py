@@ -13,7 +13,7 @@ from jaxcache.device.donation import donating
 from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.mamba import MambaPool
 from tests.pools.state_steps import BATCH, DTYPES, STEPS, abstract_args, config_of, copy, on_mesh
-from tests.pools.test_sharding import make_mesh
+from tests.support.meshes import make_mesh
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -24,7 +24,7 @@ from tests.pools.swa_steps import (
     scan_over_both_sides,
     swa_config,
 )
-from tests.pools.test_sharding import expect, make_mesh, place, pointers
+from tests.support.meshes import expect, make_mesh, place, pointers
 
 BY_KIND = pytest.mark.parametrize("make_config", MAKE_CONFIGS)
 BY_SHARDS = pytest.mark.parametrize("shards", [2, 8])

@@ -98,23 +98,23 @@ def test_s53_the_audit_sees_a_window_page_that_nobody_has():
     allocator, table = cache.token_to_kv_pool_allocator, cache.req_to_token_pool
     request = prefill(cache, list(range(10)))
     cache.drop_out_of_window(request)
-    check_owners(running(request), table, allocator)
+    check_owners(running(request), table, cache.components)
     allocator.window.alloc_pages(1)  # behind the back of the allocator that owns it
     with pytest.raises(BrokenInvariant, match="private window pages"):
-        check_owners(running(request), table, allocator)
+        check_owners(running(request), table, cache.components)
 
 
 def test_s53_the_audit_sees_a_state_that_no_row_has():
     cache = make_mamba_cache(page_size=2)
-    table, allocator, states = cache.req_to_token_pool, cache.token_to_kv_pool_allocator, cache.state_allocator
+    table, states = cache.req_to_token_pool, cache.state_allocator
     request = prefill(cache, list(range(6)))
     save(cache, request)
-    check_owners(running(request), table, allocator, states)
+    check_owners(running(request), table, cache.components)
     lost = states.alloc_track_slot()
     with pytest.raises(BrokenInvariant, match="private states"):
-        check_owners(running(request), table, allocator, states)
+        check_owners(running(request), table, cache.components)
     states.free_track_slot(lost)
-    check_owners(running(request), table, allocator, states)
+    check_owners(running(request), table, cache.components)
 
 
 def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
@@ -126,7 +126,7 @@ def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
     rows = running(request) | {row: prefill(make_mamba_cache(page_size=2, rows=1), [1, 2])}
     rows[row].num_pages = 0
     with pytest.raises(BrokenInvariant, match="are to be copied"):
-        check_owners(rows, table, cache.token_to_kv_pool_allocator, states)
+        check_owners(rows, table, cache.components)
 
 
 def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
@@ -134,8 +134,8 @@ def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
     request = prefill(cache, list(range(7)))
     cache.cache_unfinished_req(request)
     assert request.protected_len == 6
-    check_owners(running(request), cache.req_to_token_pool, cache.token_to_kv_pool_allocator)
+    check_owners(running(request), cache.req_to_token_pool, cache.components)
     request.origin_input_ids = [0, 1, 2, 3, 4, 9, 6]
     request._key = RadixKey(np.array(request.origin_input_ids, np.int32))
     with pytest.raises(BrokenInvariant, match="are not the tree's pages"):
-        check_owners(running(request), cache.req_to_token_pool, cache.token_to_kv_pool_allocator)
+        check_owners(running(request), cache.req_to_token_pool, cache.components)

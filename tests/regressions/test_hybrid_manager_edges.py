@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcache.errors import ArgumentError
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.pools.mamba import MambaConfig
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.swa import SWAConfig
@@ -116,7 +117,7 @@ def test_where_nothing_is_cached_no_snapshot_is_taken():
     manager.run(write_step, manager.extend([(request, 7)]))
     sample(request)
     decode(manager, request)
-    assert manager.states.available_size() == 1
+    assert manager.cache.usage("state")[1] == 1
     require_right(manager, request)
 
 

@@ -23,8 +23,8 @@ from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.tree import RadixTree
 from jaxcache.pages.allocator import PageState
 from jaxcache.request import Request
-from tests.caches.test_radix_cache import make_cache, prefill, sizes
 from tests.model.manager_driver import assert_contents, small_manager, write_step
+from tests.support.radix_caches import make_cache, prefill, sizes
 
 
 def array(*values):
@@ -354,7 +354,7 @@ def test_b22_every_allocation_may_evict():
 def test_c1_names_do_not_depend_on_the_interpreter():
     """CVE-2025-25183: the builtin hash, whose collisions can be predicted, was the identity of a block."""
     program = (
-        "from jaxcache.index.hashing import *; from jaxcache.index.key import *;"
+        "from jaxcache.index.page_hashes import *; from jaxcache.index.key import *;"
         "print(page_hashes(pack([1, 2, 3, 4]), 8, namespace_seed(Namespace(lora_id='x').encode()))[-1].hex())"
     )
     found = {

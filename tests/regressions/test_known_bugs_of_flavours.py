@@ -15,8 +15,8 @@ from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
 from jaxcache.request import Request
 from tests.caches.content import ContentLife, Shape
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, prefill, put, save
-from tests.caches.test_radix_cache import make_cache
 from tests.model.manager_driver import assert_contents, small_manager, write_step
+from tests.support.radix_caches import make_cache
 
 TOKENS = list(range(12))
 

@@ -16,7 +16,7 @@ from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from tests.caches.content import ContentLife, Shape
 from tests.caches.flavours import make_mamba_cache, make_swa_cache, put
-from tests.regressions.test_tree_edges import count_calls
+from tests.support.counting import count_calls
 
 
 def lora_cache(page_size=1, size=64):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -17,24 +15,9 @@ from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.pages.allocator import PageState
 from jaxcache.request import Request
-from tests.caches.test_radix_cache import make_cache, prefill
 from tests.model.manager_driver import small_manager, write_step
-
-
-def count_calls(function):
-    """How many calls, of Python and of C functions, `function` makes: a cost that no clock blurs."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
+from tests.support.counting import count_calls
+from tests.support.radix_caches import make_cache, prefill
 
 
 def cached(page_size, *sequences, policy=Policy.LRU):

@@ -24,7 +24,7 @@ from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.result import ReplayResult
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
-from tests.replay.shared import share_steps
+from tests.support.shared_steps import share_steps
 
 TOKEN_BYTES = 4
 
@@ -143,7 +143,7 @@ class Simulator:
     Attributes:
       hits: Tokens found at the first admission of each request, in order.
       prompt_tokens: Tokens looked up in them.
-      evicted_tokens: Tokens evicted.
+      evicted_tokens: Tokens evicted while requests were served, that is but for the last eviction, of all that is left.
     """
 
     def __init__(self, manager: MemoryManager):
@@ -151,7 +151,7 @@ class Simulator:
         self.plain = PlainCache(manager.page_size)
         self.hits: list[int] = []
         self.prompt_tokens = 0
-        self.evicted_tokens = 0
+        self._evictions: list[int] = []
         self._admitted: set[str] = set()
         self._locked: dict[str, int] = {}
         self._found = 0
@@ -217,7 +217,11 @@ class Simulator:
 
     def _evict(self, num_tokens: int, *_: int) -> None:
         amount = -(-num_tokens // self.page_size) * self.plain.page_bytes if num_tokens > 0 else 0
-        self.evicted_tokens += self.plain.evict(amount) // TOKEN_BYTES
+        self._evictions.append(self.plain.evict(amount) // TOKEN_BYTES)
+
+    @property
+    def evicted_tokens(self) -> int:
+        return sum(self._evictions[:-1])
 
     @property
     def hit_rate(self) -> float:

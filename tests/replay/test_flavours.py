@@ -8,8 +8,8 @@ from jaxcache.errors import ArgumentError
 from jaxcache.pools.layout import Layout
 from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
-from tests.replay.shared import share_steps
-from tests.replay.test_replay import CHAT, assert_clean, long_answers
+from tests.support.replays import CHAT, assert_clean, long_answers
+from tests.support.shared_steps import share_steps
 
 SHARING = [kind for kind in CacheKind if kind is not CacheKind.CHUNK]
 

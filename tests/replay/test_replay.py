@@ -11,22 +11,9 @@ from jaxcache.index.policies.registry import Policy
 from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
-from tests.replay.shared import share_steps
 from tests.replay.simulator import simulate
-
-CHAT = {"requests": 60, "concurrency": 8, "chunk": 2048, "device_tokens": 24_000, "policy": Policy.LRU}
-
-
-def long_answers(count):
-    """Requests whose answers outgrow the memory that their prompts were admitted into."""
-    return [TraceRequest(i, 30 + 7 * (i % 5), 40 + 11 * (i % 7), (i % 3,)) for i in range(count)]
-
-
-def assert_clean(result):
-    assert result.error is None
-    assert (result.mismatched_slots, result.leaked_slots, result.recompiles_after_warmup) == (0, 0, 0)
-    assert result.verified_slots >= result.hit_tokens > 0
-    assert result.is_clean
+from tests.support.replays import CHAT, assert_clean, long_answers
+from tests.support.shared_steps import share_steps
 
 
 def assert_twin_agrees(result, simulator):

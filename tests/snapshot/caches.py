@@ -7,14 +7,12 @@ import random
 
 import numpy as np
 
-from jaxcache.components.rows import rows_in_use
 from jaxcache.index.policies.registry import Policy
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.oplog.log import RecordedManager
 from jaxcache.pools.stack import CpuCopy
-from jaxcache.pools.stacks import layer_stacks, with_layer_stacks
-from tests.test_oplog import Life
+from tests.support.recorded_lives import Life
 
 MODEL = "tiny, revision 1"
 
@@ -34,7 +32,7 @@ def lived(seed: int, flavour: str = "full", policy: Policy = Policy.LRU, calls: 
 def fill(memory: MemoryManager, seed: int) -> None:
     """Puts random rows everywhere but in the sink."""
     random_rows = np.random.default_rng(seed)
-    stacks = dict(layer_stacks(memory.pool))
+    stacks = memory.pool.stacks()
     for name, pool in stacks.items():
         config = pool.config
         first = getattr(config, "page_size", 1)
@@ -47,13 +45,13 @@ def fill(memory: MemoryManager, seed: int) -> None:
             for row, buffer in zip(config.row_shapes, pool.buffers, strict=True)
         ]
         stacks[name] = pool.load_cpu_copy(CpuCopy(config, tuple(buffers)), rows)
-    memory.pool = with_layer_stacks(memory.pool, stacks)
+    memory.pool = memory.pool.with_stacks(stacks)
 
 
 def contents(memory: MemoryManager) -> dict[str, list[bytes]]:
     """The bits of every row in use."""
-    rows = rows_in_use(memory.allocator, memory.states)
-    stacks = layer_stacks(memory.pool)
+    rows = memory.cache.rows_in_use()
+    stacks = memory.pool.stacks()
     return {name: [part.tobytes() for part in stacks[name].get_cpu_copy(rows[name]).buffers] for name in stacks}
 
 
@@ -67,7 +65,7 @@ def assert_same(mine: MemoryManager, theirs: MemoryManager) -> None:
 
 def gone_on(life: Life, memory: MemoryManager) -> Life:
     """The same life, with the cache of another manager from now on."""
-    parts = memory.pool, memory.allocator, memory.req_to_token_pool, memory.cache, memory.states
+    parts = memory.pool, memory.allocator, memory.req_to_token_pool, memory.cache
     twin = copy.copy(life)
     twin.memory = RecordedManager(memory.config, *parts, max_ops=100_000)
     twin.memory.runner.compiled = life.memory.runner.compiled

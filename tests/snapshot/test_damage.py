@@ -22,7 +22,7 @@ from jaxcache.snapshot import books, manifest, save
 from jaxcache.snapshot.manifest import FILE_NAME, Manifest
 from jaxcache.snapshot.parts import write_part
 from tests.snapshot.caches import MODEL, lived
-from tests.test_oplog import make_config
+from tests.support.recorded_lives import make_config
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_every_field_of_a_config_counts_but_for_those_that_say_so(life):
 
 
 def test_books_fit_their_bound(saved, life):
-    assert (folder_of(saved) / "books.safetensors").stat().st_size < books.most_bytes(life.config)
+    assert (folder_of(saved) / "books.safetensors").stat().st_size < books.max_bytes(life.config)
 
 
 def test_where_there_is_nothing_nothing_is_found(life, tmp_path):

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import jaxcache
-from jaxcache.components.rows import rows_in_use
 from jaxcache.errors import ArgumentError, LockedError, RequestStateError, SnapshotError
 from jaxcache.events.consumer import EventConsumer
 from jaxcache.events.events import EventBatch
 from jaxcache.index.key import Namespace
 from jaxcache.index.policies.registry import Policy
-from jaxcache.manager.manager import MemoryConfig, init_memory_pool_and_cache
+from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.manager import init_memory_pool_and_cache
 from jaxcache.oplog.fingerprint import fingerprint
 from jaxcache.pools import stacks
 from jaxcache.pools.double_sparse import DoubleSparseConfig
@@ -29,7 +29,7 @@ from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.request import Request
 from tests.snapshot.caches import MODEL, assert_same, fill, gone_on, lived
-from tests.test_oplog import FLAVOURS, make_config
+from tests.support.recorded_lives import FLAVOURS, make_config
 
 KINDS = {
     "mha": (MHAConfig, {"head_num": 2, "head_dim": 3, "v_head_dim": 5}),
@@ -90,7 +90,7 @@ def test_saving_changes_nothing_and_many_parts_are_one_snapshot(seed, tmp_path, 
     before = fingerprint(life.memory)
     manifest = jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL, threads=2)
     assert fingerprint(life.memory) == before
-    rows, sizes = rows_in_use(life.memory.allocator, life.memory.states), manifest.rows_per_part
+    rows, sizes = life.memory.cache.rows_in_use(), manifest.rows_per_part
     assert {stack: len(manifest.parts[stack]) for stack in rows} == {s: -(-len(rows[s]) // sizes[s]) for s in rows}
     assert sizes == {"full": 2, "window": 2, "states": 5}
     assert_same(life.memory, jaxcache.load_snapshot(tmp_path, life.config, model=MODEL, threads=1))

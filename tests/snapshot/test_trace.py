@@ -12,9 +12,9 @@ from jaxcache.replay.config import CacheKind, ReplayConfig
 from jaxcache.replay.proof import count_leaks
 from jaxcache.replay.run import Replay
 from jaxcache.replay.setup import memory_config
-from tests.replay.shared import share_steps
-from tests.replay.test_replay import CHAT
 from tests.snapshot.caches import MODEL, assert_same
+from tests.support.replays import CHAT
+from tests.support.shared_steps import share_steps
 
 FLAVOURS = [CacheKind.RADIX, CacheKind.SWA, CacheKind.MAMBA, CacheKind.SWA_MAMBA, CacheKind.LORA]
 CASES = [(cache, Policy.LRU) for cache in FLAVOURS] + [(cache, Policy.ADAPTIVE) for cache in FLAVOURS[::3]]

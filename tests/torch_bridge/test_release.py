@@ -15,7 +15,7 @@ from jaxcache import (
     init_memory_pool_and_cache,
 )
 from tests.snapshot.caches import contents, fill
-from tests.test_oplog import make_config
+from tests.support.recorded_lives import make_config
 from torch_bridge import borrow, share
 
 

@@ -1,0 +1,417 @@
+"""PrefixCache: the one tree and its components, by keys and pages. It knows no requests.
+
+The tree decides, the components execute: pages that the tree takes change their owner, pages that it does not take or
+gives up go back to the allocator. Nothing is freed in the middle of a walk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+from jaxcache.caches.base import NONE_SPARED, MatchResult
+from jaxcache.components.base import MemoryComponent, TreeComponent
+from jaxcache.components.full import FullPages
+from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.events.events import EventQueue, KVCacheEvent
+from jaxcache.events.observer import CacheObserver
+from jaxcache.index.arguments import require_amounts
+from jaxcache.index.check import check as check_tree
+from jaxcache.index.check import draw as draw_tree
+from jaxcache.index.explain import Explanation, explain
+from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
+from jaxcache.index.node import Eviction, Insertion, Match, joined
+from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt
+from jaxcache.index.slots import expand_pages, slots_to_pages
+from jaxcache.index.tree import RadixTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+
+class CacheOptions(TypedDict, total=False):
+    """What every flavour can be told; see `RadixCache`."""
+
+    disable: bool
+    enable_kv_cache_events: bool
+    policy: Policy
+    is_eagle: bool
+
+
+class PrefixCache:
+    """Prefixes of token sequences, and the memory that is kept for them, component by component.
+
+    Args:
+      full: The component of full pages.
+      page_size: Tokens a page; must be the allocator's.
+      components: What else the tree holds with the pages, each by ids of its own.
+      followers: What follows the full pages: the cache does nothing for them but to know them.
+      disable: See `RadixCache`.
+      enable_kv_cache_events: See `RadixCache`.
+      policy: See `RadixCache`.
+      is_eagle: See `RadixCache`.
+
+    Attributes:
+      full: As given.
+      components: All of them, the full pages first.
+      tree: The index, for looking at.
+      events: What waits for `take_events`; None unless they are enabled.
+      observer: Notified of lookups, inserts and evictions, such as `CacheMetrics`; or None.
+    """
+
+    def __init__(
+        self,
+        full: FullPages,
+        page_size: int,
+        *,
+        components: Sequence[TreeComponent] = (),
+        followers: Sequence[MemoryComponent] = (),
+        disable: bool = False,
+        enable_kv_cache_events: bool = False,
+        policy: Policy = Policy.LRU,
+        is_eagle: bool = False,
+    ):
+        self.page_size = page_size
+        self.disable = disable
+        self.enable_kv_cache_events = enable_kv_cache_events
+        self.is_eagle = is_eagle
+        self.full = full
+        self._further = tuple(components)
+        self._in_tree: tuple[TreeComponent, ...] = (full, *components)
+        self.components: tuple[MemoryComponent, ...] = (*self._in_tree, *followers)
+        self._as_key = _as_bigrams if is_eagle else as_key
+        self.tree = RadixTree(
+            page_size,
+            [component.component for component in self._in_tree],
+            policy,
+            with_hashes=enable_kv_cache_events,
+            element_bytes=(BigramKey if is_eagle else RadixKey).element_bytes,
+        )
+        self.events = EventQueue(self.tree) if enable_kv_cache_events else None
+        self.observer: CacheObserver | None = None
+
+    # ---- looking up ----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forgets every prefix and queues AllBlocksCleared. Frees no page: clear the allocators with it.
+
+        Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
+        `MemoryManager.reset` does all of it, and refuses while requests run.
+        """
+        self.tree.reset()
+        if self.events is not None:
+            self.events.cleared()
+
+    def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
+        """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
+
+        Changes nothing but recency.
+
+        Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
+        `RadixKey` that is kept.
+        """
+        started = time.perf_counter() if self.observer is not None else 0.0
+        key = self._as_key(key)
+        found = self.tree.match(key[:0] if self.disable else key)
+        if self.observer is not None:
+            self.observer.matched(time.perf_counter() - started)
+        return MatchResult(found, self.page_size)
+
+    def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
+        """Protects what a match found from eviction.
+
+        Raises:
+          ReceiptError: It is no longer there: match again.
+        """
+        return self.tree.lock(node.last_device_node if isinstance(node, MatchResult) else node)
+
+    def dec_lock_ref(self, receipt: Receipt) -> int:
+        """Takes a receipt back, exactly once; returns the tokens that became evictable.
+
+        Raises:
+          ReceiptError: It was given back before, is foreign, or from before a reset. Nothing changes.
+        """
+        return self.tree.unlock(receipt) * self.page_size
+
+    # ---- inserting -----------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        key: RadixKey | np.ndarray | Sequence[int],
+        value: Int32[np.ndarray, " slots"] | None = None,
+        state: int = 0,
+    ) -> int:
+        """Caches `key` under the slots in `value`; returns the tokens that were cached already.
+
+        The tree keeps its own pages for those: the caller frees its duplicates, `value[:returned]`. The rest belongs to
+        the tree from now on. Window pages of duplicates may be the tree's now; they are no longer the caller's.
+
+        Args:
+          key: Tokens, cut to whole pages.
+          value: int32 slot of each token, whole pages. None uses the token ids as page ids, for tests without an
+            allocator.
+          state: What was saved after these tokens, where the cache keeps states. If there was one already, it is still
+            the caller's: its owner is `PRIVATE` then.
+
+        Raises:
+          ArgumentError: `value` is too short, of a wrong dtype, or not made of whole pages; or a state is missing, has
+            no place here, or does not stand for whole pages.
+          OwnershipError: A page or the state is not privately owned. Nothing changes.
+        """
+        key = self._as_key(key)
+        if value is None:
+            pages = key.token_ids[:: self.page_size]
+        else:
+            pages = slots_to_pages(value, key.length // self.page_size, self.page_size)
+        return self.insert_pages(key, pages, state)
+
+    def insert_pages(
+        self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"], state: int = 0
+    ) -> int:
+        """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
+        if self.disable:
+            return 0
+        key = self._as_key(key)
+        if state or self._further:
+            self._require_insertable(key, pages, state)
+        return self._insert(key, pages, self._values_with(state)).present
+
+    def _values_with(self, state: int) -> list[int]:
+        """For each further component what stands for a whole prefix: `state`, or 0 where there is an id a page."""
+        return [0 if part.component.spans else state for part in self._further]
+
+    def _require_insertable(self, key: RadixKey, pages: np.ndarray, state: int) -> None:
+        """Raises unless what else there is can be kept with the pages."""
+        values = self._values_with(state)
+        if state and state not in values:
+            raise ArgumentError(f"state: this cache keeps none, got {state}: use a MambaRadixCache")
+        whole = pages[: key.length // self.page_size]
+        for component, value in zip(self._further, values, strict=True):
+            component.require_insertable(key.length, self.page_size, whole, value)
+
+    def _insert(
+        self,
+        key: RadixKey,
+        pages: np.ndarray,
+        values: Sequence[int],
+        held: Receipt | None = None,
+        priority: int = 0,
+    ) -> Insertion:
+        """Offers the tree pages and what goes with them.
+
+        Args:
+          key: Tokens; cut to whole pages.
+          pages: Full pages.
+          values: For each further component what stands for the whole prefix; see `TreeComponent.candidates`.
+          held: The caller's lock on a prefix of `key`.
+          priority: That of the request.
+        """
+        started = time.perf_counter() if self.observer is not None else 0.0
+        offered = [pages]
+        for i, component in enumerate(self._further):
+            offered.append(component.candidates(pages, values[i]))
+        inserted = self.tree.insert(key, offered, held, priority, self.full.claim)
+        for i, component in enumerate(self._further):
+            component.adopt(pages, values[i], inserted, inserted.spare[i + 1])
+        if self.events is not None:
+            for node in inserted.added:
+                self.events.stored(node, key.namespace)
+        if self.observer is not None:
+            self.observer.inserted(inserted.length - inserted.present, time.perf_counter() - started)
+        return inserted
+
+    # ---- evicting ------------------------------------------------------------------------------------------------
+
+    def evict(self, num_tokens: int, swa_num_tokens: int = 0, mamba_num: int = 0) -> int:
+        """Frees at least `num_tokens` tokens of the least valuable unlocked leaves; returns how many it freed.
+
+        Then, if that did not free as much of them: window pages of `swa_num_tokens` tokens, and `mamba_num` states, in
+        whatever nodes they are; what else is there stays, and is of use again once the hole is filled.
+
+        Overshoots by less than one node. Cost: O(evicted).
+
+        Raises:
+          ArgumentError: A number is no integer, or negative.
+        """
+        require_amounts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
+        size = self.page_size
+        wanted = {"full": -(-num_tokens // size), "window": -(-swa_num_tokens // size), "state": mamba_num}
+        return self.evict_values([wanted.get(component.name, 0) for component in self._in_tree])
+
+    def evict_values(self, amounts: Sequence[int]) -> int:
+        """Frees at least so many values of each component of the tree; returns the tokens freed. See `evict`.
+
+        Values of further components that go with a leaf count.
+        """
+        started = time.perf_counter() if self.observer is not None else 0.0
+        freed = [0] * len(amounts)
+        for i, amount in enumerate(amounts):
+            if freed[i] < amount:
+                gone = self.tree.evict(amount - freed[i], i)
+                self._free(gone)
+                freed = [count + len(values) for count, values in zip(freed, gone.values, strict=True)]
+        size = self.page_size
+        if self.observer is not None:
+            counts = [n * size if part.spans else n for n, part in zip(freed, self.tree.components, strict=True)]
+            self.observer.evicted(counts, time.perf_counter() - started)
+        return freed[0] * size
+
+    def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
+        """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
+
+        If that cannot suffice for all of them, nothing is evicted.
+
+        Args:
+          pages: To be taken.
+          states: To be taken.
+          without_window: Of the pages, those that need no window page.
+
+        Raises:
+          ArgumentError: States are asked of a cache that keeps none; or a number is no integer, or negative.
+
+        Cost: O(evicted).
+        """
+        require_amounts(pages=pages, states=states, without_window=without_window)
+        if states and states not in self._values_with(states):
+            raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
+        return self.make_room_for({"full": pages, "window": pages - without_window, "state": states})
+
+    def make_room_for_pages(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> bool:
+        """`make_room_for` so many pages, with all that components keep with a page.
+
+        Args:
+          num_pages: To be taken.
+          spared: By component, how many of them need nothing of it.
+        """
+        parts = self._in_tree
+        return self.make_room_for({part.name: part.per_page * (num_pages - spared.get(part.name, 0)) for part in parts})
+
+    def make_room_for(self, amounts: Mapping[str, int]) -> bool:
+        """Whether so many values of each component can be taken now, after evicting what was short, only as much.
+
+        If that cannot suffice for all of them, nothing is evicted. Cost: O(evicted).
+
+        Args:
+          amounts: By name of a component; of others 0.
+        """
+        short = [amounts.get(component.name, 0) - component.available() for component in self._in_tree]
+        if max(short) <= 0:
+            return True
+        if any(amount > most for amount, most in zip(short, self.tree.evictable, strict=True)):
+            return False
+        self.evict_values([max(amount, 0) for amount in short])
+        return True
+
+    def _free(self, gone: Eviction) -> None:
+        """Frees evicted values; full pages last, since freeing one also frees its window page."""
+        for i, component in enumerate(self._further, 1):
+            if len(gone.values[i]):
+                component.free(gone.values[i])
+        if len(gone.values[0]):
+            self.full.free(gone.values[0])
+        if self.events is not None:
+            self.events.removed(gone)
+
+    def drop(self, extra_key: str | bytes | Namespace | None) -> int:
+        """Forgets all that is cached in one namespace; returns the tokens freed. O(its nodes).
+
+        Raises:
+          LockedError: A lock covers some of it: end its requests first. Nothing changes.
+        """
+        gone = self.tree.drop(RadixKey(b"", extra_key).namespace)
+        self._free(gone)
+        return len(gone.values[0]) * self.page_size
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    def evictable_size(self) -> int:
+        """Cached tokens that no lock covers. O(1)."""
+        return self.tree.evictable[0] * self.page_size
+
+    def protected_size(self) -> int:
+        """Cached tokens that a lock covers. O(1)."""
+        return self.tree.protected[0] * self.page_size
+
+    def swa_evictable_size(self) -> int:
+        """Cached tokens with a window page that no lock covers; 0 without windows. O(1)."""
+        return self._count("window", self.tree.evictable) * self.page_size
+
+    def swa_protected_size(self) -> int:
+        """Cached tokens with a window page that a lock covers; 0 without windows. O(1)."""
+        return self._count("window", self.tree.protected) * self.page_size
+
+    def mamba_evictable_size(self) -> int:
+        """Cached states that no lock covers; 0 where none are kept. O(1)."""
+        return self._count("state", self.tree.evictable)
+
+    def mamba_protected_size(self) -> int:
+        """Cached states that a lock covers; 0 where none are kept. O(1)."""
+        return self._count("state", self.tree.protected)
+
+    def _count(self, name: str, counts: Sequence[int]) -> int:
+        """Of a count for each component that of one; 0 without it."""
+        return dict(zip([component.name for component in self._in_tree], counts, strict=True)).get(name, 0)
+
+    # ---- looking at ----------------------------------------------------------------------------------------------
+
+    def usage(self, name: str) -> tuple[int, int, int]:
+        """(size, available, evictable) of one component of the tree, in its values.
+
+        Raises:
+          ArgumentError: There is no such component.
+        """
+        for component, evictable in zip(self._in_tree, self.tree.evictable, strict=True):
+            if component.name == name:
+                return component.size(), component.available(), evictable
+        raise ArgumentError(f"name must be one of {[part.name for part in self._in_tree]}, got {name!r}")
+
+    def rows_in_use(self) -> dict[str, Int32[np.ndarray, " rows"]]:
+        """For each stack of the pool the rows that are not free, ascending. O(pages)."""
+        return {name: part.rows_in_use() for part in self.components for name in part.stack_names}
+
+    def all_values_flatten(self) -> Int32[np.ndarray, " slots"]:
+        """Every cached slot, node by node. O(cached)."""
+        return expand_pages(joined([node.value for node in self.tree.nodes()]), self.page_size)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Events since the last call, oldest first; empty unless they were enabled. See `EventQueue.take`."""
+        return self.events.take() if self.events is not None else []
+
+    def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
+        """Why a lookup of `key` stops where it does: `print(cache.explain(key))`. Changes nothing, not even recency.
+
+        Cost: a lookup in every namespace and a look at the nodes evicted lately; milliseconds.
+        """
+        return explain(self.tree, self._as_key(key))
+
+    def draw(self) -> str:
+        """The tree as text."""
+        return draw_tree(self.tree)
+
+    def check(self) -> None:
+        """Verifies the tree, and that the owners agree on what is the tree's, component by component. O(cached).
+
+        Raises:
+          BrokenInvariant: with a drawing of the tree.
+        """
+        check_tree(self.tree)
+        nodes = list(self.tree.nodes())
+        pages = joined([node.value for node in nodes])
+        for i, component in enumerate(self._in_tree):
+            values = []
+            for node in nodes:
+                value = node.slot(i).value
+                if value is not None:
+                    values.append(value)
+                elif component.component.spans:
+                    values.append(np.zeros_like(node.value))
+            for problem in component.problems(pages, joined(values)):
+                raise BrokenInvariant(f"{problem}\n{self.draw()}")
+
+
+def _as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
+    return as_key(token_ids).bigrams()

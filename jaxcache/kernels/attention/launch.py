@@ -1,0 +1,127 @@
+"""How the attention kernels are launched: block sizes, warps, stages, programs. Measured on an H200.
+
+Smaller GPUs have less shared memory; there a kernel keeps fewer blocks in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxcache.kernels.dispatch import Implementation
+
+SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
+"""Shared memory of a program, by compute capability; others have `SMALL_SHARED_BYTES`."""
+SMALL_SHARED_BYTES = 96 * 1024
+PROGRAMS = 528
+"""Programs that keep an H200 busy: four a multiprocessor."""
+TILE_ROWS = 128
+"""Rows of queries of an extend tile: tokens by query heads of one KV head."""
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """One launch of a decode kernel.
+
+    Attributes:
+      block: Keys a step of its loop.
+      programs: Programs for each KV head (each block of query heads, for latent rows), all running at once.
+      warps: Warps a program.
+      stages: Stages of the loop; page ids are loaded first, so `n` stages keep `(n - 1) // 2` blocks in flight.
+      heads: Query heads a program, for latent rows.
+      implementation: Whose launch it is.
+    """
+
+    block: int
+    programs: int
+    warps: int
+    stages: int
+    heads: int = 0
+    implementation: Implementation = Implementation.TRITON
+
+
+@dataclass(frozen=True)
+class ExtendLaunch:
+    """One launch of an extend kernel.
+
+    Attributes:
+      tokens: Tokens a tile.
+      block: Keys a step of its loop.
+      warps: Warps a program.
+      stages: Stages of the loop.
+      heads: Query heads a program, for latent rows.
+    """
+
+    tokens: int
+    block: int
+    warps: int
+    stages: int
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Launches:
+    """How the ops of one plan are launched; part of the compiled step.
+
+    Attributes:
+      decode: Of the decode op; its block is the unit of balance, so that the plan depends on it.
+      shared: Of the decode op over a prefix that `members` requests attend to together.
+      extend: Of the extend op; its tile is part of the plan, likewise.
+      members: Requests whose queries stand in one block of rows of `shared`.
+    """
+
+    decode: DecodeLaunch
+    shared: DecodeLaunch
+    extend: ExtendLaunch
+    members: int
+
+
+def heads_launches(
+    requests: int, heads: int, group: int, width: int, itemsize: int, capability: int | None = 90
+) -> Launches:
+    """For keys and values of `width` elements together, in `heads` KV heads with `group` query heads each.
+
+    `capability` is ten times the compute capability of the GPU; None is an unknown one.
+    """
+    room = SHARED_BYTES.get(capability or 0, SMALL_SHARED_BYTES)
+    rows, row_bytes = power_of_two(group), width * itemsize
+    is_large = row_bytes > 512 or rows > 16
+    if heads == 1 or is_large:
+        block = 64 if row_bytes <= 512 else 32
+        decode = DecodeLaunch(block, max(PROGRAMS // 2 // heads, 1), 4, _stages(block * row_bytes, 2, room // 2))
+    else:
+        busy = PROGRAMS if requests > 8 else PROGRAMS // 2
+        decode = DecodeLaunch(32, max(busy // heads, 1), 1, _stages(32 * row_bytes, 3, room // 2))
+    tile = TILE_ROWS if row_bytes <= 512 and room > SMALL_SHARED_BYTES else TILE_ROWS // 2
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        tile = TILE_ROWS // 8
+    block = 64 if row_bytes <= (1024 if room > SMALL_SHARED_BYTES else 512) else 32
+    warps, stages = max(tile // 16, 4), _stages(block * row_bytes, 2, room - 2 * tile * max(row_bytes, width * 2))
+    shared = DecodeLaunch(block, max(PROGRAMS // 4 // heads, 1), warps, stages)
+    extend = ExtendLaunch(max(tile // rows, 1), block, warps, stages)
+    return Launches(decode, shared, extend, members=max(tile // rows, 1))
+
+
+def latent_launches(requests: int, heads: int, width: int, itemsize: int, capability: int | None = 90) -> Launches:
+    """For latent rows of `width` elements and `heads` query heads. `capability` as for `heads_launches`."""
+    room = SHARED_BYTES.get(capability or 0, SMALL_SHARED_BYTES)
+    is_small = capability not in (80, 90) or width * itemsize > 1536  # on sm100 wide tiles need more than there is
+    rows = max(power_of_two(min(heads, 16 if is_small else 64)), 16)
+    blocks, row_bytes = -(-heads // rows), width * itemsize
+    block = 16 if is_small else 64
+    wide = DecodeLaunch(block, max(PROGRAMS // 4 // blocks, 1), 4 if is_small else 8, 3, rows)
+    decode = wide
+    if rows <= 16 and requests > 8 and not is_small:
+        decode = DecodeLaunch(32, PROGRAMS // 2, 4, _stages(32 * row_bytes, 2, room // 2), rows)
+    tile = 16 if is_small else 64
+    extend = ExtendLaunch(max(tile // rows, 1), block, wide.warps, 3, rows)
+    return Launches(decode, wide, extend, members=max(tile // rows, 1))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def _stages(block_bytes: int, buffers: int, room: int) -> int:
+    """Stages of a loop that keeps `buffers` blocks in flight, or as many as shared memory has room for."""
+    return 2 * max(min(buffers, room // block_bytes), 1) + 1
