@@ -51,10 +51,8 @@ def require_contents(wheel: Path, sdist: Path) -> None:
         "jaxcache", "torch_bridge", f"jaxcache-{VERSION}.dist-info"
     }:  # fmt: skip
         raise SystemExit(f"{wheel.name} has {sorted(strange)}")
-    if (
-        missing := {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "docs/index.md", "Makefile"}
-        - in_sdist
-    ):
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "docs/index.md", "Makefile"}
+    if missing := wanted - in_sdist:
         raise SystemExit(f"{sdist.name} lacks {sorted(missing)}")
 
 

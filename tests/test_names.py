@@ -1,4 +1,4 @@
-"""Every public name of SGLang's `mem_cache` (0.5.2) and of pymllm's is here, or replaced in docs/migrating.md, or to come.
+"""Every public name of SGLang's `mem_cache` (0.5.2) and of pymllm's is here, replaced (docs/migrating.md), or to come.
 
 Where both have a name, `jaxcache.X` is SGLang's, driven by requests, and `jaxcache.index.X` is pymllm's.
 """
@@ -188,9 +188,8 @@ def test_what_the_table_points_to_is_there():
                 module, rest = ".".join(["jaxcache", *path.split(".")[:-1]]), path.split(".")[-1:]
                 found = importlib.import_module(module)
             for part in rest:
-                assert hasattr(found, part) or part in attributes(found if isinstance(found, type) else type(found)), (
-                    path
-                )
+                owner = found if isinstance(found, type) else type(found)
+                assert hasattr(found, part) or part in attributes(owner), path
                 found = getattr(found, part, None)
             checked += 1
     assert checked >= 5
