@@ -162,7 +162,7 @@ class Simulator:
         self._around(cache, "dec_lock_ref", self._unlock)
         self._around(cache, "cache_unfinished_req", self._share)
         self._around(cache, "cache_finished_req", self._finish)
-        self._around(cache, "evict", self._evict)
+        self._around(cache, "evict_values", self._evict)
 
     def _around(self, owner: Any, name: str, follow: Callable[..., None]) -> None:
         honest = getattr(owner, name)
@@ -215,8 +215,8 @@ class Simulator:
         self.plain.insert(tokens)
         self.plain.unlock(tokens[: self._locked.pop(request.rid)])
 
-    def _evict(self, num_tokens: int, *_: int) -> None:
-        amount = -(-num_tokens // self.page_size) * self.plain.page_bytes if num_tokens > 0 else 0
+    def _evict(self, amounts: list[int]) -> None:
+        amount = max(amounts[0], 0) * self.plain.page_bytes
         self._evictions.append(self.plain.evict(amount) // TOKEN_BYTES)
 
     @property
