@@ -3,7 +3,7 @@
 `__all__` is the documented interface: errors, requests, configs, pools, caches, steps, the manager and snapshots.
 Everything else is imported from the module that owns it (`jaxcache.observe.draw`, `jaxcache.events.publisher`, ...).
 
-Names of SGLang's and pymllm's memory layers that are not among them are importable from here all the same, loaded on
+Names of SGLang's and pymllm's memory layers that are not among them can be imported from here too, and are loaded on
 first use: see `jaxcache.compat`.
 """
 
