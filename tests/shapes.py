@@ -1,7 +1,7 @@
 """Shapes and dtypes that signatures promise, checked while the tests run: jaxtyping's shapes by beartype.
 
 `install()` has to come before jaxcache is imported. From then on, each function of jaxcache whose signature names a
-jaxtyping shape is checked at each call, also while it is traced: arguments and result have to have the dtypes and
+jaxtyping shape is checked when it is called, also while it is traced: arguments and result have to have the dtypes and
 shapes that it says, with one size for each name of a dimension. An argument that breaks the promise may be refused by
 the function, with an error; it may not be accepted.
 """
@@ -12,6 +12,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -27,6 +28,10 @@ NOT_PYTHON = ("_triton", "_mosaic")
 """Ends of modules whose functions a kernel compiler reads."""
 
 
+ALWAYS, THEN_EACH = 200, 29
+"""A function's first calls are all checked, and then some, so that long random lives take as long as before."""
+
+
 class ShapeError(AssertionError):
     """A function accepted, or returned, what its signature rules out."""
 
@@ -37,9 +42,13 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     names = _shaped(function.__annotations__)
     hints: dict[str, Any] = {}
+    calls = itertools.count()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        number = next(calls)
+        if number >= ALWAYS and number % THEN_EACH:
+            return function(*args, **kwargs)
         if not hints:
             hints.update({name: _resolved(function.__annotations__[name], function.__globals__) for name in names})
         try:
