@@ -14,7 +14,7 @@ class StateAllocator(TokenToKVPoolAllocator):
     """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and snapshots, out of one list.
 
     A request's states are PRIVATE; a snapshot that a prefix cache adopts is TREE. What a state held stays in it when it
-    is freed: whoever gets it next empties it, or copies another state over it, before reading.
+    is freed: its next owner empties it, or copies another state over it, before reading.
 
     >>> states = StateAllocator(2)
     >>> states.alloc_track_slot(), states.alloc_track_slot(), states.alloc_track_slot()
@@ -35,6 +35,6 @@ class StateAllocator(TokenToKVPoolAllocator):
         Raises:
           DoubleFreeError: if it is free already.
           OwnershipError: if it is not PRIVATE (the tree's states go back through `release`), or no state.
-          ArgumentError: if it is no integer.
+          ArgumentError: if it is not an integer.
         """
         self._release("slot", int32_array("slot", [as_count("slot", slot)]), PageState.PRIVATE)

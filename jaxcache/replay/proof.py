@@ -42,7 +42,7 @@ class Proof:
         self._wrong = self._zero()  # the sink holds nothing that could be right
 
     def _zero(self) -> jax.Array:
-        """A count that lies where all later counts will: JAX compiles anew for an array that is bound to no device."""
+        """A count that lies where all later counts will: JAX compiles again for an array that is bound to no device."""
         return jax.device_put(np.zeros((), np.int32), self._manager.table.pages.sharding)
 
     @property

@@ -1,6 +1,6 @@
 """A batch that decodes step after step: what one plan needs and the next does not have to find out again.
 
-As long as nobody else touches its rows, every request of the batch grows by one token a step. Lengths and last slots
+As long as nothing else touches its rows, every request of the batch grows by one token a step. Lengths and last slots
 are then those of the step before plus one, and who needs a fresh page follows from the number of steps.
 
 Source: jaxcache's own.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RunningBatch:
-    """What does not change about a batch while nobody comes or goes.
+    """What does not change about a batch while it has the same requests.
 
     Attributes:
       requests: Distinct running requests.
@@ -47,7 +47,7 @@ class RunningBatch:
         """The batch of requests that all have a row.
 
         Raises:
-          ArgumentError: A tag is no int32.
+          ArgumentError: A tag must be int32.
         """
         row = np.array([request.req_pool_idx for request in requests], np.intp)
         return cls(
@@ -62,7 +62,7 @@ class RunningBatch:
         """The one token that each request has to compute, once it has sampled so many.
 
         Raises:
-          ArgumentError: One has none to compute, or several, or it is no int32.
+          ArgumentError: One has none to compute, or several, or it is not int32.
         """
         outputs = [request.output_ids for request in self.requests]
         lengths = np.fromiter(map(len, outputs), np.int32, len(outputs))
@@ -105,7 +105,7 @@ class DecodeCursor:
         self._last_slot = self._numbers[2]
 
     def continues(self, requests: Sequence[Request]) -> bool:
-        """Whether these are its requests, and nobody has touched their rows since its last step."""
+        """Whether these are its requests, and nothing has touched their rows since its last step."""
         return self.batch.requests == tuple(requests) and self._table.is_current(self._stamp)
 
     def last_tokens(self) -> Int32[np.ndarray, " requests"]:
