@@ -9,14 +9,16 @@ REPLAY_REQUESTS ?= 3000
 REPLAY_ARGS ?= --device-tokens 100000
 PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet -c constraints.txt -e
+# The versions that the suite runs with; CONSTRAINTS= takes the newest ones.
+CONSTRAINTS ?= -c constraints.txt
+INSTALL := $(PIP) install --quiet $(CONSTRAINTS) -e
 SOURCES := pyproject.toml constraints.txt
 # The newest JAX, and XLA's compiler for GPUs: an environment of its own, with Python 3.12.
 H200_VENV := .venv-h200
 H200_PIP := $(H200_VENV)/bin/python -m pip --disable-pip-version-check
 PYTHON312 ?=
 
-.PHONY: help venv test test-h200 replay lint format bench extras clean
+.PHONY: help venv test slow mutants test-h200 replay lint format docs dist bench extras clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 11
@@ -25,6 +27,12 @@ venv: $(VENV)/.installed-test  ## .venv with everything the tests need
 
 test: $(VENV)/.installed-test  ## the whole suite, on the CPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(VENV)/.installed-test  ## the tests that take minutes
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+
+mutants: $(VENV)/.installed-test  ## every planted bug, which the tests have to find; hours
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.model.mutants --jobs 2
 
 test-h200: $(H200_VENV)/.installed  ## compiled for H200s, and Mosaic GPU interpreted; needs no GPU, may skip nothing
 	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "h200 or mosaic" tests
@@ -43,10 +51,16 @@ format: $(VENV)/.installed-dev  ## what lint asks for, where it can be done for 
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(VENV)/.installed-docs  ## the documentation, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(VENV)/.installed-dev  ## wheel and sdist, each installed and tried in an empty environment
+	$(BIN)/python .ci/smoke_dist.py $(OUT)/dist
+
 bench: $(VENV)/.installed-test  ## the device benchmark, small, on whatever device there is
 	$(BIN)/python -m benchmarks.device --small
 
-extras: $(BIN)/python  ## do cuda12 and cuda13 resolve? installs nothing
+extras: $(BIN)/python  ## do cuda12 and cuda13 resolve, with triton? installs nothing
 	$(BIN)/python .ci/resolve_extras.py
 
 clean:  ## forget the environment and what the targets wrote
@@ -64,6 +78,10 @@ $(VENV)/.installed-cli: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(INSTALL) '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(SOURCES) | $(BIN)/python
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python

@@ -309,7 +309,6 @@ def control() -> list[str]:
 
 def raw_view(array: jax.Array) -> torch.Tensor:
     """A tensor over `array` that nothing orders."""
-
     data = array.unsafe_buffer_pointer(), False
     interface = {"shape": (array.nbytes,), "typestr": "|u1", "data": data, "version": 3}
     address = SimpleNamespace(__cuda_array_interface__=interface, __array_interface__=interface)

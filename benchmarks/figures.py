@@ -1,5 +1,6 @@
-"""What the benchmarks of the host have in common: the trace they are given, what is said of it and of the machine, the
-file of figures, and errors on one line.
+"""What the benchmarks of the host have in common.
+
+The trace they are given, what is said of it and of the machine, the file of figures, and errors on one line.
 """
 
 from __future__ import annotations

@@ -74,8 +74,10 @@ def loop_one_layer(pool: MHATokenToKVPool, loop: DecodeLoop) -> tuple[MHATokenTo
 
 
 def build(requests: int, context: int, steps: int) -> tuple[MemoryManager, list[Request]]:
-    """A manager with that many running requests, their prompts computed; a page is full after another number of steps
-    for each of `PAGE_SIZE` neighbours."""
+    """A manager with that many running requests, their prompts computed.
+
+    A page is full after another number of steps for each of `PAGE_SIZE` neighbours.
+    """
     room = requests * (context + steps + 2 * PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE + 64 * PAGE_SIZE
     kv = MHAConfig(size=room, page_size=PAGE_SIZE, dtype=jnp.bfloat16, layer_num=1, head_num=1, head_dim=8)
     manager = init_memory_pool_and_cache(MemoryConfig(kv, requests, context + steps + 1, chunk=context))

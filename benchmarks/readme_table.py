@@ -1,7 +1,7 @@
-"""The measured table of the README, from what is committed under benchmarks/results.
+"""The measured tables of docs/benchmarks.md and, in five rows, of the README, from benchmarks/results.
 
-    python -m benchmarks.readme_table            # rewrites the table
-    python -m benchmarks.readme_table --check    # exit code 1 if it is not what the results say
+    python -m benchmarks.readme_table            # rewrites both tables
+    python -m benchmarks.readme_table --check    # exit code 1 if they are not what the results say
 
 Ten kinds of files are understood: a replay (`jaxcache replay --json`), the index (`benchmarks.index --json`), eviction
 policies (`benchmarks.policies --json`), components of the tree (`benchmarks.components --json`), events
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,9 +25,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- measured: begin. Written by `python -m benchmarks.readme_table`; edit nothing in here -->"
 END = "<!-- measured: end -->"
 NOTHING = "Nothing has been measured yet.\n"
+# The README's rows: the file, and how `what` and `case` begin.
+HIGHLIGHTS = (
+    ("h200/replay_mha.json", "trace replayed", ""),
+    ("cpu/index.json", "match + insert + evict of a request", "conversation_trace, 2,000 requests, page 16"),
+    (
+        "cpu/policies.json",
+        "hit rate by eviction policy",
+        "conversation_trace, 12,031 requests, one at a time, room for 3",
+    ),
+    ("h200/device.jsonl", "`write_kv`", ""),
+    ("cpu/host_step.json", "decode step on the host", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -258,26 +272,48 @@ def attention_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
         yield Row(2, f"attention, {bench}", case, measured, ", ".join(others) or "-", best["device"], path)
 
 
-def table(folder: Path = RESULTS, relative_to: Path = ROOT) -> str:
-    """The whole table as Markdown; a sentence if there is nothing to show."""
+def all_rows(folder: Path = RESULTS) -> list[Row]:
+    """A row for every result, in the order of the table."""
     files = sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")])
-    rows = sorted((row for path in files for row in rows_of(path)), key=lambda row: row.order)
+    return sorted((row for path in files for row in rows_of(path)), key=lambda row: row.order)
+
+
+def highlights(rows: list[Row], folder: Path = RESULTS) -> list[Row]:
+    """The README's rows; one that no result gives any more is an error."""
+    found = []
+    for name, what, case in HIGHLIGHTS:
+        fitting = [r for r in rows if r.source == folder / name and r.what.startswith(what) and r.case.startswith(case)]
+        if len(fitting) != 1:
+            raise SystemExit(f"README.md: {len(fitting)} rows of {name} begin with {what!r} and {case!r}, not one")
+        found += fitting
+    return found
+
+
+def table(rows: list[Row], beside: Path = README) -> str:
+    """Rows as Markdown for the file `beside`, with links to their sources; a sentence if there are none."""
     if not rows:
         return NOTHING
     lines = ["| what | case | measured | beside it | on |", "|---|---|---|---|---|"]
     for row in rows:
-        source = row.source.relative_to(relative_to).as_posix()
+        source = os.path.relpath(row.source, beside.parent)
         lines.append(f"| {row.what} | {row.case} | {row.measured} | {row.beside} | [{row.device}]({source}) |")
     return "\n".join(lines) + "\n"
 
 
 def with_table(text: str, new: str) -> str:
-    """The README's text with another table between its markers."""
+    """A page's text with another table between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md: the markers of the measured table are missing: {BEGIN} ... {END}")
+        raise SystemExit(f"the markers of the measured table are missing: {BEGIN} ... {END}")
     return f"{before}{begin}\n\n{new}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Both pages as they should be."""
+    rows = all_rows()
+    chosen = {README: highlights(rows), PAGE: rows}
+    return {page: with_table(page.read_text(encoding="utf-8"), table(part, page)) for page, part in chosen.items()}
 
 
 def main() -> int:
@@ -287,15 +323,13 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = with_table(old, table())
-    if new == old:
-        return 0
-    if check:
-        print("README.md: the measured table is not what benchmarks/results says: python -m benchmarks.readme_table")
-        return 1
-    README.write_text(new, encoding="utf-8")
-    return 0
+    outdated = {page: new for page, new in pages().items() if page.read_text(encoding="utf-8") != new}
+    for page, new in outdated.items():
+        if check:
+            print(f"{page.name}: its table is not what benchmarks/results says: python -m benchmarks.readme_table")
+        else:
+            page.write_text(new, encoding="utf-8")
+    return int(check and bool(outdated))
 
 
 if __name__ == "__main__":

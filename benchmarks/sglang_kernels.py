@@ -78,8 +78,7 @@ def _load(folder: Path, name: str) -> ModuleType:
 
 
 def load_decode_attention(folder: Path | None) -> Any:
-    """`decode_attention_fwd` of SGLang's Triton backend out of `folder`, or of the installed package; None if there is
-    none."""
+    """`decode_attention_fwd` of SGLang's Triton backend, out of `folder` or of the installed package; None without."""
     if folder is None:
         spec = importlib.util.find_spec("sglang")
         if spec is None or not spec.submodule_search_locations:

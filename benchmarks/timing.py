@@ -161,8 +161,10 @@ def with_kernel_time(took: Time, step: Callable[..., StateT], state: StateT, *ar
 
 
 def time_torch_graph(work: Callable[[], Any], repeats: int = 1) -> Time:
-    """One repeat of `work`, which launches `repeats` of them, captured in a CUDA graph so often that it takes a while:
-    what launching a graph takes, some 8 us, then hardly counts."""
+    """One repeat of `work`, which launches `repeats` of them, captured in a CUDA graph.
+
+    So often that it takes a while: what launching a graph takes, some 8 us, then hardly counts.
+    """
     import torch
 
     def elapsed_us(run: Callable[[], Any]) -> float:

@@ -13,27 +13,27 @@ class ArgumentError(CacheError, ValueError):
 
 
 class OwnershipError(CacheError):
-    """A page was used by somebody who does not own it, or is not a page that can be owned."""
+    """A page or state is used by another than its owner, or is none that can be owned."""
 
 
 class DoubleFreeError(OwnershipError):
-    """A page was freed that is free already."""
+    """A page is freed that is free already."""
 
 
 class ReceiptError(CacheError):
-    """A lock receipt was given back twice, to another tree, or after a reset."""
+    """A lock's receipt was given back twice, to another tree, or after a reset."""
 
 
 class LockedError(CacheError):
-    """Something was to be let go that a lock covers."""
+    """A locked entry would be evicted or dropped."""
 
 
 class SnapshotError(CacheError):
-    """A snapshot cannot be restored: one of an allocator any more, a saved cache not here or not at all."""
+    """A mark of an allocator is not valid any more, or a saved cache is damaged or does not match this config."""
 
 
 class RequestStateError(CacheError):
-    """A request was asked for something its present state does not allow."""
+    """A call is not allowed in the request's present state, or its plan is outdated."""
 
 
 class StalePoolError(CacheError):
@@ -41,23 +41,23 @@ class StalePoolError(CacheError):
 
 
 class ReleasedError(CacheError):
-    """Something needs the pool, whose device memory was released and not resumed yet."""
+    """The pool is needed, but its device memory was released and not resumed yet."""
 
 
 class BorrowedError(CacheError):
-    """A pool was to be donated, or its memory released, while another framework holds a view of it."""
+    """A pool would be donated, or its memory released, while another framework has a view of it."""
 
 
 class DeadViewError(CacheError):
-    """Another framework's view of a pool was used after its time: it was closed, or the pool is elsewhere."""
+    """Another framework's view of a pool was used after it was closed, or after the pool moved."""
 
 
 class ShardingError(CacheError):
-    """A sharded pool was used outside the `jax.shard_map` over its axis, or was cut differently from its config."""
+    """A sharded pool is used outside the `jax.shard_map` over its axis, or is cut differently from its config."""
 
 
 class NotInPlaceError(CacheError):
-    """A step copies a buffer that it was supposed to update in place."""
+    """A step copies a buffer that it should update in place."""
 
 
 class UnsupportedError(CacheError):
@@ -68,5 +68,8 @@ class TraceError(CacheError):
     """A trace file is missing or malformed; the message names the file and the line."""
 
 
-class BrokenInvariant(CacheError):
-    """The books do not balance: a bug in jaxcache or in code that bypassed it."""
+class BrokenInvariantError(CacheError):
+    """Internal consistency is lost: a bug in jaxcache, or code that changed its state without asking it."""
+
+
+BrokenInvariant = BrokenInvariantError

@@ -75,8 +75,8 @@ class Request:
       req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
-      branching_len: Tokens that were cached then, but without a recurrent state to go on from; 0 for none. A state
-        saved there serves whoever comes with the same prefix.
+      branching_len: Tokens that were cached then, but without a recurrent state to resume from; 0 for none. A state
+        saved there serves later requests with the same prefix.
       evicted_seqlen_local: Tokens, from the start, without window pages of its own any more.
       cpu_copy: KV kept in host memory across a retraction. It may be set to None, to have it computed again, and to
         what was kept of the same tokens in the same namespace.

@@ -2,8 +2,8 @@
 
     part.saved_books()  ->  {"order": int64, "keys": uint8, ...}  ->  a file  ->  Columns  ->  part.restore_books(...)
 
-A file can hold anything. So whoever restores asks for each array by its name, kind, length and range, and gets that or
-a SnapshotError; an array is copied out of the file no sooner.
+A file can hold anything. So code that restores asks for each array by its name, kind, length and range, and gets
+that or a SnapshotError; an array is copied out of the file no sooner.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def joined_bytes(pieces: list[bytes]) -> np.ndarray:
 
 
 class Columns:
-    """Arrays that somebody says are the books of a cache.
+    """Untrusted arrays, validated on access.
 
     Args:
       arrays: By name.

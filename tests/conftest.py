@@ -10,6 +10,12 @@ import hypothesis
 import jax
 import pytest
 
+# Must come before anything imports jaxcache. JAXCACHE_SHAPES=0 is for a machine without jaxtyping and beartype.
+if os.environ.get("JAXCACHE_SHAPES", "0") not in ("", "0"):
+    from tests import shapes
+
+    shapes.install()
+
 from tests.kernels import h200
 
 # It needs torch throughout, and a run that may skip nothing has none.

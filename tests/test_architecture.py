@@ -279,6 +279,14 @@ def test_the_table_has_no_cycle() -> None:
         done |= free
 
 
+def test_the_documented_table_is_this_one() -> None:
+    page = (ROOT / "docs" / "internals" / "rooms.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:3] == "| `"]
+    said = {row[0].strip("`"): row[2] for row in rows}
+    rooms = {room: ", ".join(sorted(MAY_IMPORT[room])) or "nothing" for room in MAY_IMPORT if not room.startswith("__")}
+    assert said == rooms
+
+
 def test_imports_go_down_the_flow() -> None:
     assert _findings(wrong_directions, with_path=True) == []
 

@@ -1,4 +1,4 @@
-"""The settings that the README names keep what `warm_up` compiled on disk: a second process compiles nothing."""
+"""The settings that the docs name keep what `warm_up` compiled on disk: a second process compiles nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = dict(re.findall(r"^export (JAX_\w+)=(\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+SETTINGS = dict(
+    re.findall(r"^export (JAX_\w+)=(\S+)", (ROOT / "docs/guides/warm-up.md").read_text(encoding="utf-8"), re.MULTILINE)
+)
 
 PROCESS = """
 import collections, json

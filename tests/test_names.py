@@ -1,4 +1,4 @@
-"""Every public name of SGLang's `mem_cache` (0.5.2) and of pymllm's is here, or replaced in CONTRIBUTING, or to come.
+"""Every public name of SGLang's `mem_cache` (0.5.2) and of pymllm's is here, replaced (docs/migrating.md), or to come.
 
 Where both have a name, `jaxcache.X` is SGLang's, driven by requests, and `jaxcache.index.X` is pymllm's.
 """
@@ -6,14 +6,20 @@ Where both have a name, `jaxcache.X` is SGLang's, driven by requests, and `jaxca
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jaxcache
+import jaxcache.compat
+import jaxcache.errors
 import jaxcache.index
 
 SIZES = "evictable_size protected_size total_size"
@@ -111,9 +117,9 @@ _SPAN = re.compile(r"`([^`]+)`")
 
 
 def table() -> list[list[str]]:
-    """The cells of CONTRIBUTING's table of replaced names, row by row."""
-    words = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    part = words.split("## Old names, new names")[1].split("\n## ")[0]
+    """The cells of the table of replaced names in docs/migrating.md, row by row."""
+    words = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    part = words.split("## SGLang and pymllm: names that were replaced")[1].split("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("|")]
     return rows[2:]  # without the head and the line below it
 
@@ -161,7 +167,7 @@ def test_every_name_is_here_or_accounted_for(project):
         and not exists(module, name, member)
         and not gone & {name, f"{name}.{member}", member or name}
     ]
-    assert not missing, f"export them, or say in CONTRIBUTING's table what replaces them: {missing}"
+    assert not missing, f"export them, or say in the table of docs/migrating.md what replaces them: {missing}"
 
 
 def test_what_is_said_to_be_gone_is_not_here():
@@ -177,12 +183,53 @@ def test_what_the_table_points_to_is_there():
     for row in table():
         for path in re.findall(r"`([a-zA-Z_]+(?:\.[a-zA-Z_]+)+)`", row[1]):
             head, *rest = path.split(".")
-            found: object = vars(jaxcache).get(head)
+            found: object = getattr(jaxcache, head, None) if head[0].isupper() else None
             if found is None:
                 module, rest = ".".join(["jaxcache", *path.split(".")[:-1]]), path.split(".")[-1:]
                 found = importlib.import_module(module)
             for part in rest:
-                assert hasattr(found, part) or part in attributes(type(found)), path
+                owner = found if isinstance(found, type) else type(found)
+                assert hasattr(found, part) or part in attributes(owner), path
                 found = getattr(found, part, None)
             checked += 1
     assert checked >= 5
+
+
+def test_the_documented_interface_is_small_and_sorted():
+    assert len(jaxcache.__all__) <= 55
+    assert jaxcache.__all__ == sorted(jaxcache.__all__)
+    assert all(name in vars(jaxcache) for name in jaxcache.__all__), "loaded with the package"
+
+
+def test_every_error_is_documented_and_says_so_in_its_name():
+    errors = {value for value in vars(jaxcache.errors).values() if isinstance(value, type)}
+    assert {error.__name__ for error in errors} <= set(jaxcache.__all__)
+    assert all(error.__name__.endswith("Error") for error in errors)
+    assert jaxcache.BrokenInvariant is jaxcache.BrokenInvariantError
+
+
+def test_other_names_come_on_first_use_without_a_warning():
+    names = {name for name, value in vars(jaxcache.compat).items() if not name.startswith("_")}
+    names -= {"ascend", "pymllm", "sglang"}
+    assert {"InsertResult", "EvictResult", "PagedTokenToKVPoolAllocator", "RadixKey"} <= names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(getattr(jaxcache, name) is getattr(jaxcache.compat, name) for name in names)
+    assert names <= set(dir(jaxcache))
+    assert jaxcache.InsertResult.__module__ == jaxcache.EvictResult.__module__ == "jaxcache.compat.pymllm"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    for name in ("Radixcache", "_joined", "ascend"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(jaxcache, name)
+
+
+def test_importing_the_package_loads_no_other_systems_names():
+    source = "import sys, jaxcache; print([name for name in sys.modules if name.startswith('jaxcache.compat')])"
+    out = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
+
+
+def test_the_version_is_that_of_what_is_installed():
+    assert jaxcache.__version__ == importlib.metadata.version("jaxcache")

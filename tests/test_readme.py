@@ -1,114 +1,28 @@
-"""The README's examples run, its links lead somewhere, and its numbers are those of the committed results."""
+"""The README is short, its table has names that exist, and the measured tables are those of the committed results."""
 
-import contextlib
-import io
 import json
-import re
-import runpy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import jaxcache
 from benchmarks import readme_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def printed(tmp_path: Path) -> Callable[[str], str]:
-    """What an example prints when it stands alone in a file."""
-
-    def run(source: str) -> str:
-        path, out = tmp_path / "example.py", io.StringIO()
-        path.write_text(source, encoding="utf-8")
-        with contextlib.redirect_stdout(out):
-            runpy.run_path(str(path))
-        return out.getvalue()
-
-    return run
+def test_the_readme_is_short() -> None:
+    assert len(TEXT.splitlines()) <= 200
 
 
-def test_the_step_example_finds_the_first_request(printed) -> None:
-    assert printed(EXAMPLES[0]) == "first 0\nsecond 96\n"
+def test_the_measured_tables_are_what_the_results_say() -> None:
+    for page, new in readme_table.pages().items():
+        assert page.read_text(encoding="utf-8") == new, f"{page.name}: python -m benchmarks.readme_table"
 
 
-def test_the_donation_example_meets_a_stale_pool(printed) -> None:
-    out = printed(EXAMPLES[1]).rstrip()
-    assert "consumed by an earlier donated step" in out and out.endswith("use the pool which that step returned")
-
-
-def test_the_loop_example_decodes_32_steps(printed) -> None:
-    assert printed(EXAMPLES[2]) == "35 36\n"
-
-
-def test_the_hybrid_example_goes_on_from_a_saved_state(printed) -> None:
-    assert printed(EXAMPLES[3]) == "first 0\nsecond 192\n"
-
-
-def test_the_sharded_example_is_refused_outside_its_shard_map(printed) -> None:
-    assert "call it inside jax.shard_map(step, mesh=mesh" in printed(EXAMPLES[4])
-
-
-def test_the_snapshot_example_finds_what_was_saved(printed) -> None:
-    pytest.importorskip("safetensors")
-    assert printed(EXAMPLES[5]) == "96\n"
-
-
-def test_the_torch_example_reads_what_torch_wrote(printed) -> None:
-    pytest.importorskip("torch")
-    refused, read = printed(EXAMPLES[6]).splitlines()
-    assert refused.endswith("end the borrow first") and read == "2"
-
-
-def test_the_kernel_example_says_why(printed) -> None:
-    picked, refused = printed(EXAMPLES[7]).splitlines()
-    assert "the table's choice for write_kv" in picked
-    assert refused.endswith("'cpu'. Leave implementation=None for the table's choice.")
-
-
-def test_there_is_no_other_example() -> None:
-    assert len(EXAMPLES) == 8
-
-
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_names_of_the_tables_exist() -> None:
-    tables = "\n".join(line for line in TEXT.splitlines() if line.startswith("| "))
-    tables = tables.partition("| what | case |")[0]
-    names = set(re.findall(r"`([A-Z]\w+|[a-z_]+)`", tables)) - {"jaxcache", "ValueError"}
-    extras = {
-        "cli",
-        "viz",
-        "torch",
-        "transformers",
-        "events",
-        "metrics",
-        "snapshot",
-        "test",
-        "dev",
-        "triton",
-        "torch_bridge",
-    }
-    extras |= set(re.findall(r" import (\w+) as \1\n", (ROOT / "torch_bridge" / "__init__.py").read_text()))
-    assert {"RadixCache", "donating", "StalePoolError"} <= names
-    assert sorted(name for name in names - extras if name not in vars(jaxcache)) == []
-
-
-def test_every_error_has_its_line() -> None:
-    errors = {name for name, value in vars(jaxcache.errors).items() if isinstance(value, type)}
-    assert {name for name in errors if f"`{name}`" not in TEXT} <= {"CacheError"}
-
-
-def test_the_measured_table_is_what_the_results_say() -> None:
-    assert readme_table.with_table(TEXT, readme_table.table()) == TEXT
+def test_the_readme_measures_five_things() -> None:
+    measured = TEXT.partition(readme_table.BEGIN)[2].partition(readme_table.END)[0]
+    assert sum(line.startswith("| ") for line in measured.splitlines()) == 1 + 5
 
 
 REPLAY = {
@@ -155,7 +69,7 @@ def test_every_kind_of_result_has_its_row(tmp_path: Path) -> None:
         kernel("device-copy", 95.0, True), kernel("jaxcache-triton", 1.0, case="n=16"),
     ]  # fmt: skip
     (tmp_path / "H200" / "device.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = readme_table.table(tmp_path, tmp_path).splitlines()[2:]
+    rows = readme_table.table(readme_table.all_rows(tmp_path), tmp_path / "README.md").splitlines()[2:]
     assert len(rows) == 6
     assert "5,000,000 slots verified: 0 wrong, 0 leaked, 0 late compilations; hit rate 14.15%" in rows[0]
     assert "20.0 µs | SGLang 0.5.2, Python: 400.0 µs (**20.0x**) | [a CPU](index.json)" in rows[1]
@@ -167,10 +81,15 @@ def test_every_kind_of_result_has_its_row(tmp_path: Path) -> None:
 
 
 def test_no_result_and_strange_results(tmp_path: Path) -> None:
-    assert readme_table.table(tmp_path, tmp_path) == readme_table.NOTHING
+    assert readme_table.table(readme_table.all_rows(tmp_path)) == readme_table.NOTHING
     (tmp_path / "strange.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"strange\.json"):
-        readme_table.table(tmp_path, tmp_path)
+        readme_table.all_rows(tmp_path)
+
+
+def test_a_highlight_without_a_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"0 rows of h200/replay_mha\.json"):
+        readme_table.highlights(readme_table.all_rows(tmp_path), tmp_path)
 
 
 def test_a_readme_without_markers_is_refused() -> None:

@@ -49,7 +49,7 @@ class Borrow:
 
     def __enter__(self) -> Any:
         self._kv = torch_pool(self._pool)
-        self._holds = self._kv.torch_after_jax()  # a GPU refuses to donate what somebody holds
+        self._holds = self._kv.torch_after_jax()  # a GPU refuses to donate what is held elsewhere
         self._pool.mark_borrowed()
         return self._kv
 
@@ -72,7 +72,7 @@ def share(pool: DevicePool) -> Any:
     the pool of this moment. A step that does not leave the pool in its memory ends the view: torch's next use of it
     raises DeadViewError and names the step; the pool that the step returned is unharmed. A jit of your own is not
     seen: put `kv.fence()` around one that only reads. If it donates the pool, the methods of `kv` say so afterwards,
-    but on a GPU tensors kept from before cannot know that the memory is somebody else's.
+    but on a GPU tensors kept from before cannot know that the memory has another owner.
 
     The memory lives as long as any of the tensors. `kv.close()`, or a `with` block, ends the view.
 
@@ -85,8 +85,8 @@ def share(pool: DevicePool) -> Any:
     Raises:
       StalePoolError, ShardingError, ArgumentError, UnsupportedError: as `borrow`.
 
-    Steps of a shared pool take one more argument, which they wait for, so they are compiled anew: share the pool before
-    `warm_up`.
+    Steps of a shared pool take one more argument, which they wait for, so they are compiled again: share the pool
+    before `warm_up`.
 
     Cost: some 50 us of the host on a GPU; at each step some 30 us, and some 50 where torch works between the steps.
     """

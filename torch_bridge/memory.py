@@ -124,7 +124,7 @@ class PoolMemory:
                 return
         self.end(
             f"step {step} returned no {type(self.pool).__name__} in the memory that this torch view looks into: it "
-            "copied the pool, or did not return it; prove_in_place says why, then share the pool anew"
+            "copied the pool, or did not return it; prove_in_place says why, then share the pool again"
         )
 
     def after_read(self, done: jax.Array) -> None:

@@ -5,7 +5,7 @@ host waits until JAX's arrays are ready. JAX after torch: on a GPU, JAX imports 
 is ready when torch's current stream is, and the next program takes it as an argument; on a CPU, torch's operations are
 done when they return.
 
-On a GPU nothing here blocks the host. "Torch" means torch's current stream: whoever uses another stream makes the
+On a GPU nothing here blocks the host. "Torch" means torch's current stream: code that uses another stream makes the
 current one wait for it, as in torch alone. "JAX" means its programs; a bare copy of a buffer to the host, such as
 `np.asarray(pool.k)`, is none: read through `gather` or `get_cpu_copy`.
 """
@@ -61,9 +61,9 @@ class HostOrder(Order):
         return [array.block_until_ready().__dlpack__() for array in arrays]
 
     def torch_after_all(self, array: jax.Array) -> None:
-        # Whatever still reads the memory computes an array that is alive, or one that nobody will ever look at.
+        # Whatever still reads the memory computes an array that is alive, or one that is never looked at.
         for each in jax.live_arrays("cpu"):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody else's failed computation
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another's failed computation
                 each.block_until_ready()
 
     def token(self) -> Any:
@@ -74,7 +74,7 @@ class HostOrder(Order):
 
 
 class CudaOrder(Order):
-    """On a GPU: the streams wait for each other, and the host for nobody. Also a DLPack producer: of its token."""
+    """On a GPU: the streams wait for each other, the host for neither. Also a DLPack producer: of its token."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -33,7 +33,7 @@ class MultiModalCache:
       current_size: Bytes of the arrays that are kept.
 
     Raises:
-      ArgumentError: `max_size` is no integer, or negative.
+      ArgumentError: `max_size` is not an integer, or negative.
 
     Source: SGLang 0.5.2 multimodal_cache.py, whose keys are 64-bit integers.
     """
@@ -45,7 +45,7 @@ class MultiModalCache:
         self._lock = threading.Lock()
 
     def put(self, mm_hash: bytes, embedding: Array, extra_key: str | bytes | Namespace | None = None) -> bool:
-        """Keeps an embedding and lets go of the ones used longest ago, as many as there is no room for.
+        """Keeps an embedding, and evicts the least recently used ones that it leaves no room for.
 
         The same digest again replaces the array and counts as a use.
 
@@ -58,7 +58,7 @@ class MultiModalCache:
           False if it is larger than the whole cache. Nothing has changed then.
 
         Raises:
-          ArgumentError: The digest is too short or no bytes, or `embedding` is no array of this process, or is empty.
+          ArgumentError: The digest is too short or not bytes, or `embedding` is empty or not an array of this process.
         """
         key = _key(mm_hash, extra_key)
         size = _size(embedding)
@@ -97,7 +97,7 @@ class MultiModalCache:
         return embedding is not None and not (isinstance(embedding, jax.Array) and embedding.is_deleted())
 
     def clear(self) -> None:
-        """Lets go of everything."""
+        """Drops everything."""
         with self._lock:
             self._entries.clear()
             self.current_size = 0

@@ -25,7 +25,7 @@ class SWARadixCache(RadixCache):
 
     A prefix is reusable only if its last W tokens still have window pages. Window pages are evicted before full ones,
     in the middle of a path too. The hole is filled by the next request that computes those tokens again: its window
-    pages move to the tree's full pages, which stay where they are, as somebody may be reading them.
+    pages move to the tree's full pages, which stay where they are, as requests may be reading them.
 
     Args:
       req_to_token_pool: As for `RadixCache`.
@@ -58,7 +58,7 @@ class SWARadixCache(RadixCache):
         self.check()
 
     def full_lru_list_evictable_size(self) -> int:
-        """Tokens in the eviction order of the full pages, counted anew. `full_evictable_size` must agree. O(nodes)."""
+        """Tokens in the eviction order of the full pages, counted again. `full_evictable_size` must agree. O(nodes)."""
         return sum(node.tokens for node in self.tree.policies[0])
 
     def swa_lru_list_evictable_size(self) -> int:

@@ -90,7 +90,7 @@ class FullPages(TreeComponent):
         if self._allocator is not None and not are_all_of(self._allocator, pages):
             yield f"the tree holds {len(pages)} pages, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- all the others ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""

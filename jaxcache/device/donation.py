@@ -4,7 +4,7 @@ A step that updates a pool must own its buffers, or XLA copies the whole pool, s
 that every pool it is given is donated, and refuses, before anything is lost, what could not be donated safely: a pool
 that an earlier step consumed already, a pool that another framework looks into, a buffer that stands in two pools, a
 pool that hides among arrays which are not to be donated. `reading(step)` is its twin for steps that only look. Both
-tell whoever keeps a view of a pool's memory in another framework what is about to happen there, and what happened.
+tell the views that another framework has of a pool's memory what is about to happen there, and what happened.
 
 Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 """
@@ -31,7 +31,7 @@ def donating(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ())
 
     A positional argument may also be a list, tuple or dict of pools, nested as you like; it is donated as a whole.
 
-    Called with traced pools, inside somebody else's jit, the step is simply traced as a part of that jit, which then
+    Called with traced pools, inside another jit, the step is simply traced as a part of that jit, which then
     decides what is donated.
 
     Args:

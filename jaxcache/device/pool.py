@@ -34,7 +34,7 @@ class DevicePool:
     update returns a new pool and consumes the old one, whose arrays are gone from then on (`is_stale`).
 
     The borrow mark belongs to the instance and is no part of the pytree: it changes no tree structure, causes no
-    retrace, and does not travel through a jit. Whoever hands a view of the arrays to another framework marks the pool
+    retrace, and does not travel through a jit. Code that hands a view of the arrays to another framework marks the pool
     for as long. A pool may consist of pools: a mark on the whole is one on each of them, and a mark on one of them
     forbids donating the whole.
     """
@@ -92,7 +92,7 @@ class DevicePool:
         return pool
 
     def add_view(self, view: PoolView) -> None:
-        """Has `donating` and `reading` tell `view` of each step on this pool, for as long as somebody holds it."""
+        """Has `donating` and `reading` tell `view` of each step on this pool, for as long as `view` is alive."""
         kept = tuple(ref for ref in self.views if ref() is not None) if self.views else ()
         object.__setattr__(self, "views", (*kept, weakref.ref(view)))
 
@@ -102,12 +102,12 @@ class DevicePool:
         object.__setattr__(self, "views", kept)
 
     def require_unshared(self) -> None:
-        """Raises unless nobody would miss the memory: as `require_donatable`, or BorrowedError if somebody looks in."""
+        """Raises as `require_donatable` does, or BorrowedError if any framework has a view of the memory."""
         self.require_donatable()
         if _views_of(self.with_parts()):
             raise BorrowedError(
                 f"this {type(self).__name__} is shared with another framework, whose tensors would lie in memory that "
-                "is gone: close the share first, and share the pool anew afterwards"
+                "is gone: close the share first, and share the pool again afterwards"
             )
 
     def mark_borrowed(self) -> None:
@@ -136,7 +136,7 @@ class DevicePool:
 
 
 def _views_of(parts: Iterable[DevicePool]) -> list[PoolView]:
-    """The views of these pools, not looking into them, that somebody still holds."""
+    """The views of these pools that are still alive."""
     return [view for part in parts for ref in part.views if (view := ref()) is not None]
 
 

@@ -9,8 +9,8 @@
 A NumPy array handed to a jitted step is first copied by a thread of JAX's, which has to wake up: on an H200's host that
 takes longer than all other host work of a step. Memory which is page-locked already is fetched by the step itself.
 
-These are JAX arrays that the host writes into, behind JAX's back. It is safe because nobody else sees them: a step only
-copies them, their value on the host is never asked for, and a slot waits until the step that read it has ended.
+These are JAX arrays that the host writes into, behind JAX's back. It is safe because nothing else sees them: a step
+only copies them, their value on the host is never asked for, and a buffer is not reused before its step has ended.
 
 Source: jaxcache's own.
 """

@@ -7,7 +7,7 @@
     7     7          applied, and 8 and 9 after it
 
 What cannot be had any more makes the consumer forget all it knew: from then on it knows less than there is, never more,
-and `is_complete` is False until the publisher says everything anew.
+and `is_complete` is False until the publisher has listed everything again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EventConsumer:
       gaps: How often something was missing.
       losses: How often it could not be had, so that everything was forgotten.
       repeated: Batches that arrived though they had been applied or kept, or had become void.
-      restarts: How often the publisher began anew with a lower number.
+      restarts: How often the publisher restarted with a lower number.
     """
 
     def __init__(self, replay: Replay | None = None, max_pending: int = 64):
@@ -53,7 +53,7 @@ class EventConsumer:
     def receive(self, seq: int, batch: EventBatch) -> None:
         """Takes a batch, in whatever order they arrive and however often.
 
-        A lower number with a later time than all that was applied is a publisher that began anew. One that began anew
+        A lower number with a later time than all that was applied is a publisher that restarted. One that restarted
         and is ahead of the old one already looks like a gap; so `ZmqEventPublisher` never begins with a lower number.
         """
         if seq < self.next_seq and batch.ts > self._last_ts:
@@ -62,7 +62,7 @@ class EventConsumer:
             self._forget(0)
             self.is_complete = True  # it knows all of a cache that begins empty
         if seq < self.next_seq or seq in self._pending or batch.ts < self._last_ts:
-            self.repeated += 1  # or a straggler from before the publisher began anew: times never go back
+            self.repeated += 1  # or a straggler from before the publisher restarted: times never go back
         elif seq == self.next_seq or _says_all(batch):
             self._apply(seq, batch)
         else:
@@ -105,7 +105,7 @@ class EventConsumer:
         self.next_seq = seq
 
     def _give_up(self) -> None:
-        """Goes on with what is kept, having forgotten what it was to be applied to."""
+        """Applies what is kept, after forgetting the state that it should have been applied to."""
         while self._pending:
             self.losses += 1
             seq = min(self._pending)

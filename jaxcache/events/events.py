@@ -216,8 +216,8 @@ def _count(blocks: Blocks) -> int:
 class EventQueue:
     """Events that wait to be taken, oldest first.
 
-    Bounded: if more blocks wait than it has room for, it forgets them all, and what is taken next says anew what is in
-    the tree. So whoever takes from it never misses anything, and one who never takes costs no more than that.
+    Bounded: if more blocks wait than it has room for, it forgets them all, and what is taken next lists again what is
+    in the tree. So a reader never misses anything, and one that never reads costs no more than that.
 
     Args:
       tree: Must keep hashes.
@@ -270,7 +270,7 @@ class EventQueue:
         self._blocks = 0
 
     def restate(self) -> None:
-        """The tree was filled by other means, as from a snapshot: what is taken next says anew what is in it."""
+        """The tree was filled by other means, as from a snapshot: what is taken next lists again what is in it."""
         self._waiting.clear()
         self._blocks = self._max_blocks + 1
 
@@ -294,11 +294,11 @@ class EventQueue:
 
         Nothing is taken from the queue. O(nodes and their depth).
         """
-        anew = EventQueue(self._tree, sys.maxsize)
-        anew.cleared()
+        again = EventQueue(self._tree, sys.maxsize)
+        again.cleared()
         for node in self._tree.nodes():
             root: Any = node
             while root.parent is not None:
                 root = root.parent
-            anew.stored(node, root.namespace)
-        return anew.take()
+            again.stored(node, root.namespace)
+        return again.take()

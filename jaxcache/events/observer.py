@@ -1,4 +1,4 @@
-"""What a cache tells whoever watches it, as it happens. Nobody does by default, and then it costs nothing."""
+"""What a cache tells its observer, as it happens. By default there is none, and then it costs nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class CacheObserver(Protocol):
-    """Somebody to tell: `cache.observer = observer`. Called on the thread that drives the cache: it must be quick."""
+    """An observer: `cache.observer = observer`. Called on the thread that drives the cache: it must be quick."""
 
     def admitted(self, tokens: int, found: int) -> None:
         """A request of so many tokens starts to run; so many of them were found in the cache."""
@@ -19,4 +19,4 @@ class CacheObserver(Protocol):
         """So many tokens came into the tree, in so long."""
 
     def evicted(self, amounts: Sequence[int], seconds: float) -> None:
-        """So much was let go, in so long: tokens, or states, of each component in the order of the tree's."""
+        """Evicted amounts, tokens or states, of each component in the tree's order, and elapsed seconds."""

@@ -85,8 +85,8 @@ class KVEventsConfig:
 class ZmqEventPublisher:
     """Publishes batches of events from a thread of its own. Use as a context manager, or call `shutdown`.
 
-    The first batch says that nothing is cached. Numbers begin with the time, in microseconds: a publisher that begins
-    anew has higher ones than the one before, so that its consumers notice.
+    The first batch says that nothing is cached. Numbers begin with the time, in microseconds: a publisher that
+    restarts has higher ones than the one before, so that its consumers notice.
 
     Args:
       config: See `KVEventsConfig`.
@@ -314,7 +314,7 @@ class _Sender:
         while self._router is not None and self._router.poll(0):
             request = self._router.recv_multipart()
             if len(request) != 3 or len(request[2]) != 8:
-                continue  # not ours to understand; whoever sent it waits in vain
+                continue  # not a request of this protocol: it gets no answer
             client, start = request[0], int.from_bytes(request[2], "big")
             for seq, payload in self._buffer:
                 if seq >= start:

@@ -33,7 +33,7 @@ class ZmqEventSubscriber:
 
     Args:
       endpoint: Where batches are published.
-      replay_endpoint: Where to ask for what was missed; None if nobody answers.
+      replay_endpoint: Where to ask for what was missed; None if nothing answers.
       topic: Only messages whose topic begins with it.
       replay_timeout_s: How long to wait for each batch of a replay.
       max_message_bytes: A longer message ends the connection, which ZeroMQ makes again.

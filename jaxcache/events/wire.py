@@ -59,7 +59,7 @@ _REMOVED = ("block_hashes", "medium")
 
 
 def _never() -> None:
-    """Lets nobody else run."""
+    """Keeps other threads from running."""
 
 
 def encode_batch(batch: EventBatch, with_token_ids: bool = True, pause: Callable[[], None] = _never) -> bytes:

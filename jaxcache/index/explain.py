@@ -1,9 +1,9 @@
 """Why a lookup stopped where it did.
 
     explain(tree, key)   Explanation: a reason, numbers, and one readable line
-    Graves               what the tree let go lately: a ring, bounded in nodes and in tokens
+    Graves               what left the tree lately: a ring, bounded in nodes and in tokens
 
-While the tree works nothing is hashed, and nothing written but one entry a node let go: who asks pays the price.
+While the tree works nothing is hashed, and one entry a node evicted is all that is written: the question pays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Reason(enum.Enum):
     """Why a lookup stopped; the first that applies."""
 
     FOUND = "all of it was found"
-    WINDOW_GONE = "what a window needs was let go"
+    WINDOW_GONE = "what a window needs was evicted"
     NO_STATE = "no state was saved there"
     TAIL = "the rest is shorter than a page"
     EVICTED = "the rest was evicted"
@@ -43,7 +43,7 @@ class Explanation:
       known: Tokens that it would find without what stopped it, at least.
       component: What was missing, for WINDOW_GONE and NO_STATE.
       policy: What evicted it, for EVICTED and WINDOW_GONE.
-      changes_ago: How many changes of the tree (leaf added, node split or let go) ago, for EVICTED and DROPPED.
+      changes_ago: How many changes of the tree (leaf added, node split or evicted) ago, for EVICTED and DROPPED.
       namespace: Encoding of the namespace that has it, for OTHER_NAMESPACE. It may hold a secret: not in the line.
     """
 
@@ -71,7 +71,7 @@ class Explanation:
 def explain(tree: RadixTree, key: RadixKey) -> Explanation:
     """Why `tree.match(key)` would stop where it would. Changes nothing, not even recency.
 
-    Cost: a lookup in every namespace, and a look at every node let go lately; milliseconds, for people and not for hot
+    Cost: a lookup in every namespace, and a look at every node evicted lately; milliseconds, for people and not for hot
     loops.
     """
     path, found, length = tree.find(key)

@@ -13,10 +13,10 @@ _NODE_BYTES = 256
 
 
 class Graves:
-    """The nodes a tree let go last. O(1) a node, and no token is copied or looked at.
+    """The nodes that left a tree last. O(1) a node, and no token is copied or looked at.
 
-    A node is kept with the parent it had, so that the whole prefix can be compared, exactly, when somebody asks. What
-    is kept is a node let go: its key and no values; the oldest are forgotten first, an eighth of them at a time.
+    A node is kept with the parent it had, so that the whole prefix can be compared, exactly, when it is asked. What
+    is kept of a node is its key and no values; the oldest are forgotten first, an eighth of them at a time.
 
     Args:
       page_bytes: Bytes of a page of a key.
@@ -31,7 +31,7 @@ class Graves:
         self._buried: deque[tuple[Node, Node, int, bool]] = deque()
 
     def bury(self, node: Node, parent: Node, now: int, is_drop: bool) -> None:
-        """`node` is let go by its `parent`, as change number `now`. Parents go after their children."""
+        """`node` is evicted from its `parent`, as change number `now`. Parents go after their children."""
         self._buried.append((node, parent, now, is_drop))
         self._left -= len(node.key) + _NODE_BYTES
         if self._left < 0:
@@ -43,7 +43,7 @@ class Graves:
             self._left += len(oldest.key) + _NODE_BYTES
 
     def search(self, key: RadixKey, found: int) -> tuple[int, int, bool] | None:
-        """The furthest that prefixes of `key` reached that were let go, when the last such node went, if by a drop.
+        """The furthest that prefixes of `key` reached that were evicted, when the last such node went, if by a drop.
 
         Looks beyond `found` tokens only. Cost: O(nodes kept and their ancestors), and the compares that go far.
         """

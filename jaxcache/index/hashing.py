@@ -30,7 +30,7 @@ def hash_token_ids(
       prior_hash: Digest of the page before; None or "" at the start of a sequence.
 
     Raises:
-      ArgumentError: A token is no integer in [0, 2**32), or `prior_hash` is no SHA-256 digest.
+      ArgumentError: A token is not an integer in [0, 2**32), or `prior_hash` is not a SHA-256 digest.
 
     Source: SGLang 0.5.2 hicache_storage.py, get_hash_str; pymllm base_prefix_cache, hash_token_ids.
     """
@@ -101,7 +101,7 @@ def _content(part: bytes | str | np.ndarray) -> tuple[bytes, bytes]:
 def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:
     """The chained digests of a node's pages, whether its tree keeps hashes or not; they are kept in the nodes.
 
-    The nodes above it come first, always: the same pages have the same digests whoever was asked before.
+    The nodes above it come first, always: the same pages have the same digests, in whatever order they are asked for.
 
     Args:
       node: A node in a tree.

@@ -231,7 +231,7 @@ class BigramKey(RadixKey):
         """The first token of each pair, as a read-only view."""
         return self.pairs[:, 0]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return map(tuple, self.pairs.tolist())
 
     def bigrams(self) -> BigramKey:

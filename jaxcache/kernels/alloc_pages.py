@@ -1,7 +1,7 @@
 """Page allocation on the device: from lengths and fresh pages to one slot a token.
 
-The host (or `pages/state.py`) decides which pages a batch takes; these ops expand them to slots, so that nobody uploads
-64k slots. For one request, with P = page_size and C(x) = ceil(x / P):
+The host (or `pages/graph.py`) decides which pages a batch takes; these ops expand them to slots, so that 64k slots need
+no upload. For one request, with P = page_size and C(x) = ceil(x / P):
 
     position   0 ............ p | p ........ C(p)*P | C(p)*P ........... s
                written before   | tail of the page  | the request's new pages, in order:

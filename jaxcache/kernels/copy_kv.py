@@ -34,7 +34,7 @@ def gather_rows(pool: Shaped[Array, "layers slots *row"], loc: Int32[AnyArray, "
 
     Args:
       pool: The stack; only read.
-      loc: Slots, in any order, with repeats. A slot outside the pool reads as zeros, never as somebody's KV.
+      loc: Slots, in any order, with repeats. A slot outside the pool reads as zeros, never as the KV of a request.
 
     Raises:
       ArgumentError: on a wrong dtype or shape.

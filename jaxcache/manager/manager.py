@@ -479,8 +479,11 @@ class MemoryManager:
         return self._whole.usage("full")
 
     def get_swa_token_info(self) -> tuple[int, int, float, float, int, int, int, int]:
-        """Of full and window side: (full used, window used, full usage, window usage, full available, full evictable,
-        window available, window evictable).
+        """Tokens of the full and the window side.
+
+        Returns:
+          (full used, window used, full usage, window usage, full available, full evictable, window available, window
+          evictable); usages are fractions.
 
         Raises:
           ArgumentError: There is no window side.

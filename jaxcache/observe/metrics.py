@@ -87,7 +87,7 @@ class CacheMetrics:
             self._hits = self._counter("prefix_cache_hits", "Tokens of them that were in the cache.")
             cached = self._family(Counter, "cached_tokens", "Tokens found, by where they were.", "cache_source")
             self._sources = {source: self._bound(cached, cache_source=source.value) for source in CacheSource}
-            evicted = self._family(Counter, "evicted_tokens", "Tokens, or states, let go.", "component")
+            evicted = self._family(Counter, "evicted_tokens", "Tokens, or states, evicted.", "component")
             self._evicted = [self._bound(evicted, component=name) for name in components]
             self._inserted = self._counter("inserted_tokens", "Tokens that came into the cache.")
             self._match_s = self._latency("match_duration_seconds", "Time of a lookup.")
@@ -127,7 +127,7 @@ class CacheMetrics:
     # ---- sizes, when they are scraped ----------------------------------------------------------------------------
 
     def watch(self, pool: MetricPool, token_info: TokenInfo) -> None:
-        """Publishes the sizes of a pool from now on. Whoever scrapes calls `token_info`, from another thread.
+        """Publishes the sizes of a pool from now on. A scrape calls `token_info`, from another thread.
 
         Raises:
           ArgumentError: That pool is watched already.

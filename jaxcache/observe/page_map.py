@@ -1,4 +1,4 @@
-"""Pages in the colour of whoever has them: at this moment, or moment after moment."""
+"""Pages in the colour of their owners: at this moment, or moment after moment."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class PageTimeline:
         timeline.mark("a comes", {"a": pages_of_a})      # as often as there is something new
         timeline                                          # a notebook draws it
 
-    A request's own pages have its colour; those of the tree are green, darker while somebody reads them.
+    A request's own pages have its colour; those of the tree are green, darker while they are locked.
 
     Args:
       allocator: Whose pages; is only looked at.
@@ -131,7 +131,7 @@ class PageTimeline:
     def _bars(
         self, i: int, codes: np.ndarray, above: np.ndarray | None, y: float, row: int, column: float
     ) -> list[str]:
-        """Whoever had page `i + 1`, a bar for as long as it was the same; named where the page above was not theirs."""
+        """The owners of page `i + 1`, a bar for as long as each had it; named where the page above was not theirs."""
         parts: list[str] = []
         edges = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
         for start, stop in itertools.pairwise(edges):

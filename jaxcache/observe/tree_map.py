@@ -28,7 +28,7 @@ def tree_map(tree: RadixTree, text: TokenText | None = None) -> Svg:
 
     Amber is locked; unlocked nodes fade with age, and the palest is evicted next (`Policy.LRU`). Hovering over a box
     shows all of it. Further components have a row each below a node, in colours of their own: window pages, dashed
-    where they were let go, and the state saved at its end. A triangle is where a lookup may stop.
+    where they were evicted, and the state saved at its end. A triangle is where a lookup may stop.
 
     Args:
       tree: Is only looked at.

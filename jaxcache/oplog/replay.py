@@ -82,7 +82,6 @@ def bisect(
       check: Called with a replayed manager.
       config: As for `replay`.
     """
-
     compiled = CompiledSteps()
 
     def is_broken(calls: int) -> bool:

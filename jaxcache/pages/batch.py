@@ -31,8 +31,8 @@ def batch_last_loc(
 
     Raises:
       ArgumentError: if the lengths contradict `last_loc`.
-      OwnershipError: if it lies in a page that nobody holds; or if its page would be filled further, but is not a
-        request's own, or is that of two requests: somebody else's KV would be overwritten.
+      OwnershipError: if it lies in a page that has no owner; or if its page would be filled further, but is not a
+        request's own, or is that of two requests: another's KV would be overwritten.
     """
     slots = as_int32("last_loc", last_loc)
     require_same_length(seq_lens=seq_lens, last_loc=slots)

@@ -107,11 +107,11 @@ class FreeList:
 
     def taken_since(self, position: Position) -> Int32[np.ndarray, " n"]:
         """A copy of the pages taken since the list was at `position`, of the same edition. O(n)."""
-        return self._ring.peek(position.head, position.count - self._ring.count)
+        return self._ring.peek(position.head, position.pages - self._ring.count)
 
     def rewind(self, position: Position) -> None:
         """Puts back what was taken since. O(1)."""
-        self._ring.rewind(position.head, position.count)
+        self._ring.rewind(position.head, position.pages)
 
 
 def concatenated(chunks: list[np.ndarray]) -> Int32[np.ndarray, " n"]:

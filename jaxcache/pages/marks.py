@@ -18,12 +18,12 @@ class Position(NamedTuple):
     Attributes:
       edition: Changes whenever the list does in another way than by taking from its front.
       head: Where its first page is.
-      count: Pages in it.
+      pages: Pages in it.
     """
 
     edition: int
     head: int
-    count: int
+    pages: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

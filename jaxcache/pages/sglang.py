@@ -51,8 +51,10 @@ class SGLangNames(abc.ABC):
 
     @abc.abstractmethod
     def _take(self, n: int, sort_above: int) -> Int32[np.ndarray, " n"] | None:
-        """Takes `n` pages, or None and nothing has changed. With `need_sort`, sorts first if fewer than `sort_above`
-        are ready."""
+        """Takes `n` pages, or None and nothing has changed.
+
+        With `need_sort`, sorts first if fewer than `sort_above` are ready.
+        """
 
     @abc.abstractmethod
     def _release(self, name: str, pages: Int32[np.ndarray, " n"], owner: PageState) -> None:

@@ -11,8 +11,7 @@ from jaxcache.pages.token import TokenToKVPoolAllocator
 
 
 class StateAllocator(TokenToKVPoolAllocator):
-    """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and checkpoints, out of one
-    list.
+    """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and checkpoints, in one list.
 
     A request's states are PRIVATE; a checkpoint that a prefix cache adopts is TREE. What a state held stays in it when
     it is freed: whoever gets it next empties it, or copies another state over it, before reading.
@@ -36,6 +35,6 @@ class StateAllocator(TokenToKVPoolAllocator):
         Raises:
           DoubleFreeError: if it is free already.
           OwnershipError: if it is not PRIVATE (the tree's states go back through `release`), or no state.
-          ArgumentError: if it is no integer.
+          ArgumentError: if it is not an integer.
         """
         self._release("slot", as_int32("slot", [as_count("slot", slot)]), PageState.PRIVATE)

@@ -25,7 +25,7 @@ class ReleasedPool:
     """Frees the arrays of `pool`, which is stale from then on, once what is to be kept is in host memory.
 
     Args:
-      pool: That of one owner: nobody else looks into it.
+      pool: That of one owner: no other framework has a view of it.
       kept: For each stack of layers, the rows to keep; None to keep nothing.
 
     Raises:

@@ -177,7 +177,7 @@ class LayerStack(MemoryPool):
         return mesh_of(self.config, self.buffers[0])
 
     def partition_specs(self) -> Self:
-        return self.with_buffers(*[self.config.partition_spec] * len(self.buffers))  # pyright: ignore[reportArgumentType]
+        return type(self)(self.config, *[self.config.partition_spec] * len(self.buffers))
 
     def stacks(self) -> dict[str, LayerStack]:
         return {"kv": self}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Pool = MemoryPool
 DIGEST_LANES = 4
-"""Elements at the start of a temporal state that hold its sum, a byte each: what the next step goes on from."""
+"""Elements at the start of a temporal state that hold its sum, a byte each: what the next step resumes from."""
 _TEMPORAL, _CONV = 2, 3
 """Planes of a state, next to those of K and V."""
 
@@ -126,7 +126,7 @@ def _digest_in(temporal: Shaped[Array, " states *temporal"]) -> Shaped[Array, " 
 
 
 def _advance(pool: MambaPool, states: Any, sums: jax.Array) -> MambaPool:
-    """Each layer goes on from what it finds in the state itself, as a recurrent layer does."""
+    """Each layer resumes from what it finds in the state itself, as a recurrent layer does."""
 
     def one_layer(i: jax.Array, carried: MambaPool) -> MambaPool:
         _, temporal = carried.read(states, i)

@@ -42,7 +42,7 @@ class Proof:
         self._wrong = self._zero()  # the sink holds nothing that could be right
 
     def _zero(self) -> jax.Array:
-        """A count that lies where all later counts will: JAX compiles anew for an array that is bound to no device."""
+        """A count that lies where all later counts will: JAX compiles again for an array that is bound to no device."""
         return jax.device_put(np.zeros((), np.int32), self._manager.table.pages.sharding)
 
     @property
@@ -51,8 +51,10 @@ class Proof:
         return int(self._wrong)
 
     def verify(self, request: Request, count: int) -> None:
-        """Compares the first `count` tokens of a running request: all of them in layers that attend to everything, and
-        the last ones in window layers."""
+        """Compares the first `count` tokens of a running request.
+
+        All of them in layers that attend to everything, and the last ones in window layers.
+        """
         tokens = request.key.token_ids
         firsts = [int(max(0, count - reach)) for reach in self._reaches]
         header = READ_BACK_HEADER + len(firsts)

@@ -104,7 +104,7 @@ def _require_room(config: ReplayConfig, kv: KVCacheConfig | SWAConfig) -> None:
 
 
 def _room() -> int | None:
-    """Bytes that a pool may take; None where nobody says."""
+    """Bytes that a pool may take; None where it is not known."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")

@@ -16,7 +16,7 @@ def state_dict(manager: MemoryManager) -> Books:
     """All that the host of an idle manager knows. O(pages and nodes).
 
     Raises:
-      LockedError, SnapshotError: Somebody holds locks or pages.
+      LockedError, SnapshotError: Locks or pages are held.
     """
     arrays = prefixed("tree", saved_tree(manager.cache.tree))
     arrays |= prefixed("rows", manager.req_to_token_pool.saved_books())

@@ -28,7 +28,7 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
     """Keeps other processes from replacing the snapshot in `path` meanwhile, or, exclusively, from reading it too.
 
     Raises:
-      SnapshotError: There is no such folder, or somebody is at it.
+      SnapshotError: There is no such folder, or another process is using it.
     """
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -38,7 +38,9 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
         try:
             fcntl.flock(folder, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SnapshotError(f"path: somebody saves or loads the snapshot in {path}: try again later") from error
+            raise SnapshotError(
+                f"path: another process saves or loads the snapshot in {path}: try again later"
+            ) from error
         yield
     finally:
         os.close(folder)
@@ -113,7 +115,7 @@ def _abandon(path: Path, folder: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Removes the folders that the manifest does not name. With a damaged one nothing: somebody may want to look.
+    """Removes the folders that the manifest does not name. With a damaged one nothing: it may be wanted for inspection.
 
     A link or a file of such a name was not made by a save, and stays.
     """

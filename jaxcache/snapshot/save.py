@@ -52,7 +52,7 @@ def save_snapshot(
 
     Raises:
       RequestStateError: Requests run: finish, retract or abort them first.
-      LockedError, SnapshotError: Somebody holds a lock or pages of the cache; or another process saves or loads there.
+      LockedError, SnapshotError: A lock or pages of the cache are held; or another process saves or loads there.
       ArgumentError: `model`, `path` or `threads` is no such thing.
       StalePoolError: A donated step consumed the pool behind the manager's back.
       UnsupportedError: The extra `snapshot` is not installed.

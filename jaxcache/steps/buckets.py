@@ -141,12 +141,12 @@ class Buckets:
         tokens = tuple(_doubling(page_size, chunk))
         few = {1, min(EXTEND_REQUESTS, max_running), max_running}
         choices = itertools.product(((4, 8), (2, 4), (1, 2), (1, 1)), (few, {1, max_running}))
-        for parts, rows in (*choices, ((1, 1), {max_running})):
+        for parts, rows in choices:
             sizes = tuple(_decode_sizes(max_running, *parts))
             found = cls(sizes, tokens, tuple(sorted(rows)), contexts, step_cost)
             if len(found.shapes(page_size)) <= MAX_EXECUTABLES:
-                break
-        return found
+                return found
+        return cls(tuple(_decode_sizes(max_running, 1, 1)), tokens, (max_running,), contexts, step_cost)
 
     def shapes(self, page_size: int, *, maps: tuple[str, ...] = (), has_states: bool = False) -> tuple[Bucket, ...]:
         """The static shapes of these sizes, decode before extend; `maps` and `has_states` as in `Bucket`."""

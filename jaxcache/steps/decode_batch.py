@@ -1,6 +1,6 @@
 """A batch that decodes step after step: what one plan needs and the next does not have to find out again.
 
-As long as nobody else touches its rows, every request of the batch grows by one token a step. Lengths and last slots
+As long as nothing else touches its rows, every request of the batch grows by one token a step. Lengths and last slots
 are then those of the step before plus one, and who needs a fresh page follows from the number of steps.
 
 Source: jaxcache's own.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RunningBatch:
-    """What does not change about a batch while nobody comes or goes.
+    """What does not change about a batch while it has the same requests.
 
     Attributes:
       requests: Distinct running requests.
@@ -103,7 +103,7 @@ class DecodeCursor:
         self._last_slot = self._numbers[2]
 
     def continues(self, requests: Sequence[Request]) -> bool:
-        """Whether these are its requests, and nobody has touched their rows since its last step."""
+        """Whether these are its requests, and nothing has touched their rows since its last step."""
         return self.batch.requests == tuple(requests) and self._table.is_current(self._stamp)
 
     def last_tokens(self) -> Int32[np.ndarray, " requests"]:

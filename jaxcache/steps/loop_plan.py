@@ -1,6 +1,6 @@
 """The host's side of a decode loop: what it is told, what it must have done, and the pages lent to it meanwhile.
 
-    plan ──launch──► in flight ──absorb──► over         the lent pages are IN_FLIGHT until then, and nobody else's;
+    plan ──launch──► in flight ──absorb──► over         the lent pages are IN_FLIGHT until then, and not shared;
       └────cancel────────┴──────cancel──►               absorb: those that hold tokens become their request's PRIVATE
                                                         pages, the others go back, as if they had never been taken
 
@@ -64,7 +64,7 @@ class LoopPlan:
 
     @property
     def most_pages(self) -> int:
-        """Pages that the loop takes if every token is accepted and nobody stops."""
+        """Pages that the loop takes if every token is accepted and no request stops."""
         size = self.shape.page_size
         ends = np.minimum(self.seq_len + self.shape.steps * self.shape.width, self.limit)
         return int((pages_of(ends, size) - pages_of(self.seq_len, size)).sum())
@@ -79,7 +79,7 @@ class LoopPlan:
         Args:
           accepted: int (steps, requests), the lengths given to `DecodeLoop.accept`, step by step; None if it was called
             without. Columns of padding may follow. Fewer rows than planned: a loop that ended early.
-          stopped: bool, of the same shape, the masks given to `DecodeLoop.stop`; None if nobody stopped.
+          stopped: bool, of the same shape, the masks given to `DecodeLoop.stop`; None if none stopped.
 
         Raises:
           ArgumentError: on another shape or dtype, or lengths that no step can accept.
@@ -211,7 +211,7 @@ class PageLoan:
     def settle(self, used: int) -> None:
         """The first `used` pages become PRIVATE, the others free.
 
-        Where nobody took or freed a page meanwhile, the free list is as if the others had never been taken.
+        Where no page was taken or freed meanwhile, the free list is as if the others had never been taken.
         """
         self._allocator.transfer(self.pages, PageState.IN_FLIGHT, PageState.PRIVATE)
         if used == len(self.pages):

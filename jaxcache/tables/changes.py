@@ -34,7 +34,7 @@ class TableChanges:
 
 
 class ChangeLog:
-    """Which entries of a host table its copy on the device has not heard of.
+    """Which entries of a host table its copy on the device has not been sent.
 
     Args:
       table: The host table; read, never written. It must stay this very array.
@@ -55,7 +55,7 @@ class ChangeLog:
         self._count = 0
 
     def mark(self, index: Int32[np.ndarray, " entries"]) -> None:
-        """These entries have changed. The array is kept: give one that nobody writes to."""
+        """These entries have changed. The array is kept: give one that is not written to."""
         self._waiting.append(index)
         self._count += len(index)
         if self._count > 2 * len(self._table):

@@ -32,8 +32,8 @@ class RequestTable(DevicePool):
         return RequestTable(flat.reshape(self.pages.shape))
 
     def slots(
-        self, row: Int32[Array, " tokens"], position: Int32[Array, " tokens"], page_size: int
-    ) -> Int32[Array, " tokens"]:
+        self, row: Int32[Array, "*#tokens"], position: Int32[Array, "*#tokens"], page_size: int
+    ) -> Int32[Array, "*tokens"]:
         """Slot of each (row, position). Positions past a request's end give stale slots: mask them.
 
         A row past the end, as padding has, gives the slots of another row.

@@ -25,7 +25,7 @@ from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.page_list import PageList
 
 if TYPE_CHECKING:
-    from jaxtyping import Int32
+    from jaxtyping import Int, Int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ class ReqToTokenPool:
 
     def append_pages(
         self,
-        rows: Int32[np.ndarray, " rows"],
+        rows: Int[np.ndarray, " rows"],
         pages: Int32[np.ndarray, " pages"],
         counts: Int32[np.ndarray, " rows"] | None = None,
         on_device: bool = False,
@@ -208,7 +208,7 @@ class ReqToTokenPool:
         if not on_device:
             self._changes.mark(index)
 
-    def cut_spare_pages(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
+    def cut_spare_pages(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
         """Takes the pages behind those of the tokens with KV from distinct rows; the caller frees them.
 
         Returns:
@@ -223,7 +223,7 @@ class ReqToTokenPool:
         self.touch(rows)
         return pages
 
-    def commit(self, rows: Int32[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
+    def commit(self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
         """These rows have so many tokens with KV from now on."""
         self.kv_len[rows] = kv_len
         self.touch(rows)
@@ -236,7 +236,7 @@ class ReqToTokenPool:
         self._clock += 1
         self._changed_at[rows] = self._clock
 
-    def stamp(self, rows: Int32[np.ndarray, " rows"]) -> RowStamp:
+    def stamp(self, rows: Int[np.ndarray, " rows"]) -> RowStamp:
         """Remembers these rows as they are. O(1)."""
         return RowStamp(self, rows, self._clock)
 
@@ -249,7 +249,7 @@ class ReqToTokenPool:
             return False
         return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
 
-    def last_slots(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+    def last_slots(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
         """Slot of the last token with KV of each row; -1 where there is none."""
         last = self.kv_len[rows] - 1
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size

@@ -102,7 +102,7 @@ def test_a_window_that_is_gone():
     tree.unlock(lock)
     why = explain(tree, RadixKey(list(range(8))))
     assert (why.reason, why.length, why.known, why.component) == (Reason.WINDOW_GONE, 0, 8, "window")
-    assert str(why) == "0 of 8 tokens: what a window needs was let go (window; 8 tokens are cached)"
+    assert str(why) == "0 of 8 tokens: what a window needs was evicted (window; 8 tokens are cached)"
     assert explain(tree, RadixKey(list(range(12)))).reason is Reason.FOUND
 
 

@@ -125,9 +125,9 @@ def test_two_do_not_save_to_one_place_at_once(tmp_path):
     jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL)
     with locked(tmp_path, exclusive=False):
         jaxcache.load_snapshot(tmp_path, life.config, model=MODEL)
-        with pytest.raises(SnapshotError, match="somebody saves or loads"):
+        with pytest.raises(SnapshotError, match="another process saves or loads"):
             jaxcache.save_snapshot(tmp_path, life.memory, model=MODEL)
-    with locked(tmp_path, exclusive=True), pytest.raises(SnapshotError, match="somebody saves or loads"):
+    with locked(tmp_path, exclusive=True), pytest.raises(SnapshotError, match="another process saves or loads"):
         jaxcache.load_snapshot(tmp_path, life.config, model=MODEL)
 
 

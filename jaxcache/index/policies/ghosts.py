@@ -1,4 +1,4 @@
-"""What was let go, remembered by a fingerprint for a while: how a policy learns that it let go too early."""
+"""What was evicted, remembered by a fingerprint for a while: how a policy learns that it evicted too early."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Note = TypeVar("_Note")
 
 
 class Ghosts(Generic[_Note]):
-    """The last nodes let go, oldest first, each with a note.
+    """The last nodes evicted, oldest first, each with a note.
 
     A ghost is found by its first tokens and the place where they begin: a prefix that is cached again begins where it
     was cut. No token is kept. Two prefixes with the same 16 tokens at the same place are taken for each other, which
@@ -40,7 +40,7 @@ class Ghosts(Generic[_Note]):
         self.tokens += tokens
 
     def take(self, node: Node) -> tuple[int, _Note] | None:
-        """Tokens and note of what was let go where `node` begins, and forgets it. O(1)."""
+        """Tokens and note of what was evicted where `node` begins, and forgets it. O(1)."""
         found = self._notes.pop(_fingerprint(node), None)
         if found is not None:
             self.tokens -= found[0]

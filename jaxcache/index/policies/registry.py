@@ -15,7 +15,7 @@ class Policy(enum.Enum):
     """Eviction policies by name.
 
     LRU, LFU, FIFO, MRU, FILO, PRIORITY and SLRU mean what they mean in SGLang, but LFU counts every hit and SLRU bounds
-    what it protects. S3FIFO and ADAPTIVE remember some of what they let go.
+    what it protects. S3FIFO and ADAPTIVE remember some of what they evicted.
     """
 
     LRU = "lru"

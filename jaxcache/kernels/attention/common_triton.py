@@ -88,8 +88,10 @@ def to_math(x, MATH: tl.constexpr):
 
 @triton.jit
 def queries_to_math(q, MATH: tl.constexpr, SCALED: tl.constexpr):
-    """Queries as tensor cores take them, and what to multiply logits by: 8-bit keys are multiplied in fp16, whose range
-    is narrow, so there each query is divided by its largest element."""
+    """Queries as tensor cores take them, and what to multiply logits by.
+
+    8-bit keys are multiplied in fp16, whose range is narrow, so there each query is divided by its largest element.
+    """
     if SCALED:
         q = q.to(tl.float32)
         most = tl.max(tl.abs(q), 1)
