@@ -250,7 +250,7 @@ def attention_rows(records: list[dict[str, Any]], path: Path) -> Iterator[Row]:
     checks = [record for record in records if record["bench"] == "check"]
     if checks:
         wrong = sum("failed" in check for check in checks)
-        what, case = "attention against float64", "random ragged batches; what nobody owns is NaN"
+        what, case = "attention against float64", "random ragged batches; slots without an owner are NaN"
         yield Row(2, what, case, f"{len(checks)} cases, {wrong} wrong", "-", checks[0]["device"], path)
     timed = [record for record in records if record.get("us")]
     for bench, group in itertools.groupby(timed, key=lambda record: record["bench"]):

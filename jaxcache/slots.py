@@ -40,7 +40,7 @@ def whole_pages(name: str, slots: ArrayLike, page_size: int, *, last_may_end: bo
       last_may_end: The slots may end within the last page.
 
     Raises:
-      ArgumentError: if `slots` is no list of slots, or a page is not there whole and in order.
+      ArgumentError: if `slots` is not a list of slots, or a page is not there whole and in order.
     """
     slots = as_int32(name, slots)
     if len(slots) and slots.min() < 0:

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slots": {"errors", "arguments"},
     "state_dict": {"errors"},
     "index": _READERS,
-    "request": {"errors", "index"},
+    "request": {"errors", "arguments", "index"},
     "kernels": {"errors"},
     "device": {"errors"},
     "pools": {"errors", "device", "kernels"},

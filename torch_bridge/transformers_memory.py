@@ -74,7 +74,7 @@ def layers_of(model: Any) -> list[SeenLayer]:
 
 
 def ignores_padding(model: Any, position_dims: tuple[int, ...] | None) -> bool:
-    """Whether KV of tokens is the same behind padding. Some models count positions from the first column all the same.
+    """Whether KV of tokens is the same behind padding. Some models count positions from the first column nevertheless.
 
     Args:
       model: The model.

@@ -138,7 +138,7 @@ class ResumePoints:
         """Knows what the one with these arrays knew, of the nodes with these numbers. It must be new.
 
         Raises:
-          SnapshotError: These are no arrays of such a tree.
+          SnapshotError: The arrays are not those of such a tree.
         """
         self.ends, self.elsewhere = books.ints("lookups", 2, high=_MEMORY).tolist()
         for i, candidates in enumerate(self.candidates):

@@ -48,7 +48,7 @@ class TokenList(FixedTokens):
     """Tokens that others follow.
 
     Raises:
-      ArgumentError: A token is no integer in the int32 range; nothing was appended.
+      ArgumentError: A token must be an integer in the int32 range; nothing was appended.
       RequestStateError: On every attempt to change or take back what is in it.
 
     Cost: some 50 ns more to append than a list's own; nothing to read.

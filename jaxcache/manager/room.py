@@ -28,7 +28,7 @@ class Room:
         are no need: they take the place of older ones.)
       after_evicting: There is a row, and memory if what is cached and not in use is evicted, as `extend` and `decode`
         do by themselves. True where `now` is.
-      never: Why the request cannot run here even with nobody else about; None if it can. Where nobody runs, either this
+      never: Why the request cannot run here even alone; None if it can. Where no request runs, either this
         says why or `after_evicting` is True: to wait is never in vain.
     """
 
@@ -42,7 +42,7 @@ class _Need:
     """What a request needs of one component, and what there is, in values of the component.
 
     Attributes:
-      free: What nobody has.
+      free: What is free now.
       evictable: What is cached and not in use, of this request's prefix too.
       found: What is cached of this request's prefix.
       shared: What of that is in use by others, and so neither free nor evictable.
@@ -81,7 +81,7 @@ class RoomSearch:
 
     @property
     def largest_chunk(self) -> int:
-        """Most tokens that a request can compute in one step if nobody else is about.
+        """Most tokens that a request can compute in one step if it runs alone.
 
         What a step computes has a value a page of every component, beside the window before it.
         """
@@ -193,7 +193,7 @@ def _found(path: Sequence[Node], length: int, component: int, since: float, page
 
 
 def cost_to_compute_again(request: Request) -> int:
-    """Tokens that a running request would have to compute again once all that nobody else uses was evicted."""
+    """Tokens that a running request would have to compute again once all that no other request uses was evicted."""
     shared, node = 0, request.lock.node if request.lock is not None else None
     while node is not None and node.parent is not None:
         shared += node.tokens if node.locks > 1 else 0
@@ -204,7 +204,7 @@ def cost_to_compute_again(request: Request) -> int:
 def cheapest_victim(requests: Sequence[Request], tokens: int = 0) -> Request | None:
     """Whom of these running requests to retract: of the lowest priority, whom it costs least to compute again.
 
-    Prefixes that others use stay where they are, and cost nothing. Of equals it is the last. None of nobody.
+    Prefixes that others use stay where they are, and cost nothing. Of equals it is the last. None without requests.
 
     Args:
       requests: Running requests.

@@ -144,7 +144,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         Raises:
           DoubleFreeError: if a page is free (or pending) already, or named twice.
           OwnershipError: if another owner has a page, or it is the sink or no page of this allocator.
-          ArgumentError: if `pages` is no list of integers, or `owner` cannot own pages.
+          ArgumentError: if `pages` is not a list of integers, or `owner` cannot own pages.
 
         Cost: O(n), by the run (to order pages that are neither sorted nor in runs O(n log n), where the free order is
         LIFO), whatever the size of the pool.
@@ -163,7 +163,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
 
         Raises:
           OwnershipError: if a page is not `source`'s, is named twice, or is no page of this allocator.
-          ArgumentError: if `pages` is no list of integers, or `source` or `target` cannot own pages.
+          ArgumentError: if `pages` is not a list of integers, or `source` or `target` cannot own pages.
 
         Cost: O(n).
         """
@@ -217,7 +217,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         """Who owns which page, and the order in which free ones will be taken. O(num_pages).
 
         Raises:
-          SnapshotError: if a page is somebody's who will not be there to free it: PRIVATE, IN_FLIGHT or PENDING.
+          SnapshotError: if a page has an owner that will not be there to free it: PRIVATE, IN_FLIGHT or PENDING.
         """
 
     @abc.abstractmethod

@@ -28,7 +28,7 @@ _MIN_RUN = 128
 
 
 def rows_of(ids: Int32[np.ndarray, " n"]) -> Rows:
-    """Where pages are that nobody doubts. O(n)."""
+    """Where checked pages are. O(n)."""
     runs = runs_of(ids)
     return ids.astype(INDEX) if runs is None else runs
 

@@ -114,7 +114,7 @@ class SGLangNames(abc.ABC):
 
         Raises:
           ArgumentError: if the arguments contradict each other.
-          OwnershipError: if `last_loc` lies in a page that nobody holds; or if its page is about to be filled, but is
+          OwnershipError: if `last_loc` lies in a page without an owner; or if its page is about to be filled, but is
             not PRIVATE, or is the last page of two requests.
 
         Cost: O(bs + pages + tokens). The pages are taken as by `extend_pages`.
@@ -182,7 +182,7 @@ class SGLangNames(abc.ABC):
         Raises:
           DoubleFreeError: if a page is free (or pending) already; with pages of one slot also if a slot is named twice.
           OwnershipError: if a page is not PRIVATE (the tree's pages go back through `release`) or cannot be owned.
-          ArgumentError: if `free_index` is no list of integers.
+          ArgumentError: if `free_index` is not a list of integers.
 
         Cost: O(n) to find the pages, then as `release`.
         """

@@ -14,7 +14,7 @@ class StateAllocator(TokenToKVPoolAllocator):
     """Allocates the states 1 .. `size` of a `MambaPool`: working states of requests, and checkpoints, in one list.
 
     A request's states are PRIVATE; a checkpoint that a prefix cache adopts is TREE. What a state held stays in it when
-    it is freed: whoever gets it next empties it, or copies another state over it, before reading.
+    it is freed: its next owner empties it, or copies another state over it, before reading.
 
     >>> states = StateAllocator(2)
     >>> states.alloc_track_slot(), states.alloc_track_slot(), states.alloc_track_slot()

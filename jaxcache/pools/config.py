@@ -80,7 +80,7 @@ class PoolConfig(abc.ABC):
         runs inside a `jax.shard_map` over that axis; see `jaxcache.pools.sharding`.
       shards: Devices along that axis.
       global_layers: Ids in the model of the layers of one side of an `SWAConfig`, which sets it; None where they are
-        `start_layer` and those that follow. Methods count from `start_layer` all the same: this tells rows apart.
+        `start_layer` and those that follow. Methods count from `start_layer` nevertheless: this tells rows apart.
 
     Raises:
       ArgumentError: on sizes that do not fit together.
@@ -124,7 +124,7 @@ class PoolConfig(abc.ABC):
         """The index into the stack of a global layer id; of a traced id that names no layer, one outside the stack.
 
         Raises:
-          ArgumentError: if an id on the host names no layer, or is no integer.
+          ArgumentError: if an id on the host names no layer, or is not an integer.
         """
         if isinstance(layer, (int, np.integer)):
             if self.layers is not None:

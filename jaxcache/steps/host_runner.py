@@ -79,7 +79,7 @@ class HostRunner:
         """Nothing can be released."""
 
     def send_changes(self, room: int = 0, map_room: int = 0) -> None:
-        """Nobody follows the tables."""
+        """There is no device copy of the tables."""
 
     def run(self, *args: Any) -> NoReturn:
         """Refused."""

@@ -179,29 +179,17 @@ def decode_kernel(
     units,
     part_o,  # out (programs + units, MEMBERS * HKV * G, DV) float32
     part_lse,  # out (programs + units, MEMBERS * HKV * G) float32, to base 2
-    HKV: tl.constexpr,
-    G: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr,
     GP: tl.constexpr,  # G, rounded up to a power of two
     M: tl.constexpr,  # rows of queries: MEMBERS * GP, at least 16
-    MEMBERS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_POWER: tl.constexpr,
-    PAGE_MAJOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-    HAS_START: tl.constexpr,
-    K_KIND: tl.constexpr,
-    V_KIND: tl.constexpr,
+    MEMBERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_POWER: tl.constexpr, PAGE_MAJOR: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    HAS_START: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     NARROW: tl.constexpr,  # 8-bit rows
     PAIRS: tl.constexpr,  # 8-bit values of an even width: see `half`
     PRECISE: tl.constexpr,  # float32 rows
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """The part of one program for one KV head: see the module."""
     h = tl.program_id(0)
     p = tl.program_id(1)

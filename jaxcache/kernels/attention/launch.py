@@ -123,9 +123,11 @@ def latent_launches(requests: int, heads: int, width: int, itemsize: int, capabi
 def takes_pairs(dtype: np.dtype, query_rows: int, *widths: int) -> bool:
     """Whether 8-bit rows, of parts that wide, are read as pairs of numbers (`half` in `common_triton`).
 
-    That is for products whose right side goes through registers: those of fewer than 64 rows of queries.
+    That is for products whose right side goes through registers: those of fewer than 64 rows of queries. Half of a part
+    has to be as wide as a tensor core takes, 16.
     """
-    return dtype.itemsize == 1 and query_rows < 64 and not any(width % 2 for width in widths)
+    fits = all(width == 0 or (width % 2 == 0 and power_of_two(width) >= 32) for width in widths)
+    return dtype.itemsize == 1 and query_rows < 64 and fits
 
 
 def power_of_two(n: int) -> int:
