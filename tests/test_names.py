@@ -216,7 +216,7 @@ def test_other_names_come_on_first_use_without_a_warning():
         warnings.simplefilter("error")
         assert all(getattr(jaxcache, name) is getattr(jaxcache.compat, name) for name in names)
     assert names <= set(dir(jaxcache))
-    assert jaxcache.InsertResult.__module__ == jaxcache.EvictResult.__module__ == "jaxcache.compat.pymllm"
+    assert jaxcache.InsertResult.__module__ == jaxcache.EvictResult.__module__ == "jaxcache.compat.pymllm_base"
 
 
 def test_an_unknown_name_is_an_attribute_error():
