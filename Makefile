@@ -26,7 +26,7 @@ help:  ## what there is
 venv: $(VENV)/.installed-test  ## .venv with everything the tests need
 
 test: $(VENV)/.installed-test  ## the whole suite, on the CPU
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 slow: $(VENV)/.installed-test  ## the tests that take minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
@@ -35,7 +35,7 @@ mutants: $(VENV)/.installed-test  ## every planted bug, which the tests have to 
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.model.mutants --jobs 2
 
 test-h200: $(H200_VENV)/.installed  ## compiled for H200s, and Mosaic GPU interpreted; needs no GPU, may skip nothing
-	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "h200 or mosaic" tests
+	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "(h200 or mosaic) and not slow" tests
 
 replay: $(VENV)/.installed-cli  ## a generated chat trace through the real stack, every hit proven right
 	@mkdir -p $(OUT)
