@@ -19,7 +19,7 @@ if os.environ.get("JAXCACHE_SHAPES", "0") not in ("", "0"):
 from tests.kernels import h200
 
 # It needs torch throughout, and a run that may skip nothing has none.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/test_device.py"]
+collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/test_bridge.py", "benchmarks/test_device.py"]
 
 # Property tests take as long as compiling takes.
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)
