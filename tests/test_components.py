@@ -200,7 +200,7 @@ def test_a_host_copy_without_it_is_refused():
     plain.run(lambda pool, batch: (pool, None), plain.extend([(request, 9)]))
     request.output_ids.append(1)
     plain.retract(request, offload=True)
-    with pytest.raises(ValueError, match="cpu_copy: it has \\['kv'\\], this pool has \\['index', 'kv'\\]"):
+    with pytest.raises(ValueError, match="it has \\['kv'\\], this pool has \\['index', 'kv'\\]"):
         manager.admit(request)
     manager.check_memory()
     assert manager.req_to_token_pool.available_size() == 3

@@ -104,10 +104,6 @@ def _add_leaves(tree: Nodes, key: RadixKey, parent: Node, offer: Offer, page: in
                 (leaf.others[i - 1] if i else leaf).value = owned(values[i][page:end])
                 tree.evictable[i] += end - page
                 tree.policies[i].add(leaf)
-        if not tree.is_single:
-            if len(parent.children) == 1:
-                tree.resume.passed(parent)
-            tree.resume.added(leaf)
         parent, page = leaf, end
     if i := tree.stops.state:
         parent.others[i - 1].value = owned(values[i][:1])

@@ -110,4 +110,3 @@ def _release(tree: Nodes, bottom: Node, since: Sequence[int]) -> None:
             node = node.parent
         for node in reversed(freed) if i else freed:  # see `EvictionPolicy`
             tree.policies[i].add(node)
-            tree.resume.changed(i, node)

@@ -19,7 +19,6 @@ from jaxcache.index.key import RadixKey, first_mismatch
 from jaxcache.index.node import Node, Root, Slot, below, joined, owned
 from jaxcache.index.policies.base import EvictionPolicy
 from jaxcache.index.policies.registry import Policy
-from jaxcache.index.resume import ResumePoints
 from jaxcache.index.stops import Stops
 
 
@@ -40,7 +39,6 @@ class Nodes:
       evictable: For each component, values (pages or states) that no lock covers.
       protected: For each component, values that a lock covers.
       graves: The nodes removed last.
-      resume: What of the further components is surplus, and evicted first.
       has_priorities: Whether any node has a priority other than 0.
       epoch: How often the tree was reset: receipts of an earlier one are refused.
       changes: Leaves added, nodes split and nodes removed so far.
@@ -48,7 +46,7 @@ class Nodes:
 
     __slots__ = (
         *("changes", "components", "element_bytes", "epoch", "evictable", "graves", "has_priorities", "is_single"),
-        *("page_bytes", "page_size", "policies", "policy", "protected", "resume", "roots", "stops", "with_hashes"),
+        *("page_bytes", "page_size", "policies", "policy", "protected", "roots", "stops", "with_hashes"),
     )
 
     def __init__(
@@ -76,7 +74,6 @@ class Nodes:
         ]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
-        self.resume = ResumePoints(self.stops, self.page_size)
         self.has_priorities = False
         self.epoch += 1
         self.changes += 1
@@ -170,16 +167,9 @@ class Nodes:
         else:
             self.evictable[i] += len(value)
             self.policies[i].add(node)
-            self.resume.changed(i, node)
 
-    def split(self, lower: Node, position: int, is_found: bool = True) -> Node:
-        """Cuts `lower` at token `position`; returns the new upper half.
-
-        Args:
-          lower: In the tree; stays the object that ends where it did.
-          position: Inside it, where a page ends.
-          is_found: Whether a lookup or an insert found the upper half; the caller touches or locks the path next.
-        """
+    def split(self, lower: Node, position: int) -> Node:
+        """Cuts `lower` at token `position`; returns the new upper half. The caller touches or locks the path next."""
         pages = (position - lower.start) // self.page_size
         cut = pages * self.page_bytes
         parent = lower.parent
@@ -197,10 +187,8 @@ class Nodes:
             top.locks = bottom.locks
             if bottom.value is not None:
                 top.value, bottom.value = owned(bottom.value[:pages]), owned(bottom.value[pages:])
-                policy = self.policies[i]
-                policy.split(upper, lower) if is_found else policy.cut(upper, lower)
+                self.policies[i].split(upper, lower)
                 if not top.locks:
-                    policy.add(upper)
-        self.resume.split(upper, lower)
+                    self.policies[i].add(upper)
         self.changes += 1
         return upper

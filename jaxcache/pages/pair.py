@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import as_count, as_int32, require_rows, require_same_length
+from jaxcache.arguments import as_count, as_int32, require_same_length
 from jaxcache.errors import ArgumentError, BrokenInvariant, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.allocator import FreeListAllocator, FreeOrder
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, require_whole_pages
@@ -193,8 +193,12 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         slots = as_int32(name, slots)
         windows = self.translate_loc_from_full_to_swa(slots)
         is_there = (windows > 0) | (slots < self.page_size)
-        rule = f"{name}: the window page of each must be there, else page 0 would be read: compute its tokens again"
-        require_rows(is_there, rule, page=slots // self.page_size)
+        if not is_there.all():
+            page = slots[is_there.argmin()] // self.page_size
+            raise ArgumentError(
+                f"{name}: the window page of each must be there, but that of page {page} is gone: "
+                "compute its tokens again"
+            )
         return windows
 
     def num_changed(self) -> int:

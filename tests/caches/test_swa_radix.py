@@ -79,10 +79,6 @@ def test_a_path_loses_its_windows_from_the_root_on(page_size):
     cache.evict(0, 1)
     assert live(cache, tokens) == [False] * 16 + [True] * 8
     assert [cache.match_prefix(tokens[:n]).prefix_len for n in (24, 20, 19, 8)] == [24, 20, page_size == 1 and 0, 0]
-    cache.evict(0, 1)  # of the leaf, what its end does not need
-    assert live(cache, tokens) == [False] * 20 + [True] * 4
-    assert (cache.full_evictable_size(), cache.swa_evictable_size()) == (24, 4)
-    assert [cache.match_prefix(tokens[:n]).prefix_len for n in (24, 23)] == [24, 0]
     cache.evict(0, 1)  # a leaf cannot do without: it goes as a whole, and then nothing needs what is above it
     assert (cache.full_evictable_size(), cache.swa_evictable_size()) == (0, 0)
 
@@ -135,7 +131,7 @@ def test_windows_before_a_gap_are_of_no_use():
 
 
 def test_what_goes_with_a_leaf_counts_for_each_side():
-    cache = make_swa_cache(4, size=64, size_swa=64)
+    cache = make_swa_cache(2, size=64, size_swa=64)
     for token in (1, 2, 3):
         put(cache, [token] * 4)
     assert cache.evict(4, 4) == 4
@@ -145,7 +141,7 @@ def test_what_goes_with_a_leaf_counts_for_each_side():
 
 
 def test_of_what_went_with_a_leaf_no_more_is_evicted():
-    cache = make_swa_cache(4, size=64, size_swa=64)
+    cache = make_swa_cache(2, size=64, size_swa=64)
     for token in (1, 2, 3):
         put(cache, [token] * 4)
     assert cache.evict(4, 8) == 8  # the first leaf for the pages, and the second for what is short of the windows

@@ -106,7 +106,6 @@ class TreeLife:
         size = self.shape.page_size
         same((match.length, match.structural_length), (length * size, len(path) * size), "tokens matched")
         same((match.pages.tolist(), match.state), (ids, state), "what was matched")
-        self.model.note(path)
         self.model.find(path[:length])
         if keep and len(self.found) < 4:
             self.found.append(Found(space, elements[: length * self.model.page_bytes], match, ids, state))

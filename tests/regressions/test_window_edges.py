@@ -112,7 +112,7 @@ def test_s46_windows_are_cached_in_whole_pages(length):
 
 
 def test_s48_a_lookup_is_a_use_of_windows_too():
-    cache = make_swa_cache(4, size=64, size_swa=64)
+    cache = make_swa_cache(2, size=64, size_swa=64)
     for token in (1, 2, 3):
         put(cache, [token] * 4)
     cache.match_prefix([1] * 4)
@@ -123,7 +123,7 @@ def test_s48_a_lookup_is_a_use_of_windows_too():
 
 
 def test_s48_an_insert_is_a_use_of_windows_too():
-    cache = make_swa_cache(4, size=64, size_swa=64)
+    cache = make_swa_cache(2, size=64, size_swa=64)
     for token in (1, 2, 1):
         put(cache, [token] * 4)
     cache.evict(0, 1)

@@ -119,10 +119,14 @@ def test_namespaces_hashes_priorities_and_pairs_come_back(tmp_path):
     config = make_config(policy=Policy.PRIORITY, is_eagle=True, enable_kv_cache_events=True)
     memory = init_memory_pool_and_cache(config)
     spaces = [None, "a", Namespace(lora_id=b"x", cache_salt="secret", media=(b"m" * 32, b"n"))]
+
+    def nothing(pool, batch):
+        return pool, None
+
     for i, space in enumerate(spaces):
         request = Request(f"r{i}", list(range(13)), space, priority=i - 1)
         memory.admit(request)
-        memory.run(lambda pool, batch: (pool, None), memory.extend([(request, 13)]))
+        memory.run(nothing, memory.extend([(request, 13)]))
         memory.finish(request)
     jaxcache.save_snapshot(tmp_path, memory, model=MODEL)
     restored = jaxcache.load_snapshot(tmp_path, config, model=MODEL)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcache.pools.mla import MLAConfig
 from jaxcache.pools.swa import SWAConfig, SWAKVPool
 from jaxcache.steps.batch import Batch
+from jaxcache.steps.buckets import StepKind
 from jaxcache.tables.device_table import RequestTable
 
 SCALE = 0.4
@@ -98,10 +99,10 @@ def make_problem(
     tokens = int(new.sum()) + 1  # one of padding
     q_dtype = dtype if dtype.itemsize > 1 else np.dtype(np.float32)
     q = rng.standard_normal((tokens, heads, keys[0].shape[-1])).astype(q_dtype)
-    return Problem(pool, _batch(pages, row, prefix, seq, slots, tokens), q, keys, values)
+    return Problem(pool, _batch(pages, row, prefix, seq, slots, tokens, page), q, keys, values)
 
 
-def _batch(pages: Any, row: Any, prefix: Any, seq: Any, slots: list[np.ndarray], tokens: int) -> Batch:
+def _batch(pages: Any, row: Any, prefix: Any, seq: Any, slots: list[np.ndarray], tokens: int, page: int) -> Batch:
     steps = [np.arange(p, n) for p, n in zip(prefix, seq, strict=True)]
     request = np.concatenate([np.full(len(step), b) for b, step in enumerate(steps)])
     missing = tokens - len(request)
@@ -122,6 +123,9 @@ def _batch(pages: Any, row: Any, prefix: Any, seq: Any, slots: list[np.ndarray],
         *whole,
         table,
         None,
+        StepKind.EXTEND,
+        page,
+        page * np.shape(pages)[1],
     )
 
 

@@ -23,7 +23,7 @@ def names(table: dict[str, Case]) -> list[Any]:
 def require_interpreter(case: Case, interprets: bool) -> None:
     """Skips what Triton's interpreter cannot run here: it has no bfloat16."""
     if not interprets:
-        pytest.skip("this process compiles Triton source for an H200")
+        pytest.skip("this process compiles Triton source instead of interpreting it")
     if np.dtype(case.dtype) == jnp.bfloat16:
         pytest.skip("Triton's interpreter has no bfloat16; the GPU and the compiler's tests run it")
 
