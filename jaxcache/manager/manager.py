@@ -234,7 +234,7 @@ class MemoryManager:
         if as_count("most", most) < 1:
             raise ArgumentError("most must be at least 1: omit requests with nothing to compute")
         start = request.kv_len
-        end = min(request.num_tokens, start + min(most, self._room.largest_chunk))
+        end = min(request.num_tokens, start + min(most, self._room.largest_chunk(start)))
         for component in self._stepping:
             end = component.next_stop(start, end, request.num_tokens, request.branching_len)
         return self.planner.sizes.chunk(end - start, as_count("beside", beside))

@@ -79,16 +79,15 @@ class RoomSearch:
         self._cache, self._page_size = cache, cache.page_size
         self._max_context_len, self._largest_step = max_context_len, largest_step
 
-    @property
-    def largest_chunk(self) -> int:
-        """Most tokens that a request can compute in one step if it runs alone.
+    def largest_chunk(self, computed: int) -> int:
+        """Most tokens that a request with so many computed ones can compute in one step if it runs alone.
 
         What a step computes has a value a page of every component, beside the window before it.
         """
         most = self._largest_step
         for component in self._cache.tree_components:
             if component.per_page and component.component.reach != math.inf:
-                pages = component.size() - self._window_pages(component.component.reach)
+                pages = component.size() - self._window_pages(min(component.component.reach, computed))
                 most = min(most, max(pages, 1) * self._page_size)
         return most
 
@@ -153,7 +152,7 @@ class RoomSearch:
                 continue
             reach = component.component.reach
             found, shared = _found(path, length, i, length - reach, self._page_size)
-            peak = self._at_once(tokens, reach, min(tokens - length, self.largest_chunk))
+            peak = self._at_once(tokens, reach, min(tokens - length, self.largest_chunk(tokens)))
             yield _Need(free, evictable, found, shared, peak, kept=new_pages + found)
 
     def _prefix(self, request: Request) -> tuple[list[Node], int]:
