@@ -216,7 +216,7 @@ class MemoryComponent(ABC):
         """Who owns which value, for a snapshot of the whole cache. O(values).
 
         Raises:
-          SnapshotError: Somebody owns some who will not be there to free them.
+          SnapshotError: A running request or a copy in flight owns some.
         """
         return {}
 
