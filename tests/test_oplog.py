@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.errors import ArgumentError, BrokenInvariantError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.manager.manager import MemoryManager
@@ -126,7 +126,7 @@ def test_a_decision_that_is_not_in_the_log_is_noticed():
     log = life.memory.log
     index, op = next((i, op) for i, op in enumerate(log.ops) if op.kind is OpKind.EXTEND and op.result)
     log.ops[index] = dataclasses.replace(op, result=op.result + 1)
-    with pytest.raises(BrokenInvariant, match=f"call {index}, EXTEND"):
+    with pytest.raises(BrokenInvariantError, match=f"call {index}, EXTEND"):
         replay(log)
 
 
@@ -150,7 +150,7 @@ def test_bisecting_finds_the_first_call_that_broke_the_books(monkeypatch):
         life.act()
         try:
             life.memory.check_memory()
-        except BrokenInvariant:
+        except BrokenInvariantError:
             broken = len(life.memory.log.ops)
     for _ in range(60):
         life.act()

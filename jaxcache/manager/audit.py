@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxcache.components.base import MemoryComponent
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
 from jaxcache.tables.device_table import RequestTable
@@ -26,7 +26,7 @@ def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, componen
       components: Of the cache.
 
     Raises:
-      BrokenInvariant: names what has no owner, or two.
+      BrokenInvariantError: names what has no owner, or two.
     """
     private = [np.empty(0, np.int32)]
     for row, request in running.items():
@@ -36,9 +36,9 @@ def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, componen
     owned = np.concatenate(private)
     for component in components:
         for problem in component.private_problems(owned):
-            raise BrokenInvariant(problem)
+            raise BrokenInvariantError(problem)
     if sorted([*running, *table.free_rows]) != list(range(table.size)):
-        raise BrokenInvariant(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
+        raise BrokenInvariantError(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
 
 
 def check_readable(
@@ -52,13 +52,13 @@ def check_readable(
       components: Of the cache.
 
     Raises:
-      BrokenInvariant: names the request and what is gone.
+      BrokenInvariantError: names the request and what is gone.
     """
     for row, request in running.items():
         pages = table.row_pages(row, 0, -(-request.kv_len // table.page_size))
         for component in components:
             for problem in component.read_problems(row, pages, request.kv_len):
-                raise BrokenInvariant(f"row {row} of request {request.rid}: {problem}")
+                raise BrokenInvariantError(f"row {row} of request {request.rid}: {problem}")
 
 
 def _check_shared(request: Request, pages: np.ndarray) -> None:
@@ -75,7 +75,7 @@ def _check_shared(request: Request, pages: np.ndarray) -> None:
         node = node.parent
     is_same = np.array_equal(np.concatenate(values), pages)
     if not is_same or b"".join(keys) != key.packed[: key.element_bytes * request.protected_len]:
-        raise BrokenInvariant(
+        raise BrokenInvariantError(
             f"row {request.req_pool_idx} of request {request.rid}: "
             f"its first {request.protected_len} tokens are not the tree's pages"
         )
@@ -85,20 +85,20 @@ def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, de
     """The rows of running requests are the same on the device. Reads the device table back.
 
     Raises:
-      BrokenInvariant: names the row that differs.
+      BrokenInvariantError: names the row that differs.
     """
     device = np.asarray(device_table.pages)
     for row, request in running.items():
         if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
-            raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")
+            raise BrokenInvariantError(f"row {row} of request {request.rid}: the device table differs from the host's")
 
 
 def check_device_maps(pool: MemoryPool, components: Sequence[MemoryComponent]) -> None:
     """The maps of all components are the same on the device. Reads them back.
 
     Raises:
-      BrokenInvariant: names an entry that differs.
+      BrokenInvariantError: names an entry that differs.
     """
     for component in components:
         for problem in component.device_problems(pool):
-            raise BrokenInvariant(problem)
+            raise BrokenInvariantError(problem)

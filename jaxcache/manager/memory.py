@@ -43,6 +43,7 @@ class ManagedMemory:
         self.page_size = config.kv.page_size
         self.running: dict[int, Request] = {}
         self.runner = new_runner(pool, req_to_token_pool, cache.components)
+        allocator.follow_pool(self.runner)
 
     @property
     def pool(self) -> MemoryPool:
@@ -168,7 +169,7 @@ class ManagedMemory:
           read_device: Also read the device table back and compare it with the host's.
 
         Raises:
-          BrokenInvariant: names what has no owner, or two.
+          BrokenInvariantError: names what has no owner, or two.
 
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """

@@ -258,7 +258,7 @@ class SteppedMemory(ManagedMemory):
         Raises: (and nothing has changed)
           RequestStateError: The loop was not launched, or is over.
           ArgumentError: A request lacks tokens that the loop computed.
-          BrokenInvariant: The device did something else, such as for other `accepted` lengths.
+          BrokenInvariantError: The device did something else, such as for other `accepted` lengths.
         """
         self._loops.absorb(replay, self.table if read_device else None)
 
