@@ -60,7 +60,7 @@ class Request:
     """One request and what it owns in the cache.
 
     What a user may set is checked when it is set, here or later. The rest is the manager's: it is no argument, and to
-    be read only.
+    be read only. Any thread may make one; while it runs it belongs to its manager's thread.
 
     Attributes:
       rid: Its name in messages.

@@ -17,6 +17,7 @@ from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
 from jaxcache.errors import ArgumentError
+from jaxcache.guard import exclusive
 from jaxcache.index.node import Insertion
 from jaxcache.index.policies.registry import Policy
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
@@ -41,7 +42,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
       followers: What follows the full pages wherever they go.
 
     Attributes:
-      full, components, tree, events, observer: See `PrefixCache`.
+      full, components, tree, events, observer, guard: See `PrefixCache`; for threads, too.
 
     Raises:
       ArgumentError: The page sizes of cache, allocator and table differ.
@@ -83,6 +84,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         self._windows = tuple(part for part in self._further if part.component.spans)
         self._checkpointed = tuple(part for part in self._further if not part.component.spans)
 
+    @exclusive
     def cache_unfinished_req(self, req: Request, chunked: bool = False) -> None:
         """Shares what a running request has computed, up to its last whole page or checkpoint, and locks it for it.
 
@@ -103,6 +105,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if old is not None:
             self.tree.unlock(old)
 
+    @exclusive
     def cache_finished_req(self, req: Request) -> None:
         """Shares what a request computed, frees the rest of its pages and its row, and releases its lock.
 
@@ -125,6 +128,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
             self.tree.unlock(req.lock)
             req.lock = None
 
+    @exclusive
     def drop_out_of_window(self, req: Request, keep_checkpoint: bool = True) -> None:
         """Frees the window pages of a running request that no later token attends to, and no later stop needs.
 

@@ -47,6 +47,8 @@ class RadixTree(Nodes):
       with_hashes: Keep a chained digest of each page in the nodes (what events need), computed on first access.
       element_bytes: That of the class of its keys.
 
+    Not thread-safe and not guarded: its cache's thread owns it.
+
     Raises:
       ArgumentError: page_size < 1, no policy, no such keys, or components that do not go together.
 

@@ -142,13 +142,9 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         return f"{super().debug_print()}; window: {self.window.debug_print()}"
 
     def check(self) -> None:
-        """Checks the map against both sides: each window page in use belongs to one full page, of the same owner.
-
-        Raises:
-          BrokenInvariantError: says what does not agree.
-
-        Cost: O(num_pages) of both sides.
-        """
+        """Verifies both sides, and that each window page in use belongs to one full page, of the same owner."""
+        self.full.check()
+        self.window.check()
         self._map.check(self.states, self.window.states)
 
     # The map.
