@@ -10,7 +10,6 @@ What nobody owns, behind the last token of a request, is zeroed in shared memory
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxcache.kernels.attention.common_mosaic import (
+    COMPUTE_REGISTERS,
+    FETCH_REGISTERS,
+    LOG2E,
+    NO_LOGIT,
+    TILED,
+    WGMMA,
+    accumulate,
+    base2_logits,
+    clear,
+    filled,
+    pages_of_buffer,
+    spread,
+)
 from jaxcache.kernels.attention.contract import Masking, PagedLatent
 from jaxcache.kernels.attention.plan import Plan
 
@@ -35,13 +48,6 @@ BLOCK = 2 * TOKENS
 """Tokens of a step: the unit of balance of the plan."""
 ROPE = 64
 """Width of the rope part: its buffer holds the weights of a step when its numbers are used up."""
-COLUMNS = 64
-"""Columns of a swizzled tile."""
-LOG2E = math.log2(math.e)
-NO_LOGIT = -1e30
-COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40
-"""Of a thread; together at most 65,536 over the program."""
-WGMMA = plgpu.Layout.WGMMA
 
 
 class Static(NamedTuple):
@@ -134,8 +140,7 @@ def _call(inputs: Inputs, *, static: Static, interpret: Any) -> tuple[jax.Array,
     heads, programs = inputs.q.shape[1], inputs.first_unit.shape[0]
     parts, half = programs + inputs.row.shape[0], static.rank // 2
     copies = TOKENS // min(static.page_size, TOKENS)
-    tiled = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
-    buffer = partial(plgpu.SMEM, dtype=inputs.rows.dtype, transforms=tiled)
+    buffer = partial(plgpu.SMEM, dtype=inputs.rows.dtype, transforms=TILED)
     scratch = Scratch(
         *(buffer((1, HEADS, width)) for width in (half, half, ROPE)),
         *(buffer((2, TOKENS, width)) for width in (half, half, ROPE)),
@@ -201,7 +206,9 @@ class Program:
             work(unit, at - blocks[unit], stop - at, at - begin)
             return stop, unit + 1
 
-        lax.while_loop(lambda carry: carry[0] < end, segment, (begin, self.inputs.first_unit[lax.axis_index("program")]))
+        lax.while_loop(
+            lambda carry: carry[0] < end, segment, (begin, self.inputs.first_unit[lax.axis_index("program")])
+        )
 
     @property
     def heads(self) -> Any:
@@ -252,17 +259,11 @@ class Program:
         lax.fori_loop(0, count, one, None)
 
     def _rows(self, unit: Any, token: Any) -> list[tuple[Any, Any]]:
-        """Where the tokens of one buffer go, and the rows where they are, a page or a part of one at a time."""
-        size, inputs = self.static.page_size, self.inputs
-        piece = min(size, TOKENS)
-        last = lax.div(inputs.stop[unit] - 1, jnp.int32(size))  # pages behind it are nobody's: stale numbers
-        found = []
-        for place in range(0, TOKENS, piece):
-            which = jnp.minimum(lax.div(token + place, jnp.int32(size)), last)
-            page = inputs.page[0] + inputs.table[inputs.row[unit] + which] * inputs.page[1]
-            at = pl.multiple_of(page * size + lax.rem(token + place, jnp.int32(size)), piece)
-            found.append((pl.ds(place, piece), pl.ds(at, piece)))
-        return found
+        """Where the tokens of one buffer go, and where they are."""
+        inputs = self.inputs
+        return pages_of_buffer(
+            inputs.table, inputs.row[unit], inputs.page, token, inputs.stop[unit], TOKENS, self.static.page_size
+        )
 
     def compute(self, me: int) -> None:
         """One of the two warpgroups that multiply: `me` is its buffer, and its half of the columns."""
@@ -274,12 +275,12 @@ class Program:
         plgpu.barrier_wait(s.q_here)
         step = partial(self._step, me, stop=stop, first=first, before=before)
         whole = jnp.clip(lax.div(stop, jnp.int32(BLOCK)) - first, 0, count)
-        carry = _filled((HEADS, half), 0.0), _filled((HEADS,), NO_LOGIT), _filled((HEADS,), 0.0)
+        carry = filled((HEADS, half), 0.0), filled((HEADS,), NO_LOGIT), filled((HEADS,), 0.0)
         carry = lax.fori_loop(0, whole, partial(step, is_whole=True), carry)
         acc, top, den = lax.fori_loop(whole, count, partial(step, is_whole=False), carry)
         plgpu.barrier_arrive(s.q_used)
         den = den + self._swap(me, den)
-        acc = acc * _columns(self.inputs.worth[0] / den, acc)
+        acc = acc * spread(self.inputs.worth[0] / den, acc)
         part = lax.axis_index("program") + unit
         self.part_o.at[part, self.heads, pl.ds(me * half, half)][...] = acc
         if me == 0:
@@ -311,22 +312,22 @@ class Program:
             plgpu.barrier_arrive(s.tops.at[0])
         else:
             plgpu.barrier_wait(s.tops.at[0])
-            new = jnp.maximum(plgpu.load(s.top, (0,), layout=WGMMA.reduce(1)), mine)
+            new = jnp.maximum(plgpu.load(s.top.at[0], layout=WGMMA.reduce(1)), mine)
             s.top[1] = new
-        weight, fade = jnp.exp2(logits - _columns(new, logits)), jnp.exp2(top - new)
+        weight, fade = jnp.exp2(logits - spread(new, logits)), jnp.exp2(top - new)
         if not is_whole:
             weight = jnp.where(at < stop, weight, 0.0)
-        den, acc = den * fade + weight.sum(axis=1), acc * _columns(fade, acc)
+        den, acc = den * fade + weight.sum(axis=1), acc * spread(fade, acc)
         if not is_whole:
-            _clear(own.at[me], token + me * TOKENS, stop)
+            clear(own.at[me], token + me * TOKENS, stop)
         if self.static.takes_turns and me == 0:
             own_half = partial(self._weigh_own, me, zero, weight, own)
             acc = accumulate(acc, own_half, self.static.interprets)
             plgpu.barrier_arrive(own_used.at[me])
             plgpu.barrier_wait(s.weights.at[other])
-            top, new = new, plgpu.load(s.top, (1,), layout=WGMMA.reduce(1))
+            top, new = new, plgpu.load(s.top.at[1], layout=WGMMA.reduce(1))
             fade = jnp.exp2(top - new)
-            weight, den, acc = weight * _columns(fade, weight), den * fade, acc * _columns(fade, acc)
+            weight, den, acc = weight * spread(fade, weight), den * fade, acc * spread(fade, acc)
         s.rope[me] = weight.astype(own.dtype)  # its numbers are used up
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.weights.at[me])
@@ -338,7 +339,7 @@ class Program:
                 plgpu.barrier_wait(s.weights.at[other])
             plgpu.barrier_wait(own_here.at[other])
             if not is_whole:
-                _clear(own.at[other], token + other * TOKENS, stop)
+                clear(own.at[other], token + other * TOKENS, stop)
             plgpu.wgmma(ref, s.rope.at[other + zero], own.at[other + zero])
             if not has_own:
                 plgpu.wgmma_wait(1)
@@ -362,14 +363,10 @@ class Program:
             return ref[...]
 
         logits = pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))
-        scale = self.inputs.worth[0] * static.scale
-        if not static.cap:
-            return logits * (scale * LOG2E)
-        rising = jnp.exp2(logits * (scale * (2 * LOG2E / static.cap)))
-        return (static.cap * LOG2E) * (1.0 - 2.0 / (1.0 + rising))
+        return base2_logits(logits, self.inputs.worth[0] * static.scale, static.cap)
 
     def _weigh_own(self, me: int, zero: Any, weight: Any, own: Any, ref: Any) -> None:
-        """Adds the values of the own buffer, whose weights are in registers. JAX's interpreter takes none from there."""
+        """Adds the values of the own buffer; weights are in registers, where JAX's interpreter takes none."""
         if self.static.interprets:
             self.scratch.rope[me] = weight.astype(own.dtype)
             plgpu.wgmma(ref, self.scratch.rope.at[me], own.at[me])
@@ -382,7 +379,7 @@ class Program:
         s.top[me] = mine
         plgpu.barrier_arrive(s.tops.at[me])
         plgpu.barrier_wait(s.tops.at[1 - me])
-        return plgpu.load(s.top, (1 - me,), layout=WGMMA.reduce(1))
+        return plgpu.load(s.top.at[1 - me], layout=WGMMA.reduce(1))
 
     def _swap(self, me: int, mine: Any) -> Any:
         """`_tell_and_hear`, after which both may write there again."""
@@ -390,35 +387,3 @@ class Program:
         plgpu.barrier_arrive(self.scratch.weights.at[me])
         plgpu.barrier_wait(self.scratch.weights.at[1 - me])
         return theirs
-
-
-def accumulate(acc: Any, multiply: Any, interprets: bool) -> Any:
-    """`acc` and what `multiply`, given an accumulator, adds to it. JAX's interpreter knows no initialized ones."""
-    if not interprets:
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-    def from_zero(ref: Any) -> Any:
-        multiply(ref)
-        return ref[...]
-
-    return acc + pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def _filled(shape: tuple[int, ...], number: float) -> Any:
-    """An array of one number, a row of queries a row."""
-    return plgpu.layout_cast(jnp.full(shape, number, jnp.float32), WGMMA if len(shape) == 2 else WGMMA.reduce(1))
-
-
-def _columns(x: Any, like: Any) -> Any:
-    """A number a row, in all columns."""
-    return lax.broadcast_in_dim(x, like.shape, [0])
-
-
-def _clear(buffer: Any, token: Any, stop: Any) -> None:
-    """Zeros in the rows of a buffer, which begins with `token`, from `stop` on."""
-    for column in range(0, buffer.shape[1], COLUMNS):
-        tile = buffer.at[:, pl.ds(column, COLUMNS)]
-        at = plgpu.broadcasted_iota(jnp.int32, (TOKENS, COLUMNS), 0, layout=WGMMA) + token
-        numbers = plgpu.load(tile, (), layout=WGMMA)
-        tile[...] = jnp.where(at < stop, numbers, jnp.zeros_like(numbers))
-    plgpu.commit_smem()
