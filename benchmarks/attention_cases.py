@@ -25,6 +25,7 @@ from benchmarks.timing import Time, time_jax, with_kernel_time
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, PageOrder, Sequences
 from jaxcache.kernels.attention.decode import paged_decode
 from jaxcache.kernels.attention.extend import paged_extend
+from jaxcache.kernels.attention.fit import wgmma_extend, wgmma_latents
 from jaxcache.kernels.attention.launch import Launches, heads_launches, latent_launches
 from jaxcache.kernels.attention.mla import mla_decode, mla_extend
 from jaxcache.kernels.attention.plan import SharedPrefix, make_plan
@@ -217,16 +218,19 @@ def _scale(key: jax.Array, kind: str, rows: tuple[int, ...]) -> jax.Array | None
     return jax.random.uniform(key, () if kind == "tensor" else rows, jnp.float32, 0.01, 0.02)
 
 
-def launches_of(case: Case) -> Launches:
+def launches_of(case: Case, implementation: Implementation = Implementation.TRITON) -> Launches:
     """What `kernels.attention.launch` says."""
-    capability, itemsize = current_target().compute_capability(), np.dtype(case.dtype).itemsize
+    capability, itemsize, n = current_target().compute_capability(), np.dtype(case.dtype).itemsize, len(case.seq)
     if not case.heads:
-        return latent_launches(len(case.seq), case.q_heads, case.dim, itemsize, capability)
-    return heads_launches(len(case.seq), case.heads, case.q_heads // case.heads, 2 * case.dim, itemsize, capability)
+        return latent_launches(n, case.q_heads, case.dim, itemsize, capability, implementation)
+    group = case.q_heads // case.heads
+    return heads_launches(n, case.heads, group, 2 * case.dim, itemsize, capability, implementation)
 
 
-def attend(problem: Problem, implementation: Implementation, launches: Launches, shares: bool) -> Callable[..., Any]:
-    """The jitted step: a plan, and the op in each layer, which waits for the one before."""
+def attend(
+    problem: Problem, implementation: Implementation, launches: Launches, shares: bool, op: Any = None
+) -> Callable[..., Any]:
+    """The jitted step: a plan, and the op, or `op`, in each layer, which waits for the one before."""
     case, masking = problem.case, problem.masking
     ops: dict[tuple[bool, bool], Any] = {
         (True, False): paged_decode,
@@ -234,7 +238,7 @@ def attend(problem: Problem, implementation: Implementation, launches: Launches,
         (False, False): mla_decode,
         (False, True): mla_extend,
     }
-    op = ops[case.heads > 0, case.is_extend]
+    op = op or partial(ops[case.heads > 0, case.is_extend], implementation=implementation)
 
     def step(q: jax.Array, kv: Any, sequences: Sequences, layers: int) -> jax.Array:
         shared = None
@@ -244,7 +248,7 @@ def attend(problem: Problem, implementation: Implementation, launches: Launches,
         plan = make_plan(sequences, q.shape[0], case.page, launches, window=case.window, shared=shared)
         out, ahead = q, jnp.int32(0)
         for layer in range(layers):
-            out, lse = op(q, kv, layer % case.layers + ahead, plan, masking, implementation=implementation)
+            out, lse = op(q, kv, layer % case.layers + ahead, plan, masking)
             if case.heads:
                 q = out
             else:  # results are narrower than queries: the next layer waits for a number of this one
@@ -262,13 +266,15 @@ def run_group(options: argparse.Namespace) -> None:
     name = device.device_kind
     folder = options.out or Path(__file__).parent / "results" / name.replace("NVIDIA ", "").replace(" ", "-").lower()
     report = Report(folder / "attention.jsonl", options, name)
+    is_small = options.small or device.platform != "gpu"
     if group == "check":
-        report.each("check", attention_checks.checks(small=options.small or device.platform != "gpu"))
+        report.each("check", attention_checks.checks(small=is_small, only=options.only, among=options.cases))
         raise SystemExit(report.failures > 0)
     limit = attention_peers.read_limit() if device.platform == "gpu" else None
     if limit:
         report.row(bench=group, case="read 4 GiB", implementation="triton", gb_per_s=round(limit, 1))
-    for case in cases_of(group, options.small):
+    cases = cases_of(group, options.small)
+    for case in [case for case in cases if any(part in case.name for part in options.cases.split(","))]:
         if not options.tune:
             report.each(group, time_case(group, case, options, limit))
         elif case.name in attention_tune.TUNED:
@@ -290,8 +296,11 @@ def time_case(group: str, case: Case, options: argparse.Namespace, limit: float 
     for implementation in Implementation:
         if implementation is Implementation.REFERENCE and current_target().platform != "cpu":
             continue
-        if why_not(op, implementation, current_target()) is not None:
+        if why_not(op, implementation, current_target()) or options.only not in ("", implementation.value):
             continue
+        if implementation is Implementation.MOSAIC and not is_for_wgmma(case):
+            continue
+        base = launches_of(case, implementation)
         for shares in {False, case.shared > 0}:
             name = f"jaxcache-{implementation.value}{' shared' if shares else ''}"
             yield {"case": case.name, "implementation": name} | measure(
@@ -301,10 +310,21 @@ def time_case(group: str, case: Case, options: argparse.Namespace, limit: float 
         yield {"case": case.name, "implementation": peer, "is_peer": True, "error": error} | _speeds(case, took, limit)
 
 
-def measure(problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any) -> dict:
+def is_for_wgmma(case: Case) -> bool:
+    """Whether the Mosaic kernels take the case."""
+    order, dtype = PageOrder(case.layers, 1, case.page), np.dtype(case.dtype)
+    if case.heads:
+        tokens = len(case.seq) * case.new
+        return wgmma_extend(case.dim, case.dim, case.q_heads, case.heads, dtype, order, tokens) is None
+    return wgmma_latents(case.rank, case.dim - case.rank, case.q_heads, dtype, order, case.window) is None
+
+
+def measure(
+    problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any, op: Any = None
+) -> dict:
     """What one implementation takes for a layer, and its error."""
     case = problem.case
-    step = attend(problem, implementation, launches, shares)
+    step = attend(problem, implementation, launches, shares, op)
     error = attention_checks.relative_error(step(*arguments(problem), 1), want)
     took = time_jax(step, *arguments(problem), case.steps, repeats=case.steps)
     if current_target().platform == "gpu":

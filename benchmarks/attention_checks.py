@@ -23,28 +23,36 @@ RUNS = 5
 """Runs that must give the same bits."""
 
 
-def checks(*, small: bool) -> Iterator[dict[str, Any]]:
-    """A row for each case and implementation, with its error and, if that is too large, `failed`."""
-    tables = (
-        (Op.PAGED_DECODE, paged_decode, cases.DECODE),
-        (Op.PAGED_EXTEND, paged_extend, cases.EXTEND),
-        (Op.MLA_DECODE, mla_decode, cases.LATENTS),
-        (Op.MLA_EXTEND, mla_extend, {n: dataclasses.replace(c, lens=cases.MIXED) for n, c in cases.LATENTS.items()}),
-    )
-    for op, attend, table in tables:
-        for implementation in Implementation:
-            if why_not(op, implementation, current_target()) is not None:
+def checks(*, small: bool, only: str = "", among: str = "") -> Iterator[dict[str, Any]]:
+    """A row for each case and implementation, with its error and, if that is too large, `failed`.
+
+    `only` names an implementation, and `among` parts of names of cases, one of which a case must have.
+    """
+    for op, attend, table, implementation in _tables():
+        if why_not(op, implementation, current_target()) is not None or only not in ("", implementation.value):
+            continue
+        if implementation is Implementation.REFERENCE and not small:
+            continue
+        for name, case in table.items():
+            row = {"case": f"{op.value} {name}", "implementation": implementation.value}
+            if (small and name not in FEW) or not any(part in row["case"] for part in among.split(",")):
                 continue
-            if implementation is Implementation.REFERENCE and not small:
-                continue
-            for name, case in table.items():
-                if small and name not in FEW:
-                    continue
-                row = {"case": f"{op.value} {name}", "implementation": implementation.value}
-                try:
-                    yield row | check(attend, case, implementation)
-                except Exception as error:  # noqa: BLE001  one case must not stop the others
-                    yield row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+            try:
+                yield row | check(attend, case, implementation)
+            except Exception as error:  # noqa: BLE001  one case must not stop the others
+                yield row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _tables() -> Iterator[tuple[Op, Any, dict[str, cases.Case], Implementation]]:
+    """What is checked: the kernels of Mosaic first."""
+    yield Op.MLA_DECODE, mla_decode, cases.WGMMA_LATENTS, Implementation.MOSAIC
+    yield Op.PAGED_EXTEND, paged_extend, cases.WGMMA_EXTEND, Implementation.MOSAIC
+    chunks = {n: dataclasses.replace(c, lens=cases.MIXED) for n, c in cases.LATENTS.items()}
+    for implementation in (Implementation.TRITON, Implementation.REFERENCE):
+        yield Op.MLA_DECODE, mla_decode, cases.LATENTS, implementation
+        yield Op.MLA_EXTEND, mla_extend, chunks, implementation
+        yield Op.PAGED_DECODE, paged_decode, cases.DECODE, implementation
+        yield Op.PAGED_EXTEND, paged_extend, cases.EXTEND, implementation
 
 
 def check(attend: Any, case: cases.Case, implementation: Implementation) -> dict[str, Any]:
@@ -58,10 +66,10 @@ def check(attend: Any, case: cases.Case, implementation: Implementation) -> dict
     requests, itemsize = batch.sequences.requests, np.dtype(case.dtype).itemsize
     capability = current_target().compute_capability()
     if case.latent:
-        launches = latent_launches(requests, case.group, case.dim, itemsize, capability)
+        launches = latent_launches(requests, case.group, case.dim, itemsize, capability, implementation)
     else:
         width = case.dim + (case.v_dim or case.dim)
-        launches = heads_launches(requests, case.heads, case.group, width, itemsize, capability)
+        launches = heads_launches(requests, case.heads, case.group, width, itemsize, capability, implementation)
     sinks = {} if case.latent else {"sinks": batch.sinks}
 
     @jax.jit

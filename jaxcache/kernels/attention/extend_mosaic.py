@@ -35,16 +35,17 @@ from jaxcache.kernels.attention.common_mosaic import (
     spread,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedKV
+from jaxcache.kernels.attention.launch import WGMMA_KEYS, WGMMA_ROWS
 from jaxcache.kernels.attention.plan import Plan
 
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-TOKENS = 64
-"""Tokens of a tile: the rows of one wgmma."""
+TOKENS = WGMMA_ROWS
+"""Tokens of a tile."""
 HEADS = 2
 """Query heads of a program, a warpgroup each."""
-BLOCK = 128
+BLOCK = WGMMA_KEYS
 """Keys of a step."""
 STAGES = 2
 """Blocks of keys, and of values, in shared memory."""

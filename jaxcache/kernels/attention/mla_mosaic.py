@@ -35,17 +35,20 @@ from jaxcache.kernels.attention.common_mosaic import (
     spread,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedLatent
+from jaxcache.kernels.attention.launch import WGMMA_LATENTS, WGMMA_ROWS
+from jaxcache.kernels.attention.merge import merge_planned
 from jaxcache.kernels.attention.plan import Plan
+from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
 
 if TYPE_CHECKING:
     from jaxcache.kernels.arguments import AnyArray
 
-HEADS = 64
-"""Query heads of a program: the rows of one wgmma."""
-TOKENS = 64
-"""Tokens of a warpgroup's buffer."""
-BLOCK = 2 * TOKENS
+HEADS = WGMMA_ROWS
+"""Query heads of a program."""
+BLOCK = WGMMA_LATENTS
 """Tokens of a step: the unit of balance of the plan."""
+TOKENS = BLOCK // 2
+"""Tokens of a warpgroup's buffer."""
 ROPE = 64
 """Width of the rope part: its buffer holds the weights of a step when its numbers are used up."""
 
@@ -95,6 +98,25 @@ class Scratch(NamedTuple):
     q_used: Any
     tops: Any  # arrived at by the warpgroup whose maxima, or weights, are there
     weights: Any
+
+
+def mla_decode(
+    q: AnyArray,
+    kv: PagedLatent,
+    layer: int | AnyArray,
+    plan: Plan,
+    masking: Masking,
+    *,
+    takes_turns: bool = False,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `mla.mla_decode`, and `decode_parts`. Parts are merged by the Triton kernel where there is Triton."""
+    parts = decode_parts(q, kv, layer, plan, masking, takes_turns=takes_turns, interpret=interpret)
+    if why_not(Op.MLA_DECODE, Implementation.TRITON, current_target()) is not None:
+        return merge_planned(*parts, plan.units, q.dtype)
+    from jaxcache.kernels.attention.decode_triton import merge_parts
+
+    return merge_parts(parts, plan.units, None, None, None, q.dtype)
 
 
 def decode_parts(
