@@ -325,7 +325,7 @@ def measure(
     """What one implementation takes for a layer, and its error."""
     case = problem.case
     step = attend(problem, implementation, launches, shares, op)
-    error = attention_checks.relative_error(step(*arguments(problem), 1), want)
+    error = attention_peers.relative_error(step(*arguments(problem), 1), want)
     took = time_jax(step, *arguments(problem), case.steps, repeats=case.steps)
     if current_target().platform == "gpu":
         took = with_kernel_time(

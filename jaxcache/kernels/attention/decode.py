@@ -66,9 +66,7 @@ def paged_decode(
             "make the plan of this batch, or use paged_extend for several tokens a request"
         )
     q, kv = without_gradient((q, kv))
-    chosen = choose(
-        Op.PAGED_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit_for_decode(q, kv, plan)
-    )
+    chosen = choose(Op.PAGED_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit_for_decode(q, kv))
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import decode_triton
 
