@@ -165,6 +165,12 @@ class Request:
         return self.prompt_len + max(len(self.output_ids) - 1, 0)
 
     @property
+    def matchable_len(self) -> int:
+        """Tokens that a lookup may find: one is left to compute, and so are those whose logits are wanted."""
+        cap = self.num_tokens - 1
+        return cap if self.logprob_start_len is None else min(cap, self.logprob_start_len)
+
+    @property
     def key(self) -> RadixKey:
         """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended."""
         return self._packed_to(self.num_tokens)

@@ -138,6 +138,14 @@ class MemoryComponent(ABC):
             it holds what it should.
         """
 
+    def restart_request(self, row: int, source: int) -> None:
+        """The request in `row` goes on from a cached prefix instead of from what it computed.
+
+        Args:
+          row: Its row in the request table.
+          source: Cached value that its own has to become a copy of before its next step.
+        """
+
     def release_request(self, row: int, own_pages: Int32[np.ndarray, " pages"]) -> None:
         """The request in `row` ends: frees what it owns, be it `own_pages` or what it has beside them."""
 

@@ -110,10 +110,7 @@ class Admission:
 
     def _match(self, request: Request) -> MatchResult:
         """Its cached prefix, which leaves one token to compute."""
-        cap = request.num_tokens - 1
-        if request.logprob_start_len is not None:
-            cap = min(cap, request.logprob_start_len)
-        return self._cache.match_prefix(request.key[:cap])
+        return self._cache.match_prefix(request.key[: request.matchable_len])
 
     def _worth_loading(self, request: Request, cached: int) -> tuple[KeptCopy | None, int]:
         """The host copy, if it goes further than what is cached, and the tokens that are there with it."""

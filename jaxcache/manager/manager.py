@@ -26,12 +26,12 @@ from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager.admission import Admission
-from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_readable
+from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_planned, check_readable
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import WholeMemory
 from jaxcache.manager.room import Room, RoomSearch, cheapest_victim
 from jaxcache.manager.swap import KeptCopy, warmed_up
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request, RequestState
 from jaxcache.steps.buckets import Bucket, StepKind
@@ -108,7 +108,6 @@ class MemoryManager:
             self._loops,
             config.step_sizes,
             tuple(device_map.name for device_map in self.runner.maps),
-            bool(self._stepping),
         )
         self._room = RoomSearch(cache, config.max_context_len, config.step_sizes.extend_tokens[-1])
         self._admission = Admission(self._room, cache, req_to_token_pool, self.planner, self.runner)
@@ -211,6 +210,7 @@ class MemoryManager:
 
     def _release(self, request: Request, state: RequestState) -> None:
         row = self.planner.require_running(request)
+        self.planner.withdraw(row)
         self.cache.cache_finished_req(request)
         del self.running[row]
         self.planner.forget_batch()
@@ -243,19 +243,28 @@ class MemoryManager:
         """The recurrent state that a running request's steps update; 0 without states."""
         return sum(self.req_to_token_pool.states_of(np.array([_row_of(request)])).tolist())
 
-    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
-        """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
+    def extend(self, work: Sequence[tuple[Request, int]], *, share_in_step: bool = True) -> StepPlan | None:
+        """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request, at most.
+
+        Each is looked up again: what others have computed since it was admitted, and what those before it in `work`
+        compute in this step, it goes on from, so that fewer tokens may be left than were asked for
+        (`plan.num_computed`). Where a step cannot read what it writes, a request whose twin computes what it needs is
+        left out and waits for the next plan: the batch is `plan.requests`. See `jaxcache.steps.sharing`.
 
         Evicts if needed. Returns None, without side effects, if memory is still insufficient.
 
         Args:
           work: Distinct running requests, each with a number of tokens >= 1 that it still has to compute.
+          share_in_step: False for a step that attends to its new tokens otherwise than through the pool, after all rows
+            of a layer were written.
 
         Raises:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
+
+        Cost: a lookup a request, and a second one among those of the plan.
         """
-        return self.planner.extend(work)
+        return self.planner.extend(work, share_in_step)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request. None if memory is short.
@@ -310,18 +319,19 @@ class MemoryManager:
         for component in self._stepping:
             component.after_step(plan.row, plan.seq_len, is_prompt, self.cache, self.runner)
         if is_prompt:
-            for request in plan.requests:
+            takers = set(plan.takers)
+            for request, start in zip(plan.requests, plan.prefix_len.tolist(), strict=True):
+                if request in takers:  # after the one that computed what it takes
+                    self.cache.lock_taken(request, start)
                 self.cache.cache_unfinished_req(request, chunked=True)
 
     def cancel(self, plan: StepPlan) -> None:
-        """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended."""
-        rows = plan.row.tolist()
-        left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
-        for request in left or plan.requests:
-            self.planner.require_running(request)
-        left_rows = np.array([request.req_pool_idx for request in left], np.intp)
-        self.req_to_token_pool.touch(left_rows)  # also where the plan took no pages
-        self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
+        """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended.
+
+        Its requests are where they were, but for what the plan found in the cache. Where they share pages, it is also
+        what happens when one of them ends before the plan has run.
+        """
+        self.planner.cancel(plan)
 
     def warm_up(
         self,
@@ -506,7 +516,8 @@ class MemoryManager:
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
-        check_owners(self.running, self.req_to_token_pool, self.cache.components)
+        check_owners(self.running, self.req_to_token_pool, self.cache.components, self.planner.planned_pages)
+        check_planned(self.planner.planned_pages, self.allocator)
         check_readable(self.running, self.req_to_token_pool, self.cache.components)
         if read_device:
             self.runner.send_changes()

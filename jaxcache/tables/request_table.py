@@ -249,9 +249,11 @@ class ReqToTokenPool:
             return False
         return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
 
-    def last_slots(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
-        """Slot of the last token with KV of each row; -1 where there is none."""
-        last = self.kv_len[rows] - 1
+    def last_slots(
+        self, rows: Int[np.ndarray, " rows"], lengths: Int32[np.ndarray, " rows"] | None = None
+    ) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last of `lengths` tokens, by default of those with KV, of each row; -1 where there is none."""
+        last = (self.kv_len[rows] if lengths is None else lengths) - 1
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
         return np.where(last < 0, np.int32(-1), slots)
 

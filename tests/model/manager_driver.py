@@ -16,6 +16,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcache.errors import RequestStateError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
@@ -33,7 +34,8 @@ OPS_PER_LIFE = 500
 def write_step(pool, batch):
     """Keys say (token, position), values (owner, token + position), in every layer.
 
-    Returns the sum of the tokens, and how many slots the table inside the step disagrees with.
+    Returns the sum of the tokens, and how many slots the table inside the step disagrees with, or tokens of the batch's
+    requests, read after everything was written, are another's or stand elsewhere.
     """
     owner = batch.tag[batch.request]
     k = jnp.stack([batch.tokens, batch.positions], axis=-1)[:, None, :].astype(jnp.float32)
@@ -41,7 +43,17 @@ def write_step(pool, batch):
     for layer in range(pool.config.layer_num):
         pool = pool.set_kv_buffer(layer, batch.slots, k, v)
     slots = batch.table.slots(batch.row[batch.request], batch.positions, pool.config.page_size)
-    return pool, (jnp.sum(jnp.where(batch.valid, batch.tokens, 0)), jnp.sum(batch.valid & (slots != batch.slots)))
+    strangers = jnp.sum(batch.valid & (slots != batch.slots)) + _misread(pool, batch)
+    return pool, (jnp.sum(jnp.where(batch.valid, batch.tokens, 0)), strangers)
+
+
+def _misread(pool, batch):
+    """Tokens of the batch's requests whose rows in the pool do not say their own position and owner."""
+    place = jnp.arange(batch.table.pages.shape[1] * batch.page_size)
+    slots = batch.table.slots(batch.row[:, None], place, batch.page_size)
+    k, v = (array[0, slots, 0] for array in (pool.k, pool.v))
+    is_own = (k[..., 1] == place) & (v[..., 0] == batch.tag[:, None])
+    return jnp.sum((place < batch.seq_len[:, None]) & ~is_own)
 
 
 _POOL_PAGES = {1: 64, 4: 40, 16: 12}
@@ -103,12 +115,15 @@ class ManagerDriver:
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.recent: list[list[int]] = [[]]
-        self.count = 0
+        self.count = self.shared = 0
 
     def run(self, ops: int) -> None:
-        choices = [self.admit, self.extend, self.decode, self.finish, self.retract, self.abort, self.evict]
+        choices = [
+            *(self.admit, self.extend, self.decode, self.finish, self.retract, self.abort, self.evict),
+            self.admit_twins,
+        ]
         for i in range(ops):
-            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2])
+            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2, 2])
             operation()
             if i % READ_BACK_EVERY:
                 self.manager.check_memory()
@@ -127,6 +142,23 @@ class ManagerDriver:
         manager.cache.evict(manager.allocator.size)
         assert manager.allocator.available_size() == self.num_pages * manager.page_size
         assert manager.req_to_token_pool.available_size() == manager.config.max_running
+
+    def admit_twins(self) -> None:
+        """Two or three requests that share most of a prompt, at once."""
+        rng, size = self.rng, self.manager.page_size
+        first = [rng.randrange(2) for _ in range(rng.randint(size, 3 * size + 2))]
+        tag = rng.randrange(2)
+        for _ in range(rng.randint(2, 3)):
+            self.count += 1
+            tokens = first[: rng.randint(size, len(first))] + [rng.randrange(2) for _ in range(rng.randint(1, size))]
+            tokens = tokens[: self.manager.config.max_context_len // 2]
+            self.recent.append(tokens)
+            request = Request(str(self.count), tokens, str(tag), tag=tag)
+            if self.manager.admit(request) is None:
+                self.waiting.append(request)
+            else:
+                self.running.append(request)
+        self.extend(whole=True)
 
     def admit(self) -> None:
         rng = self.rng
@@ -148,21 +180,46 @@ class ManagerDriver:
             assert found == request.kv_len < request.num_tokens
             self.running.append(request)
 
-    def extend(self) -> None:
+    def extend(self, whole: bool = False) -> None:
         budget = self.manager.config.chunk
         work = []
-        for request in self.some():
+        for request in self.running[-4:] if whole else self.some():
             missing = min(request.num_tokens - request.kv_len, budget)
             if missing > 0:
-                work.append((request, self.rng.randint(1, missing)))
+                work.append((request, missing if whole else self.rng.randint(1, missing)))
                 budget -= work[-1][1]
-        plan = self.manager.extend(work) if work else None
+        before = {request: request.kv_len for request, _ in work}
+        plan = self.manager.extend(work, share_in_step=self.rng.random() < 0.8) if work else None
         if plan is None:
+            assert before == {request: request.kv_len for request, _ in work}
             return
-        if self.rng.random() < 0.1:
+        asked = dict(work)
+        for request, start, computed in zip(plan.requests, plan.prefix_len, plan.num_computed, strict=True):
+            assert start >= before[request]
+            assert 1 <= computed <= asked[request]
+            self.shared += request in plan.takers
+        choice = self.rng.random()
+        if choice < 0.1:
             self.manager.cancel(plan)
+        elif choice < 0.15:
+            self.end_before_it_runs(plan)
         else:
             self.dispatch(plan)
+
+    def end_before_it_runs(self, plan: StepPlan) -> None:
+        """A request of a plan ends: the plan cannot run any more, and the others have their own pages only."""
+        ended = self.rng.choice(plan.requests)
+        self.manager.abort(ended)
+        self.running.remove(ended)
+        self.manager.check_memory()
+        try:
+            self.manager.run(write_step, plan)
+        except RequestStateError:
+            pass
+        else:
+            raise AssertionError("a plan ran of which a request has ended")
+        if len(plan.requests) > 1:
+            self.manager.cancel(plan)
 
     def dispatch(self, plan: StepPlan) -> None:
         total, strangers = self.manager.run(write_step, plan)
