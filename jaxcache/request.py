@@ -71,8 +71,7 @@ class Request:
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
       output_ids: Tokens sampled so far. The engine appends; nothing is ever changed or taken back, for it may have KV.
         So a token that is not known yet has no placeholder here: append it once it is.
-      state: See `RequestState`.
-      req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
+      req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
       cached_tokens: Tokens found in the cache when it was last admitted.
       branching_len: Tokens that were cached then, but without a recurrent state to resume from; 0 for none. A state
@@ -94,7 +93,6 @@ class Request:
     tag: int = 0
     logprob_start_len: int | None = None
     output_ids: list[int] = field(default_factory=TokenList)
-    state: RequestState = field(default=RequestState.WAITING, init=False)
     req_pool_idx: int | None = field(default=None, init=False)
     lock: Receipt | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
@@ -102,6 +100,8 @@ class Request:
     evicted_seqlen_local: int = field(default=0, init=False)
     cpu_copy: Any = field(default=None, init=False)
     prompt_len: int = field(init=False)
+    _lengths: RowLengths | None = field(default=None, init=False, repr=False)
+    _without_row: RequestState = field(default=RequestState.WAITING, init=False, repr=False)
 
     def __post_init__(self):
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
@@ -110,7 +110,6 @@ class Request:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
-        self._lengths: RowLengths | None = None
         vars(self)["origin_input_ids"] = _fixed_prompt(self.origin_input_ids, self._key)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -123,9 +122,22 @@ class Request:
         self.kv_len = self.num_pages = 0
 
     def leave(self) -> None:
-        """Is without a row, and so without tokens and pages."""
+        """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""
         self._lengths = self.req_pool_idx = None
+        self._without_row = RequestState.DONE
         self.evicted_seqlen_local = 0
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is in its life: RUNNING exactly while it has a row; else what was set."""
+        return self._without_row if self._lengths is None else RequestState.RUNNING
+
+    @state.setter
+    def state(self, value: RequestState) -> None:
+        if (value is RequestState.RUNNING) != (self._lengths is not None):
+            has = "no row" if self._lengths is None else f"row {self.req_pool_idx}"
+            raise RequestStateError(f"state of request {self.rid} cannot be {value.value}: it has {has}")
+        self._without_row = value
 
     @property
     def kv_len(self) -> int:

@@ -16,7 +16,7 @@ from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
-from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.errors import ArgumentError, BrokenInvariantError
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Insertion
 from jaxcache.index.policies.registry import Policy
@@ -170,13 +170,13 @@ class RadixCache(PrefixCache, BasePrefixCache):
           length: Tokens in front of those that the request itself computed: whole pages.
 
         Raises:
-          BrokenInvariant: They are not the tree's.
+          BrokenInvariantError: They are not the tree's.
         """
         table, _ = self._parts()
         first = req.protected_len // self.page_size
         found = self.tree.match(self._as_key(req.computed_key)[:length])
         if found.length != length:
-            raise BrokenInvariant(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
+            raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
         table.write_pages(_row_of(req), first, found.pages[first:])
         req.cached_tokens += length - req.protected_len
         self._exchange_lock(req, self.tree.lock(found))

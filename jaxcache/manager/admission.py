@@ -17,7 +17,7 @@ from jaxcache.components.base import MemoryComponent
 from jaxcache.index.receipt import Receipt
 from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
-from jaxcache.request import Request, RequestState
+from jaxcache.request import Request
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.runner import StepRunner
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -144,7 +144,7 @@ class Admission:
     def _start(self, request: Request, entry: Entry) -> None:
         request.enter(self._table, entry.row)
         request.kv_len, request.num_pages = entry.kv_len, len(entry.found.pages) + len(entry.fresh)
-        request.lock, request.state = entry.lock, RequestState.RUNNING
+        request.lock = entry.lock
         request.cached_tokens = entry.lock.length
         request.branching_len = entry.found.mamba_branching_seqlen or 0
         request.cpu_copy = None

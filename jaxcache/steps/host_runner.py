@@ -56,6 +56,14 @@ class EnginePool:
         """Refused: copies to the host and snapshots are the engine's to make."""
         raise _refusal("stacks")
 
+    def get_cpu_copy(self, indices: Any) -> NoReturn:
+        """Refused, as `stacks`."""
+        raise _refusal("get_cpu_copy")
+
+    def load_cpu_copy(self, cpu_copy: Any, indices: Any) -> NoReturn:
+        """Refused, as `stacks`."""
+        raise _refusal("load_cpu_copy")
+
 
 class HostRunner:
     """Refuses what needs a pool. For the rest see `StepRunner`.

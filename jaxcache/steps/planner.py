@@ -20,7 +20,7 @@ from jaxcache.caches.base import NONE_SPARED
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
-from jaxcache.request import Request, RequestState
+from jaxcache.request import Request
 from jaxcache.slots import pages_of
 from jaxcache.steps.buckets import Bucket, Buckets, StepKind, smallest
 from jaxcache.steps.decode_batch import DecodeCursor, RunningBatch
@@ -97,7 +97,7 @@ class StepPlanner:
     def require_running(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
         row = request.req_pool_idx
-        if request.state is not RequestState.RUNNING or row is None or self._running.get(row) is not request:
+        if row is None or self._running.get(row) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
         if self._loops.holds(row):
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")

@@ -136,7 +136,7 @@ class StepRunner:
         return out
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> tuple[Any, Any]:
-        """Dispatches a decode loop. Returns its books, which are for a debug check to read, and its `out`."""
+        """Dispatches a decode loop. Returns its final rows and allocator, for a debug check, and its `out`."""
         jitted = self._jitted(step, plan.shape)
         self.send_changes()
         return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)

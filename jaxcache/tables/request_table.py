@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcache.arguments import as_count, as_int32
 from jaxcache.errors import ArgumentError, DoubleFreeError
 from jaxcache.slots import whole_pages
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.page_list import PageList
@@ -288,17 +288,17 @@ class ReqToTokenPool:
         view.setflags(write=False)
         return view
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """The free rows, in the order in which they will be handed out. What is in rows is not kept."""
         return {"free_rows": np.array(self._free, np.int64)}
 
-    def restore_books(self, books: Columns) -> None:
-        """Hands out rows as the table with these books would have; a larger one, those it has more after them.
+    def load_state_dict(self, columns: Columns) -> None:
+        """Hands out rows as the table with this state dict would have; a larger one, those it has more after them.
 
         Raises:
-          SnapshotError: These are no books of a table without running requests.
+          SnapshotError: It is not that of a table without running requests.
         """
-        order = books.distinct("free_rows", high=2**31 - 1).tolist()
+        order = columns.distinct("free_rows", high=2**31 - 1).tolist()
         known = set(order)
         self._free = deque(row for row in order if row < self.size)
         self._free.extend(row for row in range(self.size) if row not in known)

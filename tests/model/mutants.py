@@ -27,6 +27,7 @@ LIST = Path(__file__).with_name("mutants.txt")
 WITH_A_STEP = (
     *(
         "manager/manager.py",
+        "manager/stepping.py",
         "manager/admission.py",
         "manager/swap.py",
         "device/packing.py",

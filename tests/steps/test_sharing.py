@@ -1,4 +1,3 @@
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 """Requests that are planned together, and requests that are planned again, compute a prefix once."""
 
 from __future__ import annotations
@@ -163,6 +162,15 @@ def test_short_memory_changes_nothing():
     assert run(manager, manager.extend([(requests[0], 13), (requests[1], 1)])) == [13, 1]
 
 
+def test_short_memory_gives_back_the_lock_on_what_was_found():
+    manager = small_manager(4, 8)
+    first, second = admitted(manager, range(13), [*range(12), *range(50, 70)])
+    run(manager, manager.extend([(first, 13)]))
+    before = books(manager)
+    assert manager.extend([(second, 20)]) is None  # 12 are cached by now, and 20 more need 5 pages of 4
+    assert books(manager) == before
+
+
 def test_nothing_outside_the_plan_sees_its_pages():
     """No mark of the allocator goes back before them, no snapshot has them, no event and no lookup tells of them."""
     manager = small_manager(4, 20, enable_kv_cache_events=True)
@@ -172,7 +180,7 @@ def test_nothing_outside_the_plan_sees_its_pages():
     with pytest.raises(SnapshotError):
         manager.allocator.restore_state(mark)
     with pytest.raises(SnapshotError, match="PLANNED"):
-        manager.allocator.saved_books()
+        manager.allocator.state_dict()
     assert manager.cache.take_events() == []
     assert manager.cache.match_prefix(list(range(10))).prefix_len == 0
     run(manager, plan)
@@ -254,6 +262,23 @@ def test_states_are_not_shared_within_a_step(page_size):
     run(manager, plan, write_any)
     for request in requests:
         require_right(manager, request)
+
+
+def test_a_state_that_others_left_since_is_gone_on_from():
+    """The second has computed a part, and has a checkpoint, when the first one's goes further."""
+    manager = make_manager(num_states=12)
+    prompt = list(range(14))
+    first, second = admitted(manager, prompt, prompt)
+    run(manager, manager.extend([(second, 4)]), write_any)
+    run(manager, manager.extend([(first, 8)]), write_any)  # finds 4, goes on to 12
+    assert first.kv_len == 12
+    plan = manager.extend([(second, 1)])
+    assert plan.prefix_len.tolist() == [12]
+    run(manager, plan, write_any)
+    require_right(manager, second)
+    for request in (first, second):
+        manager.finish(request)
+    manager.check_memory()
 
 
 @pytest.mark.parametrize("has_states", [False, True])
