@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxcache.caches.radix import RadixCache
 from jaxcache.manager.admission import Admission
 from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.forking import Forking
 from jaxcache.manager.room import Room, cheapest_victim
 from jaxcache.manager.stepping import SteppedMemory
 from jaxcache.manager.swap import KeptCopy
@@ -78,6 +79,7 @@ class MemoryManager(SteppedMemory):
     ):
         super().__init__(config, pool, allocator, req_to_token_pool, cache)
         self._admission = Admission(self._room, cache, req_to_token_pool, self.planner, self.runner)
+        self._forking = Forking(cache, req_to_token_pool, self.planner, self.runner)
 
     def room_for(self, request: Request, reserve: int = 0) -> Room:
         """Whether a waiting request fits, with room for `reserve` tokens more: see `RoomSearch.room_for`."""
@@ -112,6 +114,35 @@ class MemoryManager(SteppedMemory):
         if entry.kept is not None:
             self.cache.cache_unfinished_req(request)
         return entry.kv_len
+
+    def fork(self, request: Request, n: int) -> list[Request] | None:
+        """`n` more running requests, as far as this one: for samples of one prompt, or beams.
+
+        They have its tokens, sampled ones included, its namespace and all else that a user may set. Whole pages are
+        shared; the last one, where it is not full, is copied on the device, and so is a recurrent state (with one,
+        pages behind the last checkpoint are copied too). From then on each goes its own way.
+
+        Args:
+          request: A running request without a plan that has not run.
+          n: How many: at least 1.
+
+        Returns:
+          The requests, running, named `"{rid}/1"` and so on; or None, with no row or page taken, if memory is short.
+
+        Raises:
+          RequestStateError: It is not running, is in a decode loop, or has a plan that has not run.
+          UnsupportedError: This memory shares nothing, or has no pool to copy in.
+          ArgumentError: `n` is less than 1.
+
+        Cost: a lookup a fork, and one copy of at most a page for each.
+        """
+        forks = self._forking.fork(request, n)
+        if forks is None:
+            return None
+        for fork in forks:
+            self.running[fork.req_pool_idx or 0] = fork
+        self.planner.forget_batch()
+        return forks
 
     def finish(self, request: Request) -> None:
         """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""

@@ -74,7 +74,7 @@ class ManagedMemory(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def planned_pages(self) -> Int32[np.ndarray, " pages"]:
+    def _planned_pages(self) -> Int32[np.ndarray, " pages"]:
         """Pages that several requests of a plan have, which has not run."""
 
     def warm_up_offload(self) -> None:
@@ -187,7 +187,7 @@ class ManagedMemory(abc.ABC):
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
         self.cache.check()
-        planned = self.planned_pages
+        planned = self._planned_pages
         check_owners(self.running, self.req_to_token_pool, self.cache.components, planned)
         check_planned(planned, self.allocator)
         check_readable(self.running, self.req_to_token_pool, self.cache.components)

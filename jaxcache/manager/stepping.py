@@ -73,8 +73,8 @@ class SteppedMemory(ManagedMemory):
         return self.planner.buckets
 
     @property
-    def planned_pages(self) -> Int32[np.ndarray, " pages"]:
-        """See `ManagedMemory.planned_pages`."""
+    def _planned_pages(self) -> Int32[np.ndarray, " pages"]:
+        """See `ManagedMemory._planned_pages`."""
         return self.planner.planned_pages
 
     # ---- steps ---------------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def replay(
             )
         if isinstance(out, (StepPlan, LoopPlan)):
             plans[index] = out
+        if isinstance(out, list):  # requests that the call made
+            for number, request in zip(op.requests[1:], out, strict=True):
+                requests[number] = request
     return memory
 
 

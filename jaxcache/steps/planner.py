@@ -103,6 +103,11 @@ class StepPlanner:
             raise RequestStateError(f"request {request.rid} is in a decode loop: absorb or cancel the loop first")
         return row
 
+    def require_settled(self, request: Request) -> int:
+        """The row of a request. Raises RequestStateError unless it runs here, in no loop and no plan to be run."""
+        (row,) = self._waiting([request]).batch.row.tolist()
+        return row
+
     def make_room(self, num_pages: int, spared: Mapping[str, int] = NONE_SPARED) -> None:
         """Evicts what is short of so many free pages, if that is enough; `spared` as for `make_room_for_pages`.
 

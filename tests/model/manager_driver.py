@@ -120,10 +120,10 @@ class ManagerDriver:
     def run(self, ops: int) -> None:
         choices = [
             *(self.admit, self.extend, self.decode, self.finish, self.retract, self.abort, self.evict),
-            self.admit_twins,
+            *(self.admit_twins, self.fork),
         ]
         for i in range(ops):
-            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2, 2])
+            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2, 2, 2])
             operation()
             if i % READ_BACK_EVERY:
                 self.manager.check_memory()
@@ -240,6 +240,14 @@ class ManagerDriver:
 
     def some(self) -> list[Request]:
         return self.rng.sample(self.running, self.rng.randint(0, len(self.running)))
+
+    def fork(self) -> None:
+        if self.running:
+            request, n = self.rng.choice(self.running), self.rng.randint(1, 2)
+            forks = self.manager.fork(request, n)
+            if forks is not None:
+                assert [fork.kv_len for fork in forks] == [request.kv_len] * n
+                self.running += forks
 
     def finish(self) -> None:
         if self.running:

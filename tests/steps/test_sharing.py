@@ -163,11 +163,12 @@ def test_short_memory_changes_nothing():
 
 
 def test_short_memory_gives_back_the_lock_on_what_was_found():
-    manager = small_manager(4, 8)
-    first, second = admitted(manager, range(13), [*range(12), *range(50, 70)])
+    manager = small_manager(4, 7)
+    first, second = admitted(manager, range(13), [*range(12), *range(50, 74)])
     run(manager, manager.extend([(first, 13)]))
+    manager.finish(first)
     before = books(manager)
-    assert manager.extend([(second, 20)]) is None  # 12 are cached by now, and 20 more need 5 pages of 4
+    assert manager.extend([(second, 24)]) is None  # 12 are cached by now, and 20 more need 5 pages; 2 can be evicted
     assert books(manager) == before
 
 
@@ -202,6 +203,10 @@ def test_tokens_whose_logits_are_wanted_are_computed_by_each():
     first, second = admitted(manager, range(14), range(14), logprob_start_len=5)
     assert run(manager, manager.extend(whole([first, second]))) == [14, 10]
     assert_contents(manager, [first, second])
+    manager.abort(second)
+    first, second = admitted(manager, range(50, 64), range(50, 64), logprob_start_len=5)
+    assert run(manager, manager.extend(whole([first]))) == [14]
+    assert run(manager, manager.extend(whole([second]))) == [10]
 
 
 def test_a_cache_that_shares_nothing_shares_no_plan():
@@ -279,6 +284,23 @@ def test_a_state_that_others_left_since_is_gone_on_from():
     for request in (first, second):
         manager.finish(request)
     manager.check_memory()
+
+
+def test_pages_that_have_left_the_window_of_their_request_are_not_taken():
+    """They are whole, but private, and what another one needs of them is gone."""
+    manager = make_manager(num_window_tokens=60)
+    (long,) = admitted(manager, range(8))
+    run(manager, manager.extend([(long, 8)]), write_any)
+    for token in range(8, 24):
+        long.output_ids.append(token)
+        manager.run(write_any, manager.decode([long]))
+    manager.cache.drop_out_of_window(long)
+    long.output_ids += [24, 25, 26]
+    short = Request("short", [*range(13), 50])
+    manager.admit(short)
+    run(manager, manager.extend([(long, 3), (short, short.num_tokens - short.kv_len)]), write_any)
+    for request in (long, short):
+        require_right(manager, request)
 
 
 @pytest.mark.parametrize("has_states", [False, True])
