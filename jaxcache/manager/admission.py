@@ -14,6 +14,7 @@ import numpy as np
 from jaxcache.caches.base import MatchResult
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import MemoryComponent
+from jaxcache.errors import RequestStateError
 from jaxcache.index.receipt import Receipt
 from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
@@ -67,6 +68,10 @@ class Admission:
     def admit(self, request: Request) -> Entry | None:
         """`MemoryManager.admit` has the contract. The request is running afterwards, but in nobody's list yet."""
         self._room.require_possible(request)
+        if request.pending:
+            raise RequestStateError(
+                f"request {request.rid} waits for {request.pending} tokens that it sampled: append them to output_ids"
+            )
         self._runner.require_resumed()
         if request.cpu_copy is not None:
             request.cpu_copy.require_fitting(request.rid, self._runner.pool, self._table.page_size)

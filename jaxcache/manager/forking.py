@@ -18,7 +18,7 @@ import numpy as np
 from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import MemoryComponent
-from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
 from jaxcache.index.receipt import Receipt
 from jaxcache.request import Request
 from jaxcache.slots import page_slots
@@ -57,6 +57,8 @@ class Forking:
         row = self._planner.require_settled(request)
         if as_count("n", n) < 1:
             raise ArgumentError("n must be at least 1: that many requests are made")
+        if request.pending or request.kv_len > request.num_tokens:
+            raise RequestStateError(f"request {request.rid} has tokens pending: append what was sampled first")
         if self._cache.disable:
             raise UnsupportedError("fork: this memory shares nothing: admit requests with the same tokens")
         if self._table.available_size() < n:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache.caches.radix import RadixCache
+from jaxcache.errors import RequestStateError
 from jaxcache.manager.admission import Admission
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.forking import Forking
@@ -101,7 +102,7 @@ class MemoryManager(SteppedMemory):
           Tokens whose KV is there already, or None if no row, or no memory to load back into, is left.
 
         Raises:
-          RequestStateError: It is running or done.
+          RequestStateError: It is running or done, or was retracted and lacks tokens that it has sampled.
           ReleasedError: The pool's memory was released.
           ArgumentError: It can never run here, being longer than `max_context_len` or than the memory; or its copy is
             of other layers, another kind of rows or pages of another size than this manager's.
@@ -130,7 +131,7 @@ class MemoryManager(SteppedMemory):
           The requests, running, named `"{rid}/1"` and so on; or None, with no row or page taken, if memory is short.
 
         Raises:
-          RequestStateError: It is not running, is in a decode loop, or has a plan that has not run.
+          RequestStateError: It is not running, is in a decode loop, has a plan that has not run, or tokens pending.
           UnsupportedError: This memory shares nothing, or has no pool to copy in.
           ArgumentError: `n` is less than 1.
 
@@ -145,7 +146,11 @@ class MemoryManager(SteppedMemory):
         return forks
 
     def finish(self, request: Request) -> None:
-        """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""
+        """Ends a request and leaves what it computed to others. Afterwards it owns nothing.
+
+        What a step computed of tokens that are not in `output_ids` is no other's: of a request that turns out to have
+        stopped, one token was computed too many.
+        """
         self._release(request, RequestState.DONE)
 
     def abort(self, request: Request) -> None:
@@ -160,13 +165,20 @@ class MemoryManager(SteppedMemory):
 
         What it computed becomes evictable and is found again if it is still there. Append the sampled token first; a
         resumed request needs one uncomputed token, or its last token is recomputed, and a kept recurrent state, which
-        stands for all of them, is of no use.
+        stands for all of them, is of no use. With tokens pending it can be admitted again once they are appended.
 
         Args:
           request: A running request.
           offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
+
+        Raises:
+          RequestStateError: It is not running, or is to be offloaded and has KV of a token that is not known yet.
         """
         self.planner.require_running(request)
+        if offload and request.kv_len > request.num_tokens:
+            raise RequestStateError(
+                f"offload: request {request.rid} has KV of tokens that are not in output_ids: append what was sampled"
+            )
         if offload and request.kv_len:
             request.cpu_copy = self._kept_copy(request)
         self._release(request, RequestState.RETRACTED)

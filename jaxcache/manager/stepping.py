@@ -128,7 +128,7 @@ class SteppedMemory(ManagedMemory):
         return self.planner.extend(work, share_in_step)
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
-        """Plans a step that computes the last sampled token of each request. None if memory is short.
+        """Plans a step that computes the last sampled token of each request, pending or not. None if memory is short.
 
         Cost: some NumPy calls and one pass of C loops over the batch, if it is the batch of the call before.
 
@@ -144,38 +144,49 @@ class SteppedMemory(ManagedMemory):
         The step is `step(pool, batch, *args) -> (pool, out)`, a pure function; it is jitted once a bucket, with pool
         and request table donated. After an extend, whole pages are shared through the prefix cache.
 
+        A step may also return `(pool, out, sampled)`, with the next token of each request, int32 `[requests]`. These
+        stay on the device, in a register for each row of the request table, and are pending: the next step can be
+        planned and run before they are read, and takes them from there. Append them to `output_ids` when they are read,
+        as they were sampled.
+
         Returns:
           `out`, perhaps still being computed.
 
         Raises:
           RequestStateError: A request is not where the plan takes it up: the plan ran or was cancelled already, or the
             request was retracted, or has other pages by now. Nothing has changed.
-          ArgumentError: The step does not return `(pool, out)`.
+          ArgumentError: The step returns neither `(pool, out)` nor `(pool, out, sampled)`.
         """
         self._before(plan)
-        out = self.runner.run(step, plan, *args)
-        self._commit(plan)
-        return out
+        outcome = self.runner.run(step, plan, *args)
+        self._commit(plan, outcome.has_sampled)
+        return outcome.out
 
     def host_batch(self, plan: StepPlan) -> HostBatch:
         """A plan as arrays, for a step of the engine's own: see `jaxcache.steps.host_batch`. Raises: as `run`."""
         self._before(plan)
         return host_batch(plan, self.req_to_token_pool)
 
-    def commit(self, plan: StepPlan) -> None:
-        """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`."""
+    def commit(self, plan: StepPlan, sampled: bool = False) -> None:
+        """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`.
+
+        Args:
+          plan: As for `run`.
+          sampled: The engine has the next token of each request on its device: it may be computed by the next step
+            before it is in `output_ids`. Where `host_batch` says `PENDING_TOKEN`, that is the token.
+        """
         self.planner.require_current(plan)
         if any(component.waits(plan.row) for component in self._stepping):
             raise RequestStateError("plan: states wait to be filled: call host_batch(plan) before the step")
-        self._commit(plan)
+        self._commit(plan, sampled)
 
     def _before(self, plan: StepPlan) -> None:
         self.planner.require_current(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
 
-    def _commit(self, plan: StepPlan) -> None:
-        self.planner.commit(plan)
+    def _commit(self, plan: StepPlan, has_sampled: bool) -> None:
+        self.planner.commit(plan, has_sampled)
         is_prompt = plan.bucket.kind is StepKind.EXTEND
         for component in self._stepping:
             component.after_step(plan.row, plan.seq_len, is_prompt, self.cache, self.runner)

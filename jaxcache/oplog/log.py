@@ -90,6 +90,9 @@ class RecordedManager(MemoryManager):
             raise
         finally:
             self._is_calling = False
+        if kind is OpKind.RUN:
+            rows = arguments["plan"].row
+            args["sampled"] = bool(self.req_to_token_pool.has_next[rows].any())
         if kind is OpKind.FORK:
             made = tuple(map(self._number_made, out or ()))
             numbers, sampled = numbers + made, sampled + (b"",) * len(made)

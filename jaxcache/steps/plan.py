@@ -40,7 +40,7 @@ class StepPlan:
       requests: The batch, in order.
       row, prefix_len, seq_len, last_loc, tag: One integer a request: its table row; tokens it had and will have; the
         slot of its last token (-1 for none); a number of the engine's own, such as its adapter.
-      tokens: int32 token ids computed, request by request.
+      tokens: int32 token ids computed, request by request; `PENDING_TOKEN` for what is in the register of its row.
       new_pages: int32 fresh pages, in the order the requests take them.
       state: int32 recurrent state of each request; empty without states.
       stamp: The rows as the plan leaves them: once they change, it is outdated. None for padding.

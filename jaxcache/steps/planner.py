@@ -28,6 +28,7 @@ from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import DecodeLoops, LoopPlan, loop_limits
 from jaxcache.steps.plan import NO_PAGES, StepPlan
 from jaxcache.steps.sharing import Part, PlanSearch, resolved
+from jaxcache.tables.device_table import PENDING_TOKEN
 from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class StepPlanner:
         """`MemoryManager.extend` has the contract."""
         batch, kv_len, _ = self._waiting([request for request, _ in work])
         for (request, n), computed in zip(work, kv_len.tolist(), strict=True):
-            left = request.num_tokens - computed
+            left = request.num_tokens + request.pending - computed
             if not 1 <= as_count(f"work: tokens of request {request.rid}", n) <= left:
                 raise ArgumentError(f"work: {request.rid} has {left} tokens, not {n}")
         with contextlib.ExitStack() as undo:  # the locks on what is found
@@ -164,7 +165,7 @@ class StepPlanner:
         new = pages_of(target, size) - pages_of(start, size)
         num_pages, num_tokens = int(new.sum()), int(more.sum())
         bucket = smallest(self.buckets, StepKind.EXTEND, len(parts), num_tokens, num_pages, int(target.max()))
-        tokens = [part.request.key.token_ids[part.start : part.stop] for part in parts]
+        tokens = [_tokens_of(part) for part in parts]
         fresh = self.take_pages(num_pages)
         if fresh is None:
             return None
@@ -228,7 +229,7 @@ class StepPlanner:
             raise ArgumentError(
                 f"width must be 1 with recurrent states, which no draft can be taken out of, got {width}"
             )
-        tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len)
+        tokens = batch.last_tokens(kv_len + 1 - batch.prompt_len, self._table)
         bucket = smallest(self.buckets, StepKind.DECODE, len(tokens), len(tokens), 0)
         plan = LoopPlan(
             LoopShape(bucket.requests, steps, width, self._table.page_size),
@@ -343,10 +344,10 @@ class StepPlanner:
         self._allocator.transfer(plan.shared_pages, PageState.PLANNED, PageState.PRIVATE)
         return True
 
-    def commit(self, plan: StepPlan) -> None:
-        """The plan's step was dispatched: its tokens have KV."""
+    def commit(self, plan: StepPlan, has_sampled: bool = False) -> None:
+        """The plan's step was dispatched: its tokens have KV; perhaps it left the next ones in the rows' registers."""
         self._close_shared(plan)
-        self._table.commit(plan.row, plan.seq_len)
+        self._table.commit(plan.row, plan.seq_len, has_sampled)
         if self._cursor is not None and self._cursor.plan is plan:
             self._cursor.advance(plan.new_pages)
 
@@ -365,3 +366,11 @@ class StepPlanner:
             f"request {request.rid} or another of its batch is not where the plan found it, in row {row}: it has "
             f"(row, tokens, pages) = {now}; plan again"
         )
+
+
+def _tokens_of(part: Part) -> np.ndarray:
+    """The tokens that a request computes; `PENDING_TOKEN` for the one that only the device knows."""
+    known = part.request.key.token_ids[part.start : part.stop]
+    if len(known) == part.stop - part.start:
+        return known
+    return np.append(known, np.int32(PENDING_TOKEN))

@@ -25,7 +25,7 @@ from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.steps.buckets import Bucket
-from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
+from jaxcache.steps.compiled import CompiledSteps, Outcome, whole_loop, whole_step
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.steps.plan import StepPlan
@@ -117,8 +117,8 @@ class StepRunner:
         for device_map in self.maps:
             device_map.send_all()
 
-    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
-        """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
+    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Outcome:
+        """Dispatches a step and returns its `Outcome`. If it fails, its table changes wait again."""
         bucket = plan.bucket
         jitted = self._jitted(step, bucket)
         map_room = bucket.changes if bucket.maps else 0

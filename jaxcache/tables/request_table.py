@@ -56,6 +56,7 @@ class ReqToTokenPool:
     Attributes:
       kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
       num_pages: int32 (size,), entries of each row in use.
+      has_next: bool (size,), whether the register of each row on the device holds the token behind those with KV.
 
     Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
     """
@@ -75,6 +76,7 @@ class ReqToTokenPool:
         self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
+        self.has_next = np.zeros(size, bool)
         self._changed_at = np.zeros(size, np.int64)
         self._clock = 0
         self.clear()
@@ -107,7 +109,7 @@ class ReqToTokenPool:
         if as_count("need_size", need_size) > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
-        self._is_free[rows] = False
+        self._is_free[rows] = self.has_next[rows] = False
         self.touch(rows)
         return rows
 
@@ -223,9 +225,11 @@ class ReqToTokenPool:
         self.touch(rows)
         return pages
 
-    def commit(self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
-        """These rows have so many tokens with KV from now on."""
-        self.kv_len[rows] = kv_len
+    def commit(
+        self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"], has_next: bool = False
+    ) -> None:
+        """These rows have so many tokens with KV from now on, and perhaps the next one in their registers."""
+        self.kv_len[rows], self.has_next[rows] = kv_len, has_next
         self.touch(rows)
 
     def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
@@ -319,9 +323,10 @@ class ReqToTokenPool:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changes.forget()
         if mesh is None:
-            return RequestTable(jnp.array(self._pages))
+            return RequestTable(jnp.array(self._pages), jnp.zeros(self.size, jnp.int32))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
+        registers = np.zeros(self.size, np.int32)
+        return RequestTable(*jax.jit(lambda *parts: parts, out_shardings=everywhere)(self._pages, registers))
 
 
 def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

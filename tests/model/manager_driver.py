@@ -22,7 +22,7 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pages.allocator import PageState
 from jaxcache.pools.mha import MHAConfig
-from jaxcache.request import Request
+from jaxcache.request import Request, RequestState
 from jaxcache.steps.buckets import Buckets
 from jaxcache.steps.compiled import CompiledSteps
 from jaxcache.steps.plan import StepPlan
@@ -54,6 +54,13 @@ def _misread(pool, batch):
     k, v = (array[0, slots, 0] for array in (pool.k, pool.v))
     is_own = (k[..., 1] == place) & (v[..., 0] == batch.tag[:, None])
     return jnp.sum((place < batch.seq_len[:, None]) & ~is_own)
+
+
+def sampling_step(pool, batch):
+    """`write_step`, which leaves a next token for each request on the device: one that depends on the last."""
+    pool, out = write_step(pool, batch)
+    sampled = (batch.tokens.at[batch.last].get(mode="clip") + batch.seq_len) % 2
+    return pool, (out, sampled), sampled
 
 
 _POOL_PAGES = {1: 64, 4: 40, 16: 12}
@@ -92,7 +99,7 @@ def assert_contents(manager: MemoryManager, requests: list[Request]) -> None:
     table, k, v = (np.asarray(array) for array in (manager.table.pages, manager.pool.k, manager.pool.v))
     size = manager.page_size
     for request in requests:
-        n = request.kv_len
+        n = min(request.kv_len, request.num_tokens)  # what is pending is looked at once it is known
         tokens = np.array([*request.origin_input_ids, *request.output_ids][:n])
         at = np.arange(n)
         slots = table[request.req_pool_idx][at // size] * size + at % size
@@ -112,6 +119,7 @@ class ManagerDriver:
         # Little room for table changes in a step, and in a patch: what does not fit has to travel ahead, in pieces.
         self.manager.planner.buckets = tuple(dataclasses.replace(bucket, changes=6) for bucket in self.manager.buckets)
         self.manager.warm_up(write_step)
+        self.unread: list[tuple[list[tuple[int, Request]], jnp.ndarray]] = []
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.recent: list[list[int]] = [[]]
@@ -120,10 +128,10 @@ class ManagerDriver:
     def run(self, ops: int) -> None:
         choices = [
             *(self.admit, self.extend, self.decode, self.finish, self.retract, self.abort, self.evict),
-            *(self.admit_twins, self.fork),
+            *(self.admit_twins, self.fork, self.read),
         ]
         for i in range(ops):
-            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2, 2, 2])
+            (operation,) = self.rng.choices(choices, [5, 9, 10, 2, 2, 1, 2, 2, 2, 8])
             operation()
             if i % READ_BACK_EVERY:
                 self.manager.check_memory()
@@ -132,10 +140,13 @@ class ManagerDriver:
         self.wind_down()
 
     def wind_down(self) -> None:
+        while self.unread and self.rng.random() < 0.9:
+            self.read()
         assert_contents(self.manager, self.running)
         while self.running:
             self.manager.finish(self.running.pop())
         self.waiting.clear()
+        self.unread.clear()
         manager = self.manager
         manager.check_memory(read_device=True)
         assert manager.cache.protected_size() == 0
@@ -164,6 +175,8 @@ class ManagerDriver:
         rng = self.rng
         if self.waiting and rng.random() < 0.7:
             request = self.waiting.pop(rng.randrange(len(self.waiting)))
+            while request.pending:
+                self.read()
         else:
             old = rng.choice(self.recent[-8:])
             new = [rng.randrange(2) for _ in range(rng.randint(1, 2 * self.manager.page_size + 2))]
@@ -184,7 +197,8 @@ class ManagerDriver:
         budget = self.manager.config.chunk
         work = []
         for request in self.running[-4:] if whole else self.some():
-            missing = min(request.num_tokens - request.kv_len, budget)
+            missing = min(request.num_tokens + request.pending - request.kv_len, budget)
+            missing = min(missing, self.manager.config.max_context_len - request.kv_len)
             if missing > 0:
                 work.append((request, missing if whole else self.rng.randint(1, missing)))
                 budget -= work[-1][1]
@@ -222,18 +236,40 @@ class ManagerDriver:
             self.manager.cancel(plan)
 
     def dispatch(self, plan: StepPlan) -> None:
-        total, strangers = self.manager.run(write_step, plan)
-        work = zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True)
-        assert int(total) == sum(int(request.key.token_ids[start:stop].sum()) for request, start, stop in work)
+        """Runs a plan; every other one leaves its tokens on the device, to be read later."""
+        if self.rng.random() < 0.5:
+            total, strangers = self.manager.run(write_step, plan)
+            work = zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True)
+            if all(stop <= request.num_tokens for request, _, stop in work):
+                work = zip(plan.requests, plan.prefix_len, plan.seq_len, strict=True)
+                assert int(total) == sum(int(request.key.token_ids[start:stop].sum()) for request, start, stop in work)
+        else:
+            work = enumerate(zip(plan.requests, plan.seq_len.tolist(), strict=True))
+            news = [(i, request) for i, (request, stop) in work if stop == request.num_tokens + request.pending]
+            pending = {request: request.pending for _, request in news}
+            (_, strangers), sampled = self.manager.run(sampling_step, plan)
+            assert all(request.pending == before + 1 for request, before in pending.items())
+            self.unread.append((news, sampled))
         assert int(strangers) == 0, "the table in the step is not the host's"
+
+    def read(self) -> None:
+        """The tokens of the step that ran longest ago arrive, also at those that have ended since."""
+        if self.unread:
+            news, sampled = self.unread.pop(0)
+            for i, request in news:
+                if request.state is not RequestState.DONE:
+                    pending = request.pending
+                    request.output_ids.append(int(sampled[i]))
+                    assert request.pending == pending - 1
 
     def decode(self) -> None:
         batch = []
         for request in self.some():
-            if request.kv_len == request.num_tokens < self.manager.config.max_context_len:
+            if not request.pending and request.kv_len == request.num_tokens < self.manager.config.max_context_len:
                 request.output_ids.append(self.rng.randrange(2))
-            if request.num_tokens - request.kv_len == 1:
+            if request.num_tokens + request.pending - request.kv_len == 1:
                 batch.append(request)
+        batch = [request for request in batch if request.kv_len < self.manager.config.max_context_len]
         plan = self.manager.decode(batch) if batch else None
         if plan is not None:
             self.dispatch(plan)
@@ -242,8 +278,9 @@ class ManagerDriver:
         return self.rng.sample(self.running, self.rng.randint(0, len(self.running)))
 
     def fork(self) -> None:
-        if self.running:
-            request, n = self.rng.choice(self.running), self.rng.randint(1, 2)
+        settled = [request for request in self.running if not request.pending]
+        if settled:
+            request, n = self.rng.choice(settled), self.rng.randint(1, 2)
             forks = self.manager.fork(request, n)
             if forks is not None:
                 assert [fork.kv_len for fork in forks] == [request.kv_len] * n
@@ -261,7 +298,8 @@ class ManagerDriver:
     def retract(self) -> None:
         if self.running:
             request = self.running.pop(self.rng.randrange(len(self.running)))
-            self.manager.retract(request, offload=self.rng.random() < 0.5)
+            offload = self.rng.random() < 0.5 and request.kv_len <= request.num_tokens
+            self.manager.retract(request, offload=offload)
             assert (request.kv_len, request.num_pages, request.lock) == (0, 0, None)
             self.waiting.append(request)
 

@@ -295,10 +295,10 @@ def test_pages_that_have_left_the_window_of_their_request_are_not_taken():
         long.output_ids.append(token)
         manager.run(write_any, manager.decode([long]))
     manager.cache.drop_out_of_window(long)
-    long.output_ids += [24, 25, 26]
+    long.output_ids += [24, 25, 26, 27, 28]
     short = Request("short", [*range(13), 50])
     manager.admit(short)
-    run(manager, manager.extend([(long, 3), (short, short.num_tokens - short.kv_len)]), write_any)
+    run(manager, manager.extend([(long, 5), (short, short.num_tokens - short.kv_len)]), write_any)
     for request in (long, short):
         require_right(manager, request)
 
