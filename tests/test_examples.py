@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.engine import engine
+from examples.engine import demo, engine
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -17,6 +17,15 @@ def test_every_family_answers_the_same_with_and_without_the_cache(capsys) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all("cached [0, 160, 160]" in line and line.endswith("same answers: True") for line in lines)
+
+
+@pytest.mark.slow
+def test_chats_are_answered_sooner_from_the_cache() -> None:
+    shared, alone = demo.compare(engine.FAMILIES["llama"], demo.questions(4, 3), answer_tokens=8)
+    assert shared.answers == alone.answers and alone.cached_tokens == 0
+    assert shared.cached_tokens > 0.6 * shared.prompt_tokens
+    assert sorted(shared.first_token)[6] < sorted(alone.first_token)[6]
+    assert "prompt tokens cached" in demo.table(shared, alone)
 
 
 def test_text_is_bytes() -> None:
