@@ -144,8 +144,8 @@ class RadixCache(PrefixCache, BasePrefixCache):
             return None
         return self.match_prefix(req.key[:limit])
 
-    def go_on_from(self, req: Request, found: MatchResult, lock: Receipt) -> None:
-        """A running request goes on from a longer cached prefix: its own pages so far are freed.
+    def resume_from(self, req: Request, found: MatchResult, lock: Receipt) -> None:
+        """A running request resumes from a longer cached prefix: its own pages so far are freed.
 
         Args:
           req: Running, without pages for a step that has not run.

@@ -53,7 +53,7 @@ class Forking:
         self._stepping = tuple(component for component in cache.components if component.per_request)
 
     def fork(self, request: Request, n: int) -> list[Request] | None:
-        """`MemoryManager.fork` has the contract. The forks have rows afterwards, but are in nobody's list yet."""
+        """`MemoryManager.fork` has the contract. The forks have rows; the caller adds them to those that run."""
         row = self._planner.require_settled(request)
         if as_count("n", n) < 1:
             raise ArgumentError("n must be at least 1: that many requests are made")

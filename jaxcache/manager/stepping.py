@@ -108,7 +108,7 @@ class SteppedMemory(ManagedMemory):
         """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request, at most.
 
         Each is looked up again: what others have computed since it was admitted, and what those before it in `work`
-        compute in this step, it goes on from, so that fewer tokens may be left than were asked for
+        compute in this step, it resumes from, so that fewer tokens may be left than were asked for
         (`plan.num_computed`). Where a step cannot read what it writes, a request whose twin computes what it needs is
         left out and waits for the next plan: the batch is `plan.requests`. See `jaxcache.steps.sharing`.
 

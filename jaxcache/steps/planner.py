@@ -179,7 +179,7 @@ class StepPlanner:
         """Puts a request where its part starts; returns the pages that it takes from others of the plan."""
         request, taken = part.request, resolved(part.taken, fresh)
         if part.found is not None and part.lock is not None:
-            self._cache.go_on_from(request, part.found, part.lock)
+            self._cache.resume_from(request, part.found, part.lock)
         if len(taken):
             row = np.array([request.req_pool_idx], np.intp)
             request.kv_len -= request.kv_len % self._table.page_size  # another computes the rest of this page too
