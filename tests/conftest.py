@@ -79,6 +79,13 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
             gc.collect()
 
 
+@pytest.fixture
+def on_cpu() -> Generator[None]:
+    """For tests on a mesh of simulated devices: what they do outside its shard_map is for a CPU too."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

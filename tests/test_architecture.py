@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": _MEMORY | {"manager", "replay", "snapshot"},
     "__main__": {"cli"},
     "__init__": _MEMORY | {"compat", "manager", "snapshot"},
-    "torch_bridge": _MEMORY | {"manager"},
+    "torch_bridge": _MEMORY | {"attention", "manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
 NO_JAX = _READERS | {"events", "index", "__main__"}

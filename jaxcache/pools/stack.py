@@ -132,7 +132,7 @@ class LayerStack(MemoryPool):
     Rows: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything
     happens; an array on the device, or traced, is not read back: there, rows outside the pool read as zeros and are not
     written. Rows of one write must be distinct, except for the sink, row 0, which is never written: a repeated row is
-    refused on the host, and keeps either value elsewhere. Under `jax.disable_jit()`, JAX's mode for debugging, nothing
+    refused on the host; elsewhere each of its elements is one of the values. Under `jax.disable_jit()`, nothing
     is traced, and every `loc` is read back and checked like one on the host.
 
     Layers are global ids. A Python int is checked; a traced one out of range reads as zeros and writes nothing.
