@@ -268,7 +268,7 @@ class PrefixCache:
         Overshoots by less than one node. Cost: O(evicted).
 
         Raises:
-          ArgumentError: A number is no integer, or negative.
+          ArgumentError: A number is not an integer, or is negative.
         """
         require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         size = self.page_size
@@ -307,7 +307,7 @@ class PrefixCache:
           without_window: Of the pages, those that need no window page.
 
         Raises:
-          ArgumentError: States are asked of a cache that keeps none; or a number is no integer, or negative.
+          ArgumentError: States are asked of a cache that keeps none; or a number is not an integer, or is negative.
 
         Cost: O(evicted).
         """

@@ -93,7 +93,7 @@ class FullPages(TreeComponent):
         if not are_all_of(self._allocator, pages):
             yield f"the tree holds {len(pages)} pages, the allocator disagrees"
 
-    # ---- all the others ------------------------------------------------------------------------------------------
+    # ---- the other rooms -----------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""

@@ -102,6 +102,12 @@ class RecurrentStates(TreeComponent):
         """See `MemoryComponent.start_request`."""
         self._rows().set_state(row, value, NO_COPY if source is None else source)
 
+    def restart_request(self, row: int, source: int) -> None:
+        """See `MemoryComponent.restart_request`. Its checkpoint, which is of an earlier prefix, is freed."""
+        working, *saved = self._rows().take_states(row).tolist()
+        self._free_private(np.array(saved, np.int32))
+        self._rows().set_state(row, working, source)
+
     def before_step(self, rows: Int32[np.ndarray, " requests"], device: PoolHolder) -> None:
         """Fills the working states of these rows, if any wait for it."""
         table = self._rows()
@@ -233,7 +239,7 @@ class RecurrentStates(TreeComponent):
         if not are_all_of(self._allocator, values):
             yield f"the tree holds {len(values)} states, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- the other rooms ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " states"]:
         """See `MemoryComponent.rows_in_use`."""

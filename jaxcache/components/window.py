@@ -153,7 +153,7 @@ class WindowPages(TreeComponent):
         if not are_all_of(self._allocator.window, values[values > 0]):
             yield f"the tree holds {np.count_nonzero(values)} window pages, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- the other rooms ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""
@@ -183,7 +183,7 @@ class WindowPages(TreeComponent):
     def device_problems(self, pool: Any) -> Iterator[str]:
         """See `MemoryComponent.device_problems`."""
         kv: Any = pool.kv if isinstance(pool, HybridKVPool) else pool
-        differs = np.flatnonzero(np.asarray(kv.full_to_window) != self._allocator.full_to_window)
+        differs = np.flatnonzero(kv.window_map_on_host() != self._allocator.full_to_window)
         if len(differs):
             yield f"full page {differs[0]}: the device's map to window pages differs from the host's"
 

@@ -128,7 +128,7 @@ class RadixTree(Nodes):
 
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
-            element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
+            element size is not the tree's; `held` is longer than the key or on another; `priority` is not an integer.
           ReceiptError: `held` is not a live receipt of this tree.
         """
         return insert(self, key, values, held, priority, claim)

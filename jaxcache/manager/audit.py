@@ -6,24 +6,38 @@ Source: SGLang 0.5.2 scheduler, check_memory, which compares counts when idle.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxcache.components.base import MemoryComponent
 from jaxcache.errors import BrokenInvariantError
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
 
+if TYPE_CHECKING:
+    from jaxtyping import Int32
 
-def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, components: Sequence[MemoryComponent]) -> None:
+
+_NO_PAGES = np.empty(0, np.int32)
+
+
+def check_owners(
+    running: Mapping[int, Request],
+    table: ReqToTokenPool,
+    components: Sequence[MemoryComponent],
+    planned: Int32[np.ndarray, " pages"] = _NO_PAGES,
+) -> None:
     """What is private is exactly what running requests own; locked prefixes are the tree's; rows are running or free.
 
     Args:
       running: Running requests by row.
       table: The request table.
       components: Of the cache.
+      planned: Pages that several requests of a plan have.
 
     Raises:
       BrokenInvariantError: names what has no owner, or two.
@@ -36,11 +50,23 @@ def check_owners(running: Mapping[int, Request], table: ReqToTokenPool, componen
         private.append(pages[request.protected_len // table.page_size :])
         _check_shared(request, pages[: request.protected_len // table.page_size])
     owned = np.concatenate(private)
+    owned = owned[~np.isin(owned, planned)]
     for component in components:
         for problem in component.private_problems(owned):
             raise BrokenInvariantError(problem)
     if sorted([*running, *table.free_rows]) != list(range(table.size)):
         raise BrokenInvariantError(f"rows: {sorted(running)} are running, {sorted(table.free_rows)} are free")
+
+
+def check_planned(planned: Int32[np.ndarray, " pages"], allocator: BaseTokenToKVPoolAllocator) -> None:
+    """The pages that several requests of a plan have are exactly those that the allocator says.
+
+    Raises:
+      BrokenInvariantError: names some that are not.
+    """
+    odd = np.setxor1d(planned, np.flatnonzero(allocator.states == PageState.PLANNED))
+    if len(odd) or len(set(planned.tolist())) != len(planned):
+        raise BrokenInvariantError(f"planned pages: plans share {planned}, the allocator says otherwise of {odd[:5]}")
 
 
 def check_readable(

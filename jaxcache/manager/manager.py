@@ -23,9 +23,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcache.caches.radix import RadixCache
-from jaxcache.guard import exclusive
+from jaxcache.errors import RequestStateError
+from jaxcache.guard import exclusive, exclusive_on_device
 from jaxcache.manager.admission import Admission
 from jaxcache.manager.config import MemoryConfig
+from jaxcache.manager.forking import Forking
 from jaxcache.manager.room import Room, cheapest_victim
 from jaxcache.manager.stepping import SteppedMemory
 from jaxcache.manager.swap import KeptCopy
@@ -83,6 +85,7 @@ class MemoryManager(SteppedMemory):
     ):
         super().__init__(config, pool, allocator, req_to_token_pool, cache)
         self._admission = Admission(self._room, cache, req_to_token_pool, self.planner, self.runner)
+        self._forking = Forking(cache, req_to_token_pool, self.planner, self.runner)
 
     @exclusive
     def room_for(self, request: Request, reserve: int = 0) -> Room:
@@ -106,7 +109,7 @@ class MemoryManager(SteppedMemory):
           Tokens whose KV is there already, or None if no row, or no memory to load back into, is left.
 
         Raises:
-          RequestStateError: It is running or done.
+          RequestStateError: It is running or done, or was retracted and lacks tokens that it has sampled.
           ReleasedError: The pool's memory was released.
           ArgumentError: It can never run here, being longer than `max_context_len` or than the memory; or its copy is
             of other layers, another kind of rows or pages of another size than this manager's.
@@ -121,9 +124,43 @@ class MemoryManager(SteppedMemory):
             self.cache.cache_unfinished_req(request)
         return entry.kv_len
 
+    @exclusive_on_device
+    def fork(self, request: Request, n: int) -> list[Request] | None:
+        """`n` more running requests, as far as this one: for samples of one prompt, or beams.
+
+        They have its tokens, sampled ones included, its namespace and all else that a user may set. Whole pages are
+        shared; the last one, where it is not full, is copied on the device, and so is a recurrent state (with one,
+        pages behind the last checkpoint are copied too). From then on each goes its own way.
+
+        Args:
+          request: A running request without a plan that has not run.
+          n: How many: at least 1.
+
+        Returns:
+          The requests, running, named `"{rid}/1"` and so on; or None, with no row or page taken, if memory is short.
+
+        Raises:
+          RequestStateError: It is not running, is in a decode loop, has a plan that has not run, or tokens pending.
+          UnsupportedError: This memory shares nothing, or has no pool to copy in.
+          ArgumentError: `n` is less than 1.
+
+        Cost: a lookup a fork, and one copy of at most a page for each.
+        """
+        forks = self._forking.fork(request, n)
+        if forks is None:
+            return None
+        for fork in forks:
+            self.running[fork.req_pool_idx or 0] = fork
+        self.planner.forget_batch()
+        return forks
+
     @exclusive
     def finish(self, request: Request) -> None:
-        """Ends a request and leaves what it computed to others. Afterwards it owns nothing."""
+        """Ends a request and leaves what it computed to others. Afterwards it owns nothing.
+
+        What a step computed of tokens that are not in `output_ids` is no other's: of a request that turns out to have
+        stopped, one token was computed too many.
+        """
         self._release(request, RequestState.DONE)
 
     @exclusive
@@ -140,13 +177,20 @@ class MemoryManager(SteppedMemory):
 
         What it computed becomes evictable and is found again if it is still there. Append the sampled token first; a
         resumed request needs one uncomputed token, or its last token is recomputed, and a kept recurrent state, which
-        stands for all of them, is of no use.
+        stands for all of them, is of no use. With tokens pending it can be admitted again once they are appended.
 
         Args:
           request: A running request.
           offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
+
+        Raises:
+          RequestStateError: It is not running, or is to be offloaded and has KV of a token that is not known yet.
         """
         self.planner.require_running(request)
+        if offload and request.kv_len > request.num_tokens:
+            raise RequestStateError(
+                f"offload: request {request.rid} has KV of tokens that are not in output_ids: append what was sampled"
+            )
         if offload and request.kv_len:
             request.cpu_copy = self._kept_copy(request)
         self._release(request, RequestState.RETRACTED)
@@ -161,6 +205,7 @@ class MemoryManager(SteppedMemory):
 
     def _release(self, request: Request, state: RequestState) -> None:
         row = self.planner.require_running(request)
+        self.planner.withdraw(row)
         self.cache.cache_finished_req(request)
         request.state = state
         del self.running[row]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import abc
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from jaxcache.caches.check import check_cached
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.guard import Guard, exclusive
-from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_readable
+from jaxcache.manager.audit import check_device_maps, check_device_table, check_owners, check_planned, check_readable
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.swap import warmed_up
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
@@ -16,8 +21,11 @@ from jaxcache.steps.host_runner import EnginePool, new_runner
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.request_table import ReqToTokenPool
 
+if TYPE_CHECKING:
+    from jaxtyping import Int32
 
-class ManagedMemory:
+
+class ManagedMemory(abc.ABC):
     """Pool, allocator, request table and prefix cache, and the requests that have a share of them.
 
     Attributes:
@@ -78,6 +86,11 @@ class ManagedMemory:
     def table(self) -> RequestTable:
         """Device twin of the request table; replaced as the pool is."""
         return self.runner.table
+
+    @property
+    @abc.abstractmethod
+    def _planned_pages(self) -> Int32[np.ndarray, " pages"]:
+        """Pages that several requests of a plan have, which has not run."""
 
     @exclusive
     def warm_up_offload(self) -> None:
@@ -225,5 +238,7 @@ class ManagedMemory:
     def _audit(self) -> None:
         """The part that the host can do alone."""
         check_cached(self.cache.tree, self.cache.tree_components)
-        check_owners(self.running, self.req_to_token_pool, self.cache.components)
+        planned = self._planned_pages
+        check_owners(self.running, self.req_to_token_pool, self.cache.components, planned)
+        check_planned(planned, self.allocator)
         check_readable(self.running, self.req_to_token_pool, self.cache.components)

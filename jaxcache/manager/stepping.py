@@ -11,7 +11,7 @@ absorb(plan.replay(...))                 commit what they did
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from jaxcache.guard import exclusive, exclusive_on_device
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import ManagedMemory
 from jaxcache.manager.room import RoomSearch
-from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
 from jaxcache.steps.buckets import Bucket, StepKind
@@ -34,6 +34,9 @@ from jaxcache.steps.plan import StepPlan
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.warm_up import Progress
 from jaxcache.tables.request_table import ReqToTokenPool
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
 
 
 class SteppedMemory(ManagedMemory):
@@ -63,7 +66,6 @@ class SteppedMemory(ManagedMemory):
             self._loops,
             config.step_sizes,
             tuple(device_map.name for device_map in self.runner.maps),
-            bool(self._stepping),
         )
 
     def _audit(self) -> None:
@@ -73,12 +75,17 @@ class SteppedMemory(ManagedMemory):
     def _forget(self) -> None:
         super()._forget()
         self._loops.clear()
-        self.planner.forget_batch()
+        self.planner.clear()
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """Static shapes of steps; the planner's."""
         return self.planner.buckets
+
+    @property
+    def _planned_pages(self) -> Int32[np.ndarray, " pages"]:
+        """See `ManagedMemory._planned_pages`."""
+        return self.planner.planned_pages
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -108,23 +115,32 @@ class SteppedMemory(ManagedMemory):
         return sum(self.req_to_token_pool.states_of(np.array([_row_of(request)])).tolist())
 
     @exclusive
-    def extend(self, work: Sequence[tuple[Request, int]]) -> StepPlan | None:
-        """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request.
+    def extend(self, work: Sequence[tuple[Request, int]], *, share_in_step: bool = True) -> StepPlan | None:
+        """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request, at most.
+
+        Each is looked up again: what others have computed since it was admitted, and what those before it in `work`
+        compute in this step, it resumes from, so that fewer tokens may be left than were asked for
+        (`plan.num_computed`). Where a step cannot read what it writes, a request whose twin computes what it needs is
+        left out and waits for the next plan: the batch is `plan.requests`. See `jaxcache.steps.sharing`.
 
         Evicts if needed. Returns None, without side effects, if memory is still insufficient.
 
         Args:
           work: Distinct running requests, each with a number of tokens >= 1 that it still has to compute.
+          share_in_step: False for a step that attends to its new tokens otherwise than through the pool, after all rows
+            of a layer were written.
 
         Raises:
           RequestStateError: A request is not running.
           ArgumentError: A number is out of range, a request is named twice, or no bucket is large enough.
+
+        Cost: a lookup a request, and a second one among those of the plan.
         """
-        return self.planner.extend(work)
+        return self.planner.extend(work, share_in_step)
 
     @exclusive
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
-        """Plans a step that computes the last sampled token of each request. None if memory is short.
+        """Plans a step that computes the last sampled token of each request, pending or not. None if memory is short.
 
         Cost: some NumPy calls and one pass of C loops over the batch, if it is the batch of the call before.
 
@@ -141,18 +157,23 @@ class SteppedMemory(ManagedMemory):
         The step is `step(pool, batch, *args) -> (pool, out)`, a pure function; it is jitted once a bucket, with pool
         and request table donated. After an extend, whole pages are shared through the prefix cache.
 
+        A step may also return `(pool, out, sampled)`, with the next token of each request, int32 `[requests]`. These
+        stay on the device, in a register for each row of the request table, and are pending: the next step can be
+        planned and run before they are read, and takes them from there. Append them to `output_ids` when they are read,
+        as they were sampled.
+
         Returns:
           `out`, perhaps still being computed.
 
         Raises:
           RequestStateError: A request is not where the plan takes it up: the plan ran or was cancelled already, or the
             request was retracted, or has other pages by now. Nothing has changed.
-          ArgumentError: The step does not return `(pool, out)`.
+          ArgumentError: The step returns neither `(pool, out)` nor `(pool, out, sampled)`.
         """
         self._before(plan)
-        out = self._dispatched(self.runner.run, step, plan, *args)
-        self._commit(plan)
-        return out
+        outcome = self._dispatched(self.runner.run, step, plan, *args)
+        self._commit(plan, outcome.has_sampled)
+        return outcome.out
 
     def _dispatched(self, run: Callable[..., Any], *args: Any) -> Any:
         """Runs a step. Others may read sizes meanwhile; where nothing was dispatched, the step can be run again."""
@@ -171,37 +192,44 @@ class SteppedMemory(ManagedMemory):
         return host_batch(plan, self.req_to_token_pool)
 
     @exclusive_on_device
-    def commit(self, plan: StepPlan) -> None:
-        """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`."""
+    def commit(self, plan: StepPlan, sampled: bool = False) -> None:
+        """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`.
+
+        Args:
+          plan: As for `run`.
+          sampled: The engine has the next token of each request on its device: it may be computed by the next step
+            before it is in `output_ids`. Where `host_batch` says `PENDING_TOKEN`, that is the token.
+        """
         self.planner.require_current(plan)
         if any(component.waits(plan.row) for component in self._stepping):
             raise RequestStateError("plan: states wait to be filled: call host_batch(plan) before the step")
-        self._commit(plan)
+        self._commit(plan, sampled)
 
     def _before(self, plan: StepPlan) -> None:
         self.planner.require_current(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
 
-    def _commit(self, plan: StepPlan) -> None:
-        self.planner.commit(plan)
+    def _commit(self, plan: StepPlan, has_sampled: bool) -> None:
+        self.planner.commit(plan, has_sampled)
         is_prompt = plan.bucket.kind is StepKind.EXTEND
         for component in self._stepping:
             component.after_step(plan.row, plan.seq_len, is_prompt, self.cache, self.runner)
         if is_prompt:
-            for request in plan.requests:
+            takers = set(plan.takers)
+            for request, start in zip(plan.requests, plan.prefix_len.tolist(), strict=True):
+                if request in takers:  # after the one that computed what it takes
+                    self.cache.lock_taken(request, start)
                 self.cache.cache_unfinished_req(request, chunked=True)
 
     @exclusive
     def cancel(self, plan: StepPlan) -> None:
-        """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended."""
-        rows = plan.row.tolist()
-        left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
-        for request in left or plan.requests:
-            self.planner.require_running(request)
-        left_rows = np.array([request.req_pool_idx for request in left], np.intp)
-        self.req_to_token_pool.touch(left_rows)  # also where the plan took no pages
-        self.allocator.release(self.req_to_token_pool.cut_spare_pages(left_rows), PageState.PRIVATE)
+        """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended.
+
+        Its requests are where they were, but for what the plan found in the cache. Where they share pages, it is also
+        what happens when one of them ends before the plan has run.
+        """
+        self.planner.cancel(plan)
 
     def warm_up(
         self,

@@ -66,6 +66,9 @@ def replay(
             )
         if isinstance(out, (StepPlan, LoopPlan)):
             plans[index] = out
+        if isinstance(out, list):  # requests that the call made
+            for number, request in zip(op.requests[1:], out, strict=True):
+                requests[number] = request
     return memory
 
 
@@ -121,13 +124,18 @@ def _call(memory: MemoryManager, op: Op, requests: list[Request], plans: dict[in
 
     arguments = {name: decoded(value) for name, value in op.args.items()}
     if op.kind in _STEPS:
-        arguments["step"] = _STEPS[op.kind]
+        arguments["step"] = _sampling_step if arguments.pop("sampled", False) else _STEPS[op.kind]
     return getattr(memory.cache if op.kind in OF_THE_CACHE else memory, op.kind.value)(**arguments)
 
 
 def _no_step(pool: Any, batch: Any) -> tuple[Any, None]:
     """A step that computes nothing."""
     return pool, None
+
+
+def _sampling_step(pool: Any, batch: Any) -> tuple[Any, None, Any]:
+    """A step that computes nothing, and has sampled something."""
+    return pool, None, batch.row
 
 
 def _no_loop(pool: Any, loop: Any) -> tuple[Any, Any, None]:

@@ -25,7 +25,7 @@ from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.steps.buckets import Bucket
-from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
+from jaxcache.steps.compiled import CompiledSteps, Outcome, whole_loop, whole_step
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.steps.plan import StepPlan
@@ -65,7 +65,7 @@ class StepRunner:
             self._everywhere = SingleDeviceSharding(device)
             # Arrays that are bound to no device compile apart from those that are, as uploads must be.
             self.table = jax.device_put(self.table, device)
-            if not pool.is_shared:  # this makes another pool of the same memory, of which nobody's view would know
+            if not pool.is_shared:  # this makes another pool of the same memory, of which no view would know
                 self._pool = jax.device_put(pool, device)
         else:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
@@ -132,8 +132,8 @@ class StepRunner:
         if self._mesh is None and self._released is None and not self._pool.is_shared:
             self._pool, self.table = jax.device_put((self._pool, self.table), self._everywhere)
 
-    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
-        """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
+    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Outcome:
+        """Dispatches a step and returns its `Outcome`. If it fails, its table changes wait again."""
         self.is_undone = False
         bucket, pool = plan.bucket, self._pool
         jitted = self._jitted(step, bucket)
@@ -207,7 +207,7 @@ class StepRunner:
     def _lowered(self, jitted: DonatingStep, size: int, args: tuple[Any, ...]) -> jax.stages.Lowered:
         uploads = self._uploads_of(size)
         slot = uploads.take()
-        uploads.give_back(slot, slot.array)  # nobody is to read it
+        uploads.give_back(slot, slot.array)  # no step reads it
         return jitted.lower(self.pool, self.table, slot.array, *args)
 
     def send_changes(self, room: int = 0, map_room: int = 0) -> None:

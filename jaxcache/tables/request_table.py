@@ -57,6 +57,7 @@ class ReqToTokenPool:
     Attributes:
       kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
       num_pages: int32 (size,), entries of each row in use.
+      has_next: bool (size,), whether the register of each row on the device holds the token behind those with KV.
 
     Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
     """
@@ -76,6 +77,7 @@ class ReqToTokenPool:
         self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
+        self.has_next = np.zeros(size, bool)
         self._changed_at = np.zeros(size, np.int64)
         self._clock = 0
         self.clear()
@@ -108,7 +110,7 @@ class ReqToTokenPool:
         if as_count("need_size", need_size) > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
-        self._is_free[rows] = False
+        self._is_free[rows] = self.has_next[rows] = False
         self.touch(rows)
         return rows
 
@@ -224,15 +226,17 @@ class ReqToTokenPool:
         self.touch(rows)
         return pages
 
-    def commit(self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
-        """These rows have so many tokens with KV from now on."""
-        self.kv_len[rows] = kv_len
+    def commit(
+        self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"], has_next: bool = False
+    ) -> None:
+        """These rows have so many tokens with KV from now on, and perhaps the next one in their registers."""
+        self.kv_len[rows], self.has_next[rows] = kv_len, has_next
         self.touch(rows)
 
     def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
         """The owner, the length or the pages of these rows changed: stamps of before are no longer current.
 
-        Called wherever the table changes; whoever writes to `kv_len` or `num_pages` calls it.
+        Called wherever the table changes; so does a caller that writes to `kv_len` or `num_pages`.
         """
         self._clock += 1
         self._changed_at[rows] = self._clock
@@ -250,9 +254,11 @@ class ReqToTokenPool:
             return False
         return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
 
-    def last_slots(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
-        """Slot of the last token with KV of each row; -1 where there is none."""
-        last = self.kv_len[rows] - 1
+    def last_slots(
+        self, rows: Int[np.ndarray, " rows"], lengths: Int32[np.ndarray, " rows"] | None = None
+    ) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last of `lengths` tokens, by default of those with KV, of each row; -1 where there is none."""
+        last = (self.kv_len[rows] if lengths is None else lengths) - 1
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
         return np.where(last < 0, np.int32(-1), slots)
 
@@ -318,9 +324,10 @@ class ReqToTokenPool:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changes.forget()
         if mesh is None:
-            return RequestTable(jnp.array(self._pages))
+            return RequestTable(jnp.array(self._pages), jnp.zeros(self.size, jnp.int32))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
+        registers = np.zeros(self.size, np.int32)
+        return RequestTable(*jax.jit(lambda *parts: parts, out_shardings=everywhere)(self._pages, registers))
 
 
 def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

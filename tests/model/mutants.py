@@ -29,6 +29,7 @@ WITH_A_STEP = (
         "manager/manager.py",
         "manager/stepping.py",
         "manager/admission.py",
+        "manager/forking.py",
         "manager/swap.py",
         "device/packing.py",
         "steps/decode_batch.py",
