@@ -111,19 +111,16 @@ class Engine:
         """Greedy continuations of `prompts`, `num_tokens` tokens each."""
         requests = [Request(rid=f"prompt {i}", origin_input_ids=list(prompt)) for i, prompt in enumerate(prompts)]
         waiting, running = deque(requests), list[Request]()
-        cached: dict[Request, int] = {}
         while waiting or running:
             while waiting and self._start(waiting[0]):
-                request = waiting.popleft()
-                cached.setdefault(request, request.cached_tokens)
-                running.append(request)
+                running.append(waiting.popleft())
             for request in [request for request in running if len(request.output_ids) == num_tokens]:
                 self.memory.finish(request)
                 running.remove(request)
             if running:
                 self._decode(running, waiting)
         self.memory.check_memory()
-        return [Answer(request.output_ids, len(request.origin_input_ids), cached[request]) for request in requests]
+        return [Answer(r.output_ids, len(r.origin_input_ids), r.cached_tokens) for r in requests]
 
     def _start(self, request: Request) -> bool:
         """Computes, in chunks, what the cache does not have of a request; False if there is no room now."""
