@@ -124,8 +124,9 @@ class Request:
 
     def enter(self, table: RowLengths, row: int) -> None:
         """Takes a row of the request table, which holds the request's lengths from now on."""
+        table.kv_len[row] = table.num_pages[row] = 0  # first: what was in the row before is never this request's
+        table.touch(row)
         self._lengths, self.req_pool_idx = table, row
-        self.kv_len = self.num_pages = 0
 
     def leave(self) -> None:
         """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""
