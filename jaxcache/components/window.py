@@ -187,7 +187,7 @@ class WindowPages(TreeComponent):
     def device_problems(self, pool: Any) -> Iterator[str]:
         """See `MemoryComponent.device_problems`."""
         kv: Any = pool.kv if isinstance(pool, HybridKVPool) else pool
-        differs = np.flatnonzero(np.asarray(kv.full_to_window) != self._allocator.full_to_window)
+        differs = np.flatnonzero(kv.window_map_on_host() != self._allocator.full_to_window)
         if len(differs):
             yield f"full page {differs[0]}: the device's map to window pages differs from the host's"
 

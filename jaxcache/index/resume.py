@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxcache.index.node import Node
 from jaxcache.index.stops import Stops
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 _MEMORY = 1 << 20
 """Tokens of lookups that are remembered, half of them when there are more."""
@@ -143,14 +143,14 @@ class ResumePoints:
 
     # ---- snapshots -------------------------------------------------------------------------------------------------
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
         """All that it knows, with numbers for nodes. O(candidates)."""
-        books: Books = {"lookups": np.array([self.ends, self.elsewhere, self.has_requests], np.int64)}
+        books: StateDict = {"lookups": np.array([self.ends, self.elsewhere, self.has_requests], np.int64)}
         for i in self._reach:
             books[f"candidates.{i}"] = np.array([number[node] for node in self.candidates[i] or ()], np.int64)
         return books
 
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
         """Knows what the one with these books knew, of the nodes with these numbers. It must be new.
 
         Raises:
