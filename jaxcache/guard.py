@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from inspect import CO_VARARGS, CO_VARKEYWORDS
 from threading import get_ident
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 from jaxcache.errors import BrokenInvariantError, CacheError, ThreadError
@@ -186,18 +187,36 @@ def exclusive_on_device(method: _Method) -> _Method:
 
 
 def _guarded(method: _Method, is_audited: bool) -> _Method:
-    name = method.__name__
+    """The method behind the guard. One of a single parameter is called as it is, others with their arguments bound."""
+    code, name = method.__code__, method.__name__.lstrip("_")
+    if (code.co_argcount, code.co_kwonlyargcount, code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)) == (2, 0, 0):
+        guarded = _rule(method, name, is_audited)
+        parameter = code.co_varnames[1]  # by its own name, which a caller may write
+        guarded.__code__ = guarded.__code__.replace(co_varnames=("self", parameter, *guarded.__code__.co_varnames[2:]))
+        guarded.__defaults__ = method.__defaults__
+        return functools.wraps(method)(guarded)  # pyright: ignore[reportReturnType]
+    run = _rule(lambda _, bound: bound(), name, is_audited)
 
     @functools.wraps(method)
     def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        return run(self, functools.partial(method, self, *args, **kwargs))
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def _rule(method: Callable[[Any, Any], Any], name: str, is_audited: bool) -> FunctionType:
+    """What the guard does around every call. Of a fixed signature, which costs CPython half of `*args, **kwargs`."""
+
+    def call(self: Guarded, argument: Any) -> Any:
         guard = self.guard
         if guard.thread != get_ident():
             guard.look(name)
-        if guard.turn & 1:  # inside a guarded call, which may undo this one
-            return method(self, *args, **kwargs)
-        guard.turn += 1
+        turn = guard.turn
+        if turn & 1:  # inside a guarded call, which may undo this one
+            return method(self, argument)
+        guard.turn = turn + 1
         try:
-            return method(self, *args, **kwargs)
+            return method(self, argument)
         except BaseException as error:
             guard.failed(name, error, is_audited)
             raise

@@ -196,11 +196,15 @@ class PrefixCache:
             pages = first_pages("value", value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages, state)
 
-    @exclusive
     def insert_pages(
         self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"], state: int = 0
     ) -> int:
         """`insert` for page ids, one a page: the cheap form, with the same result and ownership."""
+        return self._insert_pages((key, pages, state))
+
+    @exclusive  # of one parameter, as this is hot
+    def _insert_pages(self, offer: tuple[RadixKey | np.ndarray | Sequence[int], np.ndarray, int]) -> int:
+        key, pages, state = offer
         if self.disable:
             return 0
         key = self._as_key(key)
