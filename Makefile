@@ -19,7 +19,7 @@ H200_VENV := .venv-h200
 H200_PIP := $(H200_VENV)/bin/python -m pip --disable-pip-version-check
 PYTHON312 ?=
 
-.PHONY: help venv test slow mutants test-h200 replay demo lint format docs dist bench extras clean
+.PHONY: help venv test slow mutants test-h200 integrations replay demo lint format docs dist bench extras clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 11
@@ -37,6 +37,9 @@ mutants: $(VENV)/.installed-test  ## every planted bug, which the tests have to 
 
 test-h200: $(H200_VENV)/.installed  ## compiled for H200s, and Mosaic GPU interpreted; needs no GPU, may skip nothing
 	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "(h200 or mosaic) and not slow" tests
+
+integrations: $(VENV)/.installed-test  ## engines of others on jaxcache, each in its own environment: minutes, and a download
+	$(BIN)/python -m pytest -s integrations
 
 replay: $(VENV)/.installed-cli  ## a generated chat trace through the real stack, every hit proven right
 	@mkdir -p $(OUT)

@@ -79,7 +79,9 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    async def stream(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> AsyncGenerator[Token, None]:
+    async def stream(
+        self, prompt: Sequence[int], params: SamplingParams, **options: Any
+    ) -> AsyncGenerator[Token, None]:
         """The tokens of a prompt as they are sampled. Closing the stream, or cancelling it, cancels the request.
 
         Args:

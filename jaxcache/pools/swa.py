@@ -388,7 +388,7 @@ class SWAKVPool(MemoryPool):
 
         A copy: on a CPU, NumPy would look at the map's own memory, which the next update then could not take over.
         """
-        return np.asarray(jnp.copy(self.full_to_window))
+        return np.asarray(jax.device_put(self.full_to_window, self.full_to_window.sharding, may_alias=False))
 
     def _window_slots(self, slots: np.ndarray) -> np.ndarray:
         """`translate_loc_from_full_to_swa` of slots on the host, whose number shall not be compiled in."""

@@ -10,7 +10,7 @@ It decides who runs; what is cached, where KV goes and what is evicted, the mana
 HTTP or threads: call it from one thread.
 """
 
-from jaxcache.serve.sampling import SampledTokens, SamplingParams, SamplingRows, sample
+from jaxcache.serve.sampling import SampledTokens, SamplingParams, SamplingRows, least_allowed, sample
 from jaxcache.serve.scheduler import FinishReason, Generation, Output, Scheduler
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "SamplingParams",
     "SamplingRows",
     "Scheduler",
+    "least_allowed",
     "sample",
 ]

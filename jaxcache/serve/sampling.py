@@ -142,14 +142,17 @@ def sample(
 def _draw(logits: jax.Array, rows: SamplingRows, sampled: jax.Array) -> jax.Array:
     scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     is_restricted = jnp.any((rows.top_k > 0) | (rows.top_p < 1))
-    least = jax.lax.cond(is_restricted, lambda: _least(scaled, rows), lambda: jnp.full(len(scaled), -jnp.inf))
+    least = jax.lax.cond(is_restricted, lambda: least_allowed(scaled, rows), lambda: jnp.full(len(scaled), -jnp.inf))
     keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(rows.seed, sampled)
     allowed = jnp.where(scaled >= least[:, None], scaled, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
 
 
-def _least(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
-    """The smallest logit that may be drawn, float32 (requests,); -inf where all may."""
+def least_allowed(scaled: Float32[Array, "requests vocabulary"], rows: SamplingRows) -> Float32[Array, " requests"]:
+    """The smallest logit that `top_k` and `top_p` let each request draw, after temperature; -inf where all may.
+
+    Cost: a sort.
+    """
     ranked = -jnp.sort(-scaled, axis=-1)
     rank = jnp.arange(scaled.shape[-1])
     is_top = (rank < rows.top_k[:, None]) | (rows.top_k == 0)[:, None]
