@@ -113,8 +113,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row = _row_of(req)
         for component in self._checkpointed:
             self.cache_unfinished_req(req)
-            if req.kv_len <= req.num_tokens:  # else it stands for a token that is not known
-                component.checkpoint_working(row, req.kv_len)
+            component.checkpoint_working(row, req.kv_len)
         inserted = self._share(req)
         shared = req.protected_len if inserted is None else inserted.length
         own_pages = table.row_pages(row, shared // self.page_size, req.num_pages)
