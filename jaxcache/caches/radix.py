@@ -155,7 +155,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row, first = _row_of(req), req.protected_len // self.page_size
         allocator.release(table.row_pages(row, first, req.num_pages).copy(), PageState.PRIVATE)
         table.write_pages(row, first, found.pages[first:])
-        req.cached_tokens += found.prefix_len - req.kv_len
+        req.count_found(found.prefix_len - req.kv_len)
         req.kv_len, req.num_pages = found.prefix_len, len(found.pages)
         req.branching_len = found.mamba_branching_seqlen or 0
         self._exchange_lock(req, lock)
@@ -178,7 +178,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if found.length != length:
             raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
         table.write_pages(_row_of(req), first, found.pages[first:])
-        req.cached_tokens += length - req.protected_len
+        req.count_found(length - req.protected_len)
         self._exchange_lock(req, self.tree.lock(found))
 
     def _exchange_lock(self, req: Request, lock: Receipt) -> None:
