@@ -168,10 +168,10 @@ def test_an_extend_step_takes_pending_tokens_with_it():
 def test_what_the_host_knows_goes_before_what_the_device_has():
     """An engine may append other tokens than were sampled, as long as no step has computed these."""
     manager = small_manager(4, 30)
-    (request,), _ = started(manager, range(7))
+    (request, other), _ = started(manager, range(7), range(20, 24))
     request.output_ids.append(77)
-    plan = manager.decode([request])
-    assert plan.tokens.tolist() == [77]
+    plan = manager.decode([request, other])
+    assert plan.tokens.tolist() == [77, PENDING_TOKEN]
     manager.run(write_step, plan)
     assert_contents(manager, [request])
 

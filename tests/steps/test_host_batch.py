@@ -23,6 +23,11 @@ def told_step(pool, batch):
 def plans(page_size):
     """A manager, and plans over it one after the other: chunks, twins, decode steps, both mixed, a pending token."""
     manager = small_manager(page_size, {1: 64, 4: 40, 16: 12}[page_size], max_context_len=48)
+    for row in range(4):  # each row has had a longer request, whose pages are still written there
+        before = Request("before", [row + 70] * 30)
+        manager.admit(before)
+        manager.run(write_step, manager.extend([(before, 30)]))
+        manager.finish(before)
     requests = [Request(str(i), tokens, tag=i) for i, tokens in enumerate(([*range(19)], [*range(17), 50], [1, 2, 3]))]
     for request in requests:
         manager.admit(request)
