@@ -61,7 +61,7 @@ class Request:
     """One request and what it owns in the cache.
 
     What a user may set is checked when it is set, here or later. The rest is the manager's: it is no argument, and to
-    be read only.
+    be read only. Any thread may make one; while it runs it belongs to its manager's thread.
 
     Attributes:
       rid: Its name in messages.
@@ -125,8 +125,9 @@ class Request:
 
     def enter(self, table: RowLengths, row: int) -> None:
         """Takes a row of the request table, which holds the request's lengths from now on."""
+        table.kv_len[row] = table.num_pages[row] = 0  # first: what was in the row before is never this request's
+        table.touch(row)
         self._lengths, self.req_pool_idx = table, row
-        self.kv_len = self.num_pages = 0
 
     def leave(self) -> None:
         """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""

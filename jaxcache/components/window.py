@@ -148,13 +148,12 @@ class WindowPages(TreeComponent):
 
     def problems(self, pages: Int32[np.ndarray, " pages"], values: Int32[np.ndarray, " values"]) -> Iterator[str]:
         """See `TreeComponent.problems`."""
-        self._allocator.check()
         if not np.array_equal(self._allocator.window_pages(pages), values):
             yield "the tree's window pages are not those that its pages have"
         if not are_all_of(self._allocator.window, values[values > 0]):
             yield f"the tree holds {np.count_nonzero(values)} window pages, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- the other rooms ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""

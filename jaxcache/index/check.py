@@ -81,11 +81,11 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         yield f"{node}: the first component's value is missing"
     if min(locks) < 0 or locks[0] != max(locks):
         yield f"{node}: locks {locks} must not be negative, and the first component's is the highest"
-    if not node.children:
-        if any(slot.value is None for slot in node.others):
-            yield f"{node}: a leaf must have a value of every component"
-    elif node.locks < sum([child.locks for child in node.children.values()]):
-        yield f"{node}: {node.locks} locks, but its children have more"
+    if not node.children and any(slot.value is None for slot in node.others):
+        yield f"{node}: a leaf must have a value of every component"
+    end_here = node.locks - sum([child.locks for child in node.children.values()])
+    if not 0 <= end_here <= min(locks):
+        yield f"{node}: {end_here} of its locks {locks} end here, which must be locks of every component"
     if node.hashes is not None:
         prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
         if list(node.hashes) != page_hashes(node.key, page_bytes, prior):

@@ -6,7 +6,7 @@
     pages.0      1 ........ 2 ........ 1 ........ 1                      a value is as long as the run, or 0: a hole
     state.1      0          0          1          1
 
-Locks are not kept, as whoever held one is gone; nor is what was let go lately (`explain`'s graves).
+Locks are not kept, as their holders are gone; nor is what was evicted lately (`explain`'s graves).
 """
 
 from __future__ import annotations

@@ -47,6 +47,8 @@ class RadixTree(Nodes):
       with_hashes: Keep a chained digest of each page in the nodes (what events need), computed on first access.
       element_bytes: That of the class of its keys.
 
+    Not thread-safe and not guarded: its cache's thread owns it.
+
     Raises:
       ArgumentError: page_size < 1, no policy, no such keys, or components that do not go together.
 
@@ -126,7 +128,7 @@ class RadixTree(Nodes):
 
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
-            element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
+            element size is not the tree's; `held` is longer than the key or on another; `priority` is not an integer.
           ReceiptError: `held` is not a live receipt of this tree.
         """
         return insert(self, key, values, held, priority, claim)

@@ -44,6 +44,8 @@ def check_owners(
     """
     private = [np.empty(0, np.int32)]
     for row, request in running.items():
+        if request.req_pool_idx != row:
+            raise BrokenInvariantError(f"row {row} is that of request {request.rid}, which has {request.req_pool_idx}")
         pages = table.row_pages(row, 0, request.num_pages)
         private.append(pages[request.protected_len // table.page_size :])
         _check_shared(request, pages[: request.protected_len // table.page_size])
