@@ -17,6 +17,7 @@ import numpy as np
 from jaxcache.arguments import as_integer
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.media import MediaRange
 from jaxcache.index.receipt import Receipt
 from jaxcache.index.tokens import FixedTokens, TokenList
 
@@ -70,6 +71,8 @@ class Request:
       priority: Higher stays longer under `Policy.PRIORITY`. 64 bits.
       tag: An int32 of the engine's own that its steps see, such as the index of an adapter. Fixed while it runs.
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
+      media: The ranges of prompt tokens that stand for images or audio, as `MediaRange`s; fixed. KV is shared past the
+        start of one only with a request that has the same one there.
       output_ids: Tokens sampled so far. The engine appends; nothing is ever changed or taken back, for it may have KV.
         So a token that is not known yet has no placeholder here: append it once it is.
       req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
@@ -97,6 +100,7 @@ class Request:
     tag: int = 0
     logprob_start_len: int | None = None
     output_ids: list[int] = field(default_factory=TokenList)
+    media: Sequence[MediaRange] = ()
     req_pool_idx: int | None = field(default=None, init=False)
     lock: Receipt | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
@@ -111,12 +115,13 @@ class Request:
     _without_row: RequestState = field(default=RequestState.WAITING, init=False, repr=False)
 
     def __post_init__(self):
-        self._key = RadixKey(self.origin_input_ids, self.extra_key)
+        self._key = RadixKey(self.origin_input_ids, self.extra_key, self.media)
         self.prompt_len = self._key.length
         if not self.prompt_len:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
+        vars(self)["media"] = self._key.media
         vars(self)["origin_input_ids"] = _fixed_prompt(self.origin_input_ids, self._key)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -297,6 +302,7 @@ _CHECKS: Mapping[str, Callable[[Request, str, Any], Any]] = MappingProxyType(
     {
         "origin_input_ids": _once,
         "extra_key": _once,
+        "media": _once,
         "prompt_len": _once,
         "priority": _priority,
         "tag": _tag,

@@ -134,9 +134,12 @@ class WindowPages(TreeComponent):
         size = self._page_size
         for node in inserted.healed:
             self._allocator.move_windows(pages[node.start // size : node.end // size], node.value)
-        for node in inserted.added[:-1]:  # starts as a hole: window pages before the last gap are of no use to anybody
-            if self._allocator.full_to_window[node.value].any():
-                self._allocator.free_windows(node.value, PageState.TREE)
+        if len(inserted.added) > 1:  # may start as a hole: window pages before the last gap are of no use to anybody
+            gaps = np.flatnonzero(self._allocator.full_to_window[pages[: inserted.length // size]] == 0)
+            begin = (int(gaps[-1]) + 1) * size if len(gaps) else 0
+            for node in inserted.added:
+                if node.end <= begin and self._allocator.full_to_window[node.value].any():
+                    self._allocator.free_windows(node.value, PageState.TREE)
 
     def free(self, values: Int32[np.ndarray, " values"]) -> None:
         """See `TreeComponent.free`. The full pages stay."""

@@ -81,7 +81,7 @@ class RadixTree(Nodes):
         root = self.roots.get(key.namespace)
         if root is None:
             return Match(key, 0, 0, EMPTY_IDS, path, self.changes)
-        reached = self.walk(key.packed, key.length // self.page_size * self.page_bytes, root, 0, path)
+        reached = self.walk(key, key.length // self.page_size * self.page_bytes, root, 0, path)
         found = length = reached // self.element_bytes
         state = 0
         if not self.is_single:
@@ -156,7 +156,6 @@ class RadixTree(Nodes):
                 self.changes += 1
             else:
                 self._remove(node, freed, nodes)
-        self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _evict_surplus(self, component: int, target: int, freed: list[list[np.ndarray]]) -> None:
@@ -192,7 +191,6 @@ class RadixTree(Nodes):
             for node in reversed(list(below([root]))):
                 self._unlink(node, freed, nodes, is_drop=True)
             del self.roots[namespace]
-            self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
@@ -219,7 +217,7 @@ class RadixTree(Nodes):
         """Takes a childless, unlocked node out of the tree."""
         self._take_out(node, range(len(freed)), freed)
         parent = node.parent
-        del parent.children[node.key[: self.page_bytes]]
+        del parent.children[node.name(self.page_bytes)]
         self.graves.bury(node, parent, self.changes, is_drop)
         node.parent = None
         nodes.append(node)
@@ -235,6 +233,9 @@ class RadixTree(Nodes):
                 self.evictable[i] -= len(value)
                 slot.value = None
                 self.policies[i].remove(node)
+                candidates = self.resume.candidates[i]
+                if candidates:
+                    candidates.pop(node, None)
 
     # ---- protection ----------------------------------------------------------------------------------------------
 
