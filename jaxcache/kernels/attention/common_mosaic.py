@@ -12,7 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COLUMNS = 64
 """Columns of a swizzled tile."""
-TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
+TILED = (
+    plgpu.TilingTransform((8, COLUMNS)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 """How a buffer lies that wgmma reads."""
 LOG2E = math.log2(math.e)
 NO_LOGIT = -1e30
@@ -52,13 +55,13 @@ def base2_logits(logits: Any, scale: Any, cap: float) -> Any:
 def accumulate(acc: Any, multiply: Any, interprets: bool) -> Any:
     """`acc` and what `multiply`, given an accumulator, adds to it. JAX's interpreter knows no initialized ones."""
     if not interprets:
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
 
     def from_zero(ref: Any) -> Any:
         multiply(ref)
         return ref[...]
 
-    return acc + pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+    return acc + pl.run_scoped(from_zero, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
 
 
 def filled(shape: tuple[int, ...], number: float) -> Any:
