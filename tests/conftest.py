@@ -22,6 +22,8 @@ from tests.kernels import h200
 
 # It needs torch throughout, and a run that may skip nothing has none.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/test_bridge.py", "benchmarks/test_device.py"]
+if not all(map(importlib.util.find_spec, ("openai", "starlette", "uvicorn"))):
+    collect_ignore.append("serve/test_server.py")
 
 # Property tests take as long as compiling takes.
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)

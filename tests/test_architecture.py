@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "oplog": _MEMORY | {"manager"},
     "replay": _MEMORY | {"attention", "manager"},
     "compat": _MEMORY | {"manager"},
+    "serve": _MEMORY | {"manager"},
     "cli": _MEMORY | {"manager", "replay", "snapshot"},
     "__main__": {"cli"},
     "__init__": _MEMORY | {"compat", "manager", "snapshot"},

@@ -342,6 +342,12 @@ class SWAKVPool(MemoryPool):
             return self.full.gather(loc, index)
         return self.window.gather(self.translate_loc_from_full_to_swa(loc), index)
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """See `MemoryPool.copy_tokens`."""
+        if self.mesh is not None:
+            return super().copy_tokens(source, target)
+        return self.move_kv_cache(target, source)  # pyright: ignore[reportArgumentType]
+
     def move_kv_cache(self, tgt_loc: Int32[Array, " n"], src_loc: Int32[Array, " n"]) -> Self:
         """Copies full slot `src_loc[i]` to `tgt_loc[i]` in every layer of both sides, as `KVCache.move_kv_cache`.
 
@@ -382,7 +388,7 @@ class SWAKVPool(MemoryPool):
 
         A copy: on a CPU, NumPy would look at the map's own memory, which the next update then could not take over.
         """
-        return np.asarray(jnp.copy(self.full_to_window))
+        return np.asarray(jax.device_put(self.full_to_window, self.full_to_window.sharding, may_alias=False))
 
     def _window_slots(self, slots: np.ndarray) -> np.ndarray:
         """`translate_loc_from_full_to_swa` of slots on the host, whose number shall not be compiled in."""

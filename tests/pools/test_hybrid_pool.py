@@ -14,7 +14,7 @@ from jaxcache.kernels.in_place import prove_in_place
 from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
 from jaxcache.pools.mamba import MambaPool
 from tests.pools import steps
-from tests.pools.numpy_pool import filled_pool, mha_config, mla_config, random_rows
+from tests.pools.numpy_pool import bits, filled_pool, mha_config, mla_config, random_rows
 from tests.pools.numpy_states import filled_states, mamba_config, random_parts
 from tests.pools.swa_steps import swa_config
 from tests.support.hybrid_steps import abstract_hybrid, hybrid_step
