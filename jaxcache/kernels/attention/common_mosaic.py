@@ -79,6 +79,11 @@ def clear(buffer: Any, token: Any, stop: Any) -> None:
     for column in range(0, buffer.shape[1], COLUMNS):
         tile = buffer.at[:, pl.ds(column, COLUMNS)]
         at = plgpu.broadcasted_iota(jnp.int32, (buffer.shape[0], COLUMNS), 0, layout=WGMMA) + token
-        numbers = plgpu.load(tile, layout=WGMMA)
+        numbers = load(tile)
         tile[...] = jnp.where(at < stop, numbers, jnp.zeros_like(numbers))
     plgpu.commit_smem()
+
+
+def load(ref: Any, layout: Any = WGMMA, *, optimized: bool = True) -> Any:
+    """An array as wgmma has it in registers. JAX 0.10, which has no such kernels, asks for an index."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]

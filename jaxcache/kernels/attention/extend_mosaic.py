@@ -31,6 +31,7 @@ from jaxcache.kernels.attention.common_mosaic import (
     base2_logits,
     clear,
     filled,
+    load,
     pages_of_buffer,
     spread,
 )
@@ -293,7 +294,7 @@ class Program:
         begin, whole, end = self.blocks()
         plgpu.copy_gmem_to_smem(self.inputs.q.at[pl.ds(self.token, TOKENS), head], s.raw.at[me], s.q_here.at[me])
         plgpu.barrier_wait(s.q_here.at[me])
-        s.q[me] = plgpu.load(s.raw.at[me], layout=WGMMA, optimized=False)
+        s.q[me] = load(s.raw.at[me], optimized=False)
         plgpu.commit_smem()
         carry = filled((TOKENS, dim), 0.0), filled((TOKENS,), NO_LOGIT), filled((TOKENS,), 0.0)
 

@@ -31,6 +31,7 @@ from jaxcache.kernels.attention.common_mosaic import (
     base2_logits,
     clear,
     filled,
+    load,
     pages_of_buffer,
     spread,
 )
@@ -267,8 +268,8 @@ class Program:
         def _() -> None:
             plgpu.barrier_wait(s.q_used)
 
-        for queries, *_, columns in parts:
-            plgpu.copy_gmem_to_smem(self.inputs.q.at[unit, self.heads, columns], queries.at[0], s.q_here)
+        for part in parts:
+            plgpu.copy_gmem_to_smem(self.inputs.q.at[unit, self.heads, part[4]], part[0].at[0], s.q_here)
 
         def one(i: Any, _: Any) -> None:
             rows = [self._rows(unit, (first + i) * BLOCK + b * TOKENS) for b in range(2)]
@@ -386,7 +387,7 @@ class Program:
         s.top[me] = mine
         plgpu.barrier_arrive(s.tops.at[me])
         plgpu.barrier_wait(s.tops.at[1 - me])
-        return plgpu.load(s.top.at[1 - me], layout=WGMMA.reduce(1))
+        return load(s.top.at[1 - me], WGMMA.reduce(1))
 
     def _swap(self, me: int, mine: Any) -> Any:
         """`_tell_and_hear`, after which both may write there again."""
