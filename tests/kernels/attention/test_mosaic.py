@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxcache.kernels.attention.launch import heads_launches, latent_launches
