@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},
     "oplog": _MEMORY | {"manager"},
-    "replay": _MEMORY | {"manager"},
+    "replay": _MEMORY | {"attention", "manager"},
     "compat": _MEMORY | {"manager"},
     "serve": _MEMORY | {"manager"},
     "cli": _MEMORY | {"manager", "replay", "snapshot"},

@@ -15,7 +15,7 @@ from jaxcache.caches.lora_radix import LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
-from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, RequestStateError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import init_memory_pool_and_cache
@@ -163,6 +163,21 @@ def test_a_life_from_admission_to_the_next_request_that_profits():
     assert_contents(manager, [follower])
     manager.finish(follower)
     manager.check_memory(read_device=True)
+
+
+def test_running_is_having_a_row_and_the_pool_has_one_owner():
+    manager = small_manager()
+    request = prefilled(manager, list(range(10)))
+    assert manager.allocator.get_kvcache() is manager.pool  # of after the step
+    with pytest.raises(RequestStateError, match="cannot be done: it has row 0"):
+        request.state = RequestState.DONE
+    manager.retract(request)
+    with pytest.raises(RequestStateError, match="cannot be running: it has no row"):
+        request.state = RequestState.RUNNING
+    assert request.state is RequestState.RETRACTED
+    manager.allocator.load_cpu_copy(manager.allocator.get_cpu_copy([4, 5]), [6, 7])
+    manager.admit(request)  # with the pool that the allocator's copy has made
+    manager.run(write_step, manager.extend([(request, 10 - request.kv_len)]))
 
 
 def test_one_token_is_always_left_to_compute():
@@ -726,7 +741,7 @@ def test_check_memory_finds(plant):
     manager.finish(prefilled(manager, [50] * 9, rid="cached"))
     manager.check_memory(read_device=True)
     plant(manager, request)
-    with pytest.raises(BrokenInvariant):
+    with pytest.raises(BrokenInvariantError):
         manager.check_memory(read_device=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.index.node import Node, Root
 from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.policies.lru import LRU
@@ -17,10 +17,10 @@ def check(tree: RadixTree) -> None:
     """Verifies the whole structure. O(nodes and their values): for tests, idle time and after a suspicion.
 
     Raises:
-      BrokenInvariant: names the rule and the node, and draws the tree.
+      BrokenInvariantError: names the rule and the node, and draws the tree.
     """
     for problem in problems(tree):
-        raise BrokenInvariant(f"{problem}\n{draw(tree)}")
+        raise BrokenInvariantError(f"{problem}\n{draw(tree)}")
 
 
 def problems(tree: RadixTree) -> Iterator[str]:

@@ -20,12 +20,12 @@ from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node, Root, Slot, owned
 from jaxcache.index.page_hashes import PageHashes
 from jaxcache.index.tree import RadixTree
-from jaxcache.state_dict import Books, Columns, joined_bytes, prefixed
+from jaxcache.state_dict import Columns, StateDict, joined_bytes, prefixed
 
 _MOST_PRIORITY = 2**63 - 1
 
 
-def saved_tree(tree: RadixTree) -> Books:
+def saved_tree(tree: RadixTree) -> StateDict:
     """All of a tree, with the order of eviction of each component. O(nodes and their values).
 
     Raises:
@@ -43,7 +43,7 @@ def saved_tree(tree: RadixTree) -> Books:
     number = {node: i for i, node in enumerate(nodes)} | {root: -1 - i for i, root in enumerate(roots)}
     if any(abs(node.priority) > _MOST_PRIORITY for node in nodes):
         raise SnapshotError("tree: a priority does not fit 64 bits: use smaller ones for requests")
-    books: Books = {
+    books: StateDict = {
         "namespaces": joined_bytes([root.namespace for root in roots]),
         "namespace_bytes": np.array([len(root.namespace) for root in roots], np.int64),
         "parent": np.array([number[node.parent] for node in nodes], np.int64),
@@ -55,14 +55,14 @@ def saved_tree(tree: RadixTree) -> Books:
         values = [node.slot(i).value for node in nodes]
         books[f"count.{i}"] = np.array([0 if value is None else len(value) for value in values], np.int64)
         books[f"value.{i}"] = np.concatenate([np.empty(0, np.int32), *[v for v in values if v is not None]])
-        books |= prefixed(f"policy.{i}", policy.saved_books(number))
+        books |= prefixed(f"policy.{i}", policy.state_dict(number))
     return books
 
 
 def restore_tree(tree: RadixTree, books: Columns) -> None:
     """Makes a new, empty tree what the tree with these books was. O(nodes and their values).
 
-    Books that nobody saved may contradict each other all the same: `index.check` tells.
+    Arrays of unknown origin may still contradict each other: `index.check` tells.
 
     Raises:
       SnapshotError: These are no books of a tree with these components, this page size and this policy. The tree is of
@@ -79,7 +79,7 @@ def restore_tree(tree: RadixTree, books: Columns) -> None:
     roots = [node.parent for node in nodes if isinstance(node.parent, Root)]
     tree.adopt({root.namespace: root for root in roots})
     for i, policy in enumerate(tree.policies):
-        policy.restore_books(books.part(f"policy.{i}"), nodes)
+        policy.load_state_dict(books.part(f"policy.{i}"), nodes)
 
 
 def _roots(books: Columns) -> list[Root]:

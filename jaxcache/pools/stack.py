@@ -96,6 +96,16 @@ class MemoryPool(DevicePool, abc.ABC):
     def load_cpu_copy(self, copy: Any, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """Copies all that the pool has of the tokens in some slots to as many others, which are distinct.
+
+        Returns:
+          The updated pool; this one is consumed.
+
+        Cost: as `move_kv_cache`; on a mesh by way of host memory.
+        """
+        return self.load_cpu_copy(self.get_cpu_copy(source), target)
+
     def require_copy_of_such(self, copy: Any) -> None:
         """Raises ArgumentError, naming both pools, unless `copy` was taken of rows like this pool's."""
         if not isinstance(copy, self.copy_type):

@@ -342,6 +342,12 @@ class SWAKVPool(MemoryPool):
             return self.full.gather(loc, index)
         return self.window.gather(self.translate_loc_from_full_to_swa(loc), index)
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """See `MemoryPool.copy_tokens`."""
+        if self.mesh is not None:
+            return super().copy_tokens(source, target)
+        return self.move_kv_cache(target, source)  # pyright: ignore[reportArgumentType]
+
     def move_kv_cache(self, tgt_loc: Int32[Array, " n"], src_loc: Int32[Array, " n"]) -> Self:
         """Copies full slot `src_loc[i]` to `tgt_loc[i]` in every layer of both sides, as `KVCache.move_kv_cache`.
 

@@ -23,7 +23,7 @@ from jaxcache.snapshot.parts import Part, open_file
 VERSION = 1
 FILE_NAME = "jaxcache-snapshot.json"
 FOLDER = re.compile(r"data-[0-9a-f]{16}")
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 _MAY_DIFFER = {
     "axis_name",
     "shards",
@@ -73,8 +73,8 @@ class Manifest:
         file = path / FILE_NAME
         try:
             with io.BufferedReader(open_file(file)) as opened:
-                data = opened.read(_MOST_BYTES + 1)
-            outer = json.loads(data[:_MOST_BYTES])
+                data = opened.read(_MAX_BYTES + 1)
+            outer = json.loads(data[:_MAX_BYTES])
             body, checksum = outer["manifest"], outer["checksum"]
             fields = json.loads(body)
             if checksum != zlib.crc32(body.encode()):

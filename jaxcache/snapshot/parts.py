@@ -76,7 +76,7 @@ def read_part(path: Path, part: Part) -> dict[str, np.ndarray]:
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A file to be read, unbuffered. A pipe in its place is empty, instead of waiting for a writer."""
+    """A file to be read, unbuffered. A pipe in its place reads as empty instead of blocking."""
     return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from jaxcache.index.node import Node
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 
 class EvictionPolicy(ABC):
@@ -69,11 +69,11 @@ class EvictionPolicy(ABC):
         yield from ()
 
     @abstractmethod
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
         """All that it knows, with numbers for nodes, none of which may be locked. O(nodes)."""
 
     @abstractmethod
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
         """Knows what the policy with these books knew, of the nodes with these numbers. It must be new. O(nodes).
 
         Raises:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcache.index.node import Node
 from jaxcache.index.policies.base import EvictionPolicy
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 
 class LRU(EvictionPolicy):
@@ -55,12 +55,12 @@ class LRU(EvictionPolicy):
             return node
         return None
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
         return {"order": np.array([number[node] for node in self._order], np.int64)}
 
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
-        """See `EvictionPolicy.restore_books`."""
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """See `EvictionPolicy.load_state_dict`."""
         self._order.update({nodes[i]: None for i in books.distinct("order", len(nodes) - 1).tolist()})
 
     def __iter__(self) -> Iterator[Node]:

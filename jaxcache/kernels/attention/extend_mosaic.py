@@ -4,8 +4,8 @@ A program takes a tile of `TOKENS` tokens of one request and two query heads of 
 fetches blocks of keys and values, `STAGES` ahead; each of the others attends for one head. Those two take turns at the
 tensor cores: while one has its softmax the other multiplies.
 
-Rows of a tile behind the tokens of its request are computed, and not stored. What nobody owns, behind the last token of
-the request, is zeroed in shared memory before weights meet it: 0 x NaN is NaN.
+Rows of a tile behind the tokens of its request are computed, and not stored. Slots behind the last token of the
+request are zeroed in shared memory before weights meet them: 0 x NaN is NaN.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Three warpgroups: one fetches pages into two buffers of `TOKENS` tokens each. Ea
 with the tokens of one buffer, and weights with one half of the latent columns of both: they tell one another their row
 maxima and weights through shared memory. What a warpgroup needs first is fetched first and given back first.
 
-What nobody owns, behind the last token of a request, is zeroed in shared memory before weights meet it: 0 x NaN is NaN.
+Slots behind the last token of a request are zeroed in shared memory before weights meet them: 0 x NaN is NaN.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _worth(stored: np.ndarray, scale: Any, kind: str, at: np.ndarray) -> np.ndar
 
 
 RAGGED = ((0, 70), (0, 1), (0, 0), (0, 32), (0, 33))
-MIXED = ((59, 7), (0, 1), (33, 1), (0, 0), (27, 9), (31, 1), (0, 5))
+MIXED = ((59, 7), (0, 1), (33, 1), (0, 0), (29, 9), (31, 1), (0, 5))
 
 DECODE = {
     "gqa": Case(RAGGED),
