@@ -74,7 +74,9 @@ class Request:
         So a token that is not known yet has no placeholder here: append it once it is.
       req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
-      cached_tokens: Tokens found in the cache when it was last admitted.
+      cached_tokens: Tokens found in the cache when it was first admitted: what is billed. No resumption changes it.
+      resumed_tokens: Tokens that its later admissions, after a retraction, found in the cache, in sum.
+      loaded_tokens: Tokens that its admissions loaded from a host copy, in sum.
       branching_len: Tokens that were cached then, but without a recurrent state to resume from; 0 for none. A state
         saved there serves later requests with the same prefix.
       evicted_seqlen_local: Tokens, from the start, without window pages of its own any more.
@@ -97,6 +99,8 @@ class Request:
     req_pool_idx: int | None = field(default=None, init=False)
     lock: Receipt | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
+    resumed_tokens: int = field(default=0, init=False)
+    loaded_tokens: int = field(default=0, init=False)
     branching_len: int = field(default=0, init=False)
     evicted_seqlen_local: int = field(default=0, init=False)
     cpu_copy: Any = field(default=None, init=False)

@@ -216,7 +216,8 @@ def test_retract_and_resume(offload, is_evicted):
         manager.finish(other)
     expected = 11 if offload else (0 if is_evicted else 8)
     assert manager.admit(request) == request.kv_len == expected
-    assert request.cached_tokens == (0 if is_evicted else 8)
+    found = 0 if is_evicted else 8
+    assert (request.cached_tokens, request.resumed_tokens, request.loaded_tokens) == (0, found, expected - found)
     assert request.cpu_copy is None
     assert_contents(manager, [request])
     if expected < 11:

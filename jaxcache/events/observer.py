@@ -10,7 +10,14 @@ class CacheObserver(Protocol):
     """Set as `cache.observer = observer`. Called on the thread that drives the cache: it must be quick."""
 
     def admitted(self, tokens: int, found: int) -> None:
-        """A request was admitted: its tokens, and how many of them were cached."""
+        """A request of so many tokens runs for the first time; so many of them were found in the cache."""
+
+    def resumed(self, found: int, loaded: int) -> None:
+        """A request goes on: so many tokens were found in the cache again, so many more come from a host copy.
+
+        Called once for each later admission of a request, and for the first one if that loads a host copy (`found` is 0
+        then, as `admitted` has said it).
+        """
 
     def matched(self, seconds: float) -> None:
         """A lookup was made: elapsed seconds."""

@@ -50,8 +50,19 @@ def problems(tree: RadixTree) -> Iterator[str]:
             yield f"policy of {tree.components[i].name}: it must hold exactly the unlocked nodes with a value"
         for problem in policy.problems(cached[i]):
             yield f"policy of {tree.components[i].name}: {problem}"
+        yield from _surplus_problems(tree, i, cached[i], unlocked[i])
     if isinstance(tree.policies[0], LRU):
         yield from _order_problems(tree.policies[0])
+
+
+def _surplus_problems(tree: RadixTree, i: int, cached: set[Node], unlocked: set[Node]) -> Iterator[str]:
+    """Every node whose value is more than the resume points need has to be a candidate for eviction."""
+    name, candidates = tree.components[i].name, tree.resume.live_candidates(i)
+    if any(node in unlocked or node not in cached for node in tree.resume.waiting[i]):
+        yield f"surplus of {name}: what waits must be locked"
+    for node in unlocked - candidates.keys():
+        if tree.resume.needed_from(i, node) > node.start:
+            yield f"{node}: its surplus of {name} must be a candidate"
 
 
 def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:

@@ -51,6 +51,8 @@ def saved_tree(tree: RadixTree) -> StateDict:
         "keys": joined_bytes([node.key for node in nodes]),
         "priority": np.array([node.priority for node in nodes], np.int64),
     }
+    if not tree.is_single:
+        books |= prefixed("resume", tree.resume.state_dict(number))
     for i, policy in enumerate(tree.policies):
         values = [node.slot(i).value for node in nodes]
         books[f"count.{i}"] = np.array([0 if value is None else len(value) for value in values], np.int64)
@@ -78,6 +80,8 @@ def restore_tree(tree: RadixTree, books: Columns) -> None:
                 node.slot(i).value = owned(values[start:end])
     roots = [node.parent for node in nodes if isinstance(node.parent, Root)]
     tree.adopt({root.namespace: root for root in roots})
+    if not tree.is_single:
+        tree.resume.load_state_dict(books.part("resume"), nodes)
     for i, policy in enumerate(tree.policies):
         policy.load_state_dict(books.part(f"policy.{i}"), nodes)
 

@@ -18,7 +18,7 @@ from jaxcache.errors import RequestStateError
 from jaxcache.index.receipt import Receipt
 from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
-from jaxcache.request import Request
+from jaxcache.request import Request, RequestState
 from jaxcache.steps.planner import StepPlanner
 from jaxcache.steps.runner import StepRunner
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -147,11 +147,24 @@ class Admission:
         return self._cache.full.alloc_pages(num_pages, spared)
 
     def _start(self, request: Request, entry: Entry) -> None:
+        is_first = request.state is RequestState.WAITING
         request.enter(self._table, entry.row)
         request.kv_len, request.num_pages = entry.kv_len, len(entry.found.pages) + len(entry.fresh)
         request.lock = entry.lock
-        request.cached_tokens = entry.lock.length
         request.branching_len = entry.found.mamba_branching_seqlen or 0
         request.cpu_copy = None
-        if self._cache.observer is not None:
-            self._cache.observer.admitted(request.num_tokens, entry.lock.length)
+        self._count(request, entry, is_first)
+
+    def _count(self, request: Request, entry: Entry, is_first: bool) -> None:
+        """Each token of a request is asked for once: what comes back after a retraction is no hit of the cache's."""
+        found, loaded = entry.lock.length, entry.kv_len - entry.lock.length
+        resumed = 0 if is_first else found
+        if is_first:
+            request.cached_tokens = found
+        request.resumed_tokens += resumed
+        request.loaded_tokens += loaded
+        observer = self._cache.observer
+        if observer is not None and is_first:
+            observer.admitted(request.num_tokens, found)
+        if observer is not None and (loaded or not is_first):
+            observer.resumed(resumed, loaded)

@@ -40,6 +40,7 @@ class ReplayResult:
 
     Attributes:
       prompt_tokens, hit_tokens, hit_rate: Of first admissions; the rate is a fraction.
+      resumed_tokens, loaded_tokens: Of later admissions, after a retraction: found in the cache, and in a host copy.
       evicted_tokens: Tokens evicted from the prefix cache.
       verified_slots: Slots read back and compared.
       verified_states: Recurrent states read back and compared.
@@ -59,6 +60,8 @@ class ReplayResult:
     prompt_tokens: int = 0
     hit_tokens: int = 0
     hit_rate: float = 0.0
+    resumed_tokens: int = 0
+    loaded_tokens: int = 0
     evicted_tokens: int = 0
     verified_slots: int = 0
     verified_states: int = 0

@@ -243,6 +243,8 @@ class Replay:
             self.proof.verify(request, request.kv_len)
             self.proof.verify_state(request)
         self.saboteur.before_finish(request)
+        self.result.resumed_tokens += request.resumed_tokens
+        self.result.loaded_tokens += request.loaded_tokens
         self.manager.finish(request)
         self._leave(request)
         self.answers.pop(request, None)

@@ -86,6 +86,8 @@ def figures(result: ReplayResult) -> dict[str, dict[str, str]]:
             "decode steps": number(result.decode_steps),
             "decoded tokens": number(result.decode_tokens),
             "retractions": number(result.retractions),
+            "tokens resumed": number(result.resumed_tokens),
+            "tokens loaded": number(result.loaded_tokens),
         },
         "Time": {
             "warm-up": duration(result.warmup_s),

@@ -57,6 +57,10 @@ class EvictionPolicy(ABC):
         """`upper` was cut off the front of `lower` because it was found without the rest. `add` follows, or a lock."""
 
     @abstractmethod
+    def cut(self, upper: Node, lower: Node) -> None:
+        """The same, but nothing was found: both halves keep what was known of the whole. `add` follows, or a lock."""
+
+    @abstractmethod
     def exposed(self, node: Node) -> None:
         """`node`, which was added, lost its last child."""
 

@@ -46,6 +46,15 @@ class LRU(EvictionPolicy):
     def split(self, upper: Node, lower: Node) -> None:
         """Nothing to do: the upper half is added or locked next."""
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`. What is above stays younger than what is below; the order of leaves stays."""
+        above = upper if self.leaves_only and lower in self._order else None
+        while above is not None and above.parent is not None:
+            if above is upper or above in self._order:
+                self._order[above] = None
+                self._order.move_to_end(above)
+            above = above.parent
+
     def exposed(self, node: Node) -> None:
         """Nothing to do: the order needs no leaves."""
 

@@ -47,6 +47,12 @@ class SLRU(Ranked):
             self._protected_tokens -= upper.tokens  # which `_found` is about to count
         super().split(upper, lower)
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`. Both halves are protected, or neither."""
+        super().cut(upper, lower)
+        if lower in self._protected:
+            self._protected[upper] = None
+
     def _found(self, node: Node, record: Any) -> None:
         super()._found(node, record)
         if node not in self._protected:

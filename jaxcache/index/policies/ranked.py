@@ -158,6 +158,15 @@ class Recorded(EvictionPolicy):
             self._found(upper, half)
             self._used(upper, half)
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`."""
+        record = self._records.get(lower)
+        if record is not None:
+            half = self._records[upper] = self._halve(upper, record)
+            record.tokens -= half.tokens
+            self._clock += 1
+            half.used = self._clock  # no two nodes share one
+
     def exposed(self, node: Node) -> None:
         """See `EvictionPolicy.exposed`."""
         if self.leaves_only:
