@@ -2,11 +2,12 @@
 
     [ts, [event, ...], data_parallel_rank]        a batch is an array
     {"type": "BlockStored", "block_hashes": [...], "parent_block_hash": int | nil, "token_ids": [...],
-     "block_size": int, "lora_id": nil, "medium": "GPU", "lora_name": str | nil}
+     "block_size": int, "lora_id": nil, "medium": "GPU", "lora_name": str | nil, "extra_keys": [[str] | nil, ...]}
     {"type": "BlockRemoved", "block_hashes": [...], "medium": "GPU"}
     {"type": "AllBlocksCleared"}
 
-`medium` and `lora_name` are always there, since vLLM's consumers demand them. Names of blocks are chained from their
+`medium` and `lora_name` are always there, since vLLM's consumers demand them; `extra_keys` only where images start in a
+block. Names of blocks are chained from their
 namespace, so a salt or an extra key need not be told, and is not. What older releases publish is read too: events and
 batches as arrays or as maps, names of blocks as bytes.
 
@@ -54,6 +55,7 @@ _STORED = (
     "medium",
     "lora_name",
     "cache_salt",
+    "extra_keys",
 )
 _REMOVED = ("block_hashes", "medium")
 
@@ -67,7 +69,8 @@ def encode_batch(batch: EventBatch, with_token_ids: bool = True, pause: Callable
 
     Args:
       batch: Its `namespace`s are not told, but for a `lora_id` that is text.
-      with_token_ids: False leaves the tokens out, which are what users wrote: consumers that go by names need none.
+      with_token_ids: False leaves the tokens out, which are what users wrote, and the digests of their images:
+        consumers that go by names need neither.
       pause: Called every 20 microseconds or so, for a thread that shall not keep others waiting.
     """
     events = [msgspec.Raw(msgspec.msgpack.encode(_encoded(event, with_token_ids, pause))) for event in batch.events]
@@ -81,7 +84,8 @@ def _encoded(event: KVCacheEvent, with_token_ids: bool, pause: Callable[[], None
     if isinstance(event, BlockRemoved):
         return {"type": "BlockRemoved", "block_hashes": event.block_hashes, "medium": event.medium.value}
     lora_id = Namespace.decode(event.namespace).lora_id
-    return {
+    media = {"extra_keys": event.extra_keys} if event.extra_keys and with_token_ids else {}
+    return media | {
         "type": "BlockStored",
         "block_hashes": event.block_hashes,
         "parent_block_hash": event.parent_block_hash,
@@ -143,7 +147,9 @@ def _decoded(event: Any) -> KVCacheEvent | None:
     if not isinstance(tokens, list) or not isinstance(size, int) or not isinstance(parent, (int, bytes, type(None))):
         raise ArgumentError("payload: a field of a BlockStored is missing or of a wrong type")
     space = Namespace(lora_id=_text(fields.get("lora_name")), cache_salt=_text(fields.get("cache_salt")))
-    return BlockStored(names, parent, tokens, size, space.encode(), _medium(fields))  # type: ignore[arg-type]
+    extra = fields.get("extra_keys")
+    extra = extra if isinstance(extra, list) else None
+    return BlockStored(names, parent, tokens, size, space.encode(), _medium(fields), extra)  # type: ignore[arg-type]
 
 
 def _names(names: Any) -> Sequence[int]:
