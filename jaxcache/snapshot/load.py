@@ -26,7 +26,7 @@ from jaxcache.pools.stacks import parts_of
 from jaxcache.snapshot.books import load_state_dict, max_bytes
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
-from jaxcache.snapshot.parts import Part, read_part
+from jaxcache.snapshot.parts import Part, check_part, read_part
 from jaxcache.snapshot.save import array_names, part_path, thread_count
 
 _HEADER_BYTES = 1 << 16  # most of a file of rows
@@ -83,7 +83,7 @@ def load_snapshot(
 
 
 def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> Manifest:
-    """Reads every file of a snapshot and compares its checksum. Needs neither a device nor memory for the whole.
+    """Reads every file of a snapshot and compares its checksum. Needs no device, and memory for a megabyte a thread.
 
     Args:
       path: As for `load_snapshot`.
@@ -105,7 +105,7 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
             files += [(part_path(folder, stack, i), part) for i, part in enumerate(manifest.parts[stack])]
 
         def read(i: int) -> None:
-            read_part(*files[i])
+            check_part(*files[i])
 
         with ThreadPoolExecutor(thread_count(threads)) as workers:
             for _ in _ahead(workers, read, len(files), thread_count(threads) + 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Manifest:
         file = path / FILE_NAME
         try:
             with io.BufferedReader(open_file(file)) as opened:
-                data = opened.read(_MOST_BYTES + 1)
+                data = opened.read(min(_MOST_BYTES, os.fstat(opened.fileno()).st_size) + 1)
             outer = json.loads(data[:_MOST_BYTES])
             body, checksum = outer["manifest"], outer["checksum"]
             fields = json.loads(body)
