@@ -107,11 +107,16 @@ class EventConsumer:
         """
         _require_seq(seq)
         life = self._lives[-1]
+        is_known = seq in self._pending or any(past.has(seq, batch.ts) for past in self._lives)
         is_old = seq < self.next_seq or batch.ts < life.last_ts
-        if is_old and (batch.ts > life.last_ts or not any(past.explains(seq, batch.ts) for past in self._lives)):
+        if (
+            is_old
+            and not is_known
+            and (batch.ts > life.last_ts or not any(past.explains(seq, batch.ts) for past in self._lives))
+        ):
             self._restart(batch.ts)
             is_old = False
-        if is_old or seq in self._pending or any(past.has(seq, batch.ts) for past in self._lives):
+        if is_old or is_known:
             self.repeated += 1  # or a straggler of an earlier life
         elif seq == self.next_seq or _says_all(batch):
             self._apply(seq, batch)

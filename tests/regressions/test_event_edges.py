@@ -160,6 +160,16 @@ def test_repetitions_and_stragglers_of_every_life_stay_what_they_are():
     assert (consumer.repeated, consumer.next_seq) == (15, 805)
 
 
+def test_stragglers_of_an_earlier_life_are_told_by_their_time():
+    consumer = EventConsumer(max_pending=0)
+    for seq in (0, 1, 4):
+        consumer.receive(seq, batch(float(seq), store(seq)))
+    consumer.receive(0, batch(10.0, store(100)))
+    for seq in (2, 3, 4, 5):
+        consumer.receive(seq, batch(float(seq), store(seq)))
+    assert (consumer.blocks(), consumer.restarts, consumer.repeated) == ({100}, 1, 4)
+
+
 def test_a_late_batch_that_was_given_up_is_no_restart():
     consumer = EventConsumer(max_pending=1)
     for seq in (0, 2, 3):
