@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": {"errors"},
     "pools": {"errors", "device", "kernels"},
     "tables": _READERS | {"pools", "device"},
-    "pages": _READERS | {"kernels", "tables"},
+    "pages": _READERS | {"device", "kernels", "tables"},
     "events": {"arguments", "errors", "index"},
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxcache.components.base import MemoryComponent
+from jaxcache.device.placing import on_host
 from jaxcache.errors import BrokenInvariant
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
@@ -87,7 +88,7 @@ def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, de
     Raises:
       BrokenInvariant: names the row that differs.
     """
-    device = np.asarray(device_table.pages)
+    device = on_host(device_table.pages)
     for row, request in running.items():
         if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
             raise BrokenInvariant(f"row {row} of request {request.rid}: the device table differs from the host's")

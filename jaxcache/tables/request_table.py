@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.arguments import as_count, as_int32
+from jaxcache.device.placing import on_device
 from jaxcache.errors import ArgumentError, DoubleFreeError
 from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Books, Columns
@@ -316,10 +317,8 @@ class ReqToTokenPool:
     def device_table(self, mesh: Mesh | None = None) -> RequestTable:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changes.forget()
-        if mesh is None:
-            return RequestTable(jnp.array(self._pages))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(self._pages))
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(on_device(self._pages, everywhere)))
 
 
 def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
