@@ -202,7 +202,10 @@ def _static_places(step: Callable, names: Sequence[str]) -> frozenset[int | str]
     """Names of static arguments, and where they stand when they are passed by position."""
     if not names:
         return frozenset()
-    return frozenset(names) | {i for i, name in enumerate(inspect.signature(step).parameters) if name in names}
+    parameters = inspect.signature(step).parameters.values()
+    return frozenset(names) | {
+        i for i, one in enumerate(parameters) if one.name in names and one.kind is not one.KEYWORD_ONLY
+    }
 
 
 def _waiting(step: Callable[..., R]) -> Callable[..., R]:

@@ -179,7 +179,11 @@ class MemoryManager:
         self._release(request, RequestState.DONE)
 
     def abort(self, request: Request) -> None:
-        """Ends a request in any state; whatever it computed is valid KV and stays for others."""
+        """Ends a request, waiting, running or retracted; whatever it computed is valid KV and stays for others.
+
+        Raises:
+          RequestStateError: It is in a decode loop, whose steps use its pages: `absorb` or `cancel_loop` first.
+        """
         if request.state is RequestState.RUNNING:
             self._release(request, RequestState.DONE)
         request.cpu_copy = None
@@ -491,6 +495,14 @@ class MemoryManager:
         Source: SGLang 0.5.2 scheduler, _get_swa_token_info.
         """
         return self._whole.swa_usage()
+
+    def get_state_info(self) -> tuple[int, float, int, int]:
+        """(used, usage, available, evictable) of the recurrent states: as `get_token_info`, in states.
+
+        Raises:
+          ArgumentError: No layer of this memory has states, or nothing is cached.
+        """
+        return self._whole.state_usage()
 
     def check_memory(self, read_device: bool = False) -> None:
         """Verifies that every page and every row has exactly one owner, at any time, running requests and all.

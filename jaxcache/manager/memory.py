@@ -55,9 +55,14 @@ class WholeMemory:
         Raises:
           ArgumentError: There is no such component.
         """
-        size, available, evictable = (count * self._table.page_size for count in self._cache.usage(name))
-        used = size - available - evictable
-        return used, used / size, available, evictable
+        return _used(*(count * self._table.page_size for count in self._cache.usage(name)))
+
+    def state_usage(self) -> tuple[int, float, int, int]:
+        """See `MemoryManager.get_state_info`."""
+        try:
+            return _used(*self._cache.usage("state"))
+        except ArgumentError as error:
+            raise ArgumentError("get_state_info: this memory caches no recurrent states; see get_token_info") from error
 
     def swa_usage(self) -> tuple[int, int, float, float, int, int, int, int]:
         """See `MemoryManager.get_swa_token_info`."""
@@ -69,3 +74,8 @@ class WholeMemory:
             ) from error
         full_used, full_usage, full_available, full_evictable = self.usage("full")
         return full_used, used, full_usage, usage, full_available, full_evictable, available, evictable
+
+
+def _used(size: int, available: int, evictable: int) -> tuple[int, float, int, int]:
+    used = size - available - evictable
+    return used, used / size, available, evictable

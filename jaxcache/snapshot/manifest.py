@@ -1,7 +1,8 @@
 """What a snapshot says of itself: a version, what it is of, and its files with their sizes and checksums. JSON.
 
 The fingerprint is every field of the `MemoryConfig` it was made with, but for what may change from one life of a cache
-to the next, and the caller's name of the model.
+to the next, and the caller's name of the model. Sizes, policy and `need_sort` are in it, and may differ when
+it is loaded: `jaxcache.snapshot.fit` makes them fit.
 """
 
 from __future__ import annotations

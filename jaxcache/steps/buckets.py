@@ -25,6 +25,7 @@ from jaxcache.errors import ArgumentError
 
 PER_REQUEST = "row", "prefix_len", "seq_len", "last_loc", "tag"
 """Names of what a plan says of each request in one number."""
+_MAX_NAMED = 4  # buckets in a message
 MAX_EXECUTABLES = 64
 """Executables that the default sizes make of one step function, at most."""
 EXTEND_REQUESTS = 8
@@ -193,10 +194,17 @@ def smallest(
     """
     fitting = [b for b in buckets if b.kind is kind and b.holds(requests, tokens, pages, longest)]
     if not fitting:
-        most = [(b.requests, b.tokens, b.pages, b.context) for b in buckets if b.kind is kind]
+        of_kind = [b for b in buckets if b.kind is kind]
+        most_tokens = max((b.tokens for b in of_kind), default=0)
+        if kind is StepKind.EXTEND and tokens > most_tokens:
+            raise ArgumentError(
+                f"work: {tokens} tokens, but a step computes at most {most_tokens}, the config's chunk: split prompts "
+                "with next_chunk, or configure a larger chunk (or buckets)"
+            )
+        most = [(b.requests, b.tokens, b.pages, b.context) for b in of_kind][-_MAX_NAMED:]
         raise ArgumentError(
             f"no {kind.value} bucket holds {requests} requests, {tokens} tokens, {pages} pages, {longest} of context: "
-            f"plan less at once, or configure larger buckets than these (requests, tokens, pages, context): {most}"
+            f"plan less at once, or configure larger buckets than (requests, tokens, pages, context): {most}"
         )
     return min(fitting, key=lambda bucket: (bucket.tokens, bucket.requests, bucket.context or 0, bucket.pages))
 
