@@ -7,6 +7,7 @@ argument. They run on every call, so each is a few vectorised operations. Operan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,28 @@ def as_count(name: str, value: int) -> int:
     if value < 0:
         raise ArgumentError(f"{name} must not be negative, got {value}")
     return int(value)
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """`value`, which must be a bool: an array or a number is more likely a mistake.
+
+    Raises:
+      ArgumentError: if it is something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be a bool, got {type(value).__name__}: pass True or False")
+    return bool(value)
+
+
+def as_sequence(name: str, value: Any) -> Sequence[Any]:
+    """`value`, which must be a list, a tuple or another sequence: a generator can be read only once, a set has no order.
+
+    Raises:
+      ArgumentError: if it is something else, or text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray, memoryview)):
+        raise ArgumentError(f"{name} must be a list or tuple, got {type(value).__name__}: convert it with list()")
+    return value
 
 
 def require_counts(**values: int) -> None:
@@ -64,8 +87,10 @@ def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
         return values
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError) as error:  # Ragged lists; tracers.
-        raise ArgumentError(f"{name} must be a one-dimensional integer array, got {type(values).__name__}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # Ragged lists; tracers; deleted arrays.
+        raise ArgumentError(
+            f"{name} must be a one-dimensional integer array, got {type(values).__name__}: {error}"
+        ) from error
     if array.ndim != 1:
         raise ArgumentError(f"{name} must be one-dimensional, got shape {array.shape}: ravel it")
     if array.dtype == _INT32_DTYPE:

@@ -19,13 +19,11 @@ import numpy as np
 
 from jaxcache.components.base import TreeComponent
 from jaxcache.errors import ArgumentError, SnapshotError
-from jaxcache.index.policies.registry import Policy
 from jaxcache.index.saved import restore_tree, saved_tree, with_policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.pages.allocator import PageState
-from jaxcache.pools.swa import SWAConfig
 from jaxcache.slots import page_slots
 from jaxcache.state_dict import Books, Columns, prefixed
 
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
 
 _BOOKS_OF = {"full": "pages", "window": "pages.window", "state": "states"}
 """Where the books of each component's allocator stand."""
+_MAY_DIFFER = frozenset({"size", "num_states", "policy", "need_sort"})
 
 
 @dataclass(frozen=True)
@@ -80,25 +79,21 @@ def as_saved(config: MemoryConfig, theirs: Mapping[str, Any]) -> MemoryConfig:
       SnapshotError: Those are not sizes of such a config.
     """
     try:
-        kv: Any = config.kv
-        if isinstance(kv, SWAConfig):
-            sides = {side: _sized(getattr(kv, side), theirs[f"config.kv.{side}.size"]) for side in ("full", "window")}
-            kv = dataclasses.replace(kv, **sides)
-        else:
-            kv = _sized(kv, theirs["config.kv.size"])
-        states: Any = config.states
-        if states is not None:
-            states = dataclasses.replace(states, num_states=theirs["config.states.num_states"])
-        policy, need_sort = Policy(theirs["config.policy"]), bool(theirs["config.need_sort"])
-        return dataclasses.replace(config, kv=kv, states=states, policy=policy, need_sort=need_sort)
-    except KeyError:
-        return config  # the comparison of the fingerprints says what is missing
+        return _resized("config", config, theirs)
     except (ArgumentError, ValueError, TypeError) as error:
         raise SnapshotError(f"manifest: its sizes are not those of such a cache: {error}") from error
 
 
-def _sized(kv: Any, size: Any) -> Any:
-    return dataclasses.replace(kv, size=size)
+def _resized(name: str, config: Any, theirs: Mapping[str, Any]) -> Any:
+    """A record, and the records within it, with their values of the fields that may differ."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, full_name = getattr(config, field.name), f"{name}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _resized(full_name, value, theirs)
+        elif field.name in _MAY_DIFFER and full_name in theirs:
+            changes[field.name] = type(value)(theirs[full_name])
+    return dataclasses.replace(config, **changes) if changes else config
 
 
 def fitted(books: Books, saved: MemoryConfig, manager: MemoryManager, empty: Books) -> Fitted:
@@ -123,15 +118,15 @@ def fitted(books: Books, saved: MemoryConfig, manager: MemoryManager, empty: Boo
     for i, part in enumerate(parts):
         tree.evict(max(0, tree.evictable[i] - part.size()), i)
     ids = [_renumbered(tree, i, part.size()) for i, part in enumerate(parts)]
-    windows = next((i for i, part in enumerate(parts) if part.name == "window"), None)
     new = dict(empty)
     for part, (old, _) in zip(parts, ids, strict=True):
         new |= _with_owned(empty, _BOOKS_OF[part.name], len(old))
-    if windows is not None:
-        new["pages.full_to_window"] = _window_map(tree, windows, len(empty["pages.full_to_window"]))
+    for i in range(1, len(parts)):
+        if mine.components[i].spans:
+            new["pages.full_to_window"] = _window_map(tree, i, len(empty["pages.full_to_window"]))
     rows: dict[str, Any] = {}
     for part, (old, _) in zip(parts, ids, strict=True):
-        page_size = 1 if part.name == "state" else mine.page_size
+        page_size = mine.page_size if part.component.spans else 1
         targets = _targets(columns.part(_BOOKS_OF[part.name]), old, page_size)
         rows |= dict.fromkeys(part.stack_names, targets)
     after = _counts(tree, parts)
