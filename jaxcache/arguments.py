@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -49,7 +49,7 @@ def as_flag(name: str, value: Any) -> bool:
 
 
 def as_sequence(name: str, value: Any) -> Sequence[Any]:
-    """`value`, which must be a list, a tuple or another sequence: a generator can be read only once, a set has no order.
+    """`value`, which must be a list, a tuple or another sequence: a generator is read only once.
 
     Raises:
       ArgumentError: if it is something else, or text.
@@ -57,6 +57,18 @@ def as_sequence(name: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray, memoryview)):
         raise ArgumentError(f"{name} must be a list or tuple, got {type(value).__name__}: convert it with list()")
     return value
+
+
+def require_kind(name: str, value: Any, kind: type) -> None:
+    """Raises ArgumentError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def require_callable(name: str, value: Any) -> None:
+    """Raises ArgumentError unless `value` can be called."""
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a function, got {type(value).__name__}")
 
 
 def require_counts(**values: int) -> None:
@@ -68,7 +80,7 @@ def require_counts(**values: int) -> None:
 def as_integer(name: str, value: Any, bits: int) -> int:
     """`value` as a Python int. Raises ArgumentError unless it is an integer that fits so many bits, with its sign."""
     if not isinstance(value, (int, np.integer)):
-        raise ArgumentError(f"{name} must be an integer, got {value!r}")
+        raise ArgumentError(f"{name} must be an integer, got {shown(value)}")
     number = int(value)
     if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
         raise ArgumentError(f"{name} must fit int{bits}, got {number}")

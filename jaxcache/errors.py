@@ -19,6 +19,14 @@ def _bounded(message: str) -> str:
     return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+def shown(value: object) -> str:
+    """A value for a message: its `repr`, or its type where it has none, as a deleted array."""
+    try:
+        return repr(value)
+    except RuntimeError:
+        return f"a {type(value).__name__} that cannot be read"
+
+
 class ArgumentError(CacheError, ValueError):
     """An argument has the wrong type, dtype, shape, range or alignment."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxcache.arguments import require_kind
 from jaxcache.caches.base import BasePrefixCache
 from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
@@ -139,6 +140,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         """
         if not self._windows:
             return
+        require_kind("req", req, Request)
         stop = max(req.kv_len - self.is_eagle, 0) // self.page_size * self.page_size
         for component in self._checkpointed:
             stop = component.keep_stop(_row_of(req), stop, keep_checkpoint)
@@ -191,6 +193,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
 
 def _row_of(req: Request) -> int:
+    require_kind("req", req, Request)
     if req.req_pool_idx is None:
         raise ArgumentError(f"request {req.rid} has no row in the request table: it is {req.state.value}")
     return req.req_pool_idx

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, as_flag, as_sequence, require_callable, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.manager.admission import Admission
@@ -146,7 +146,7 @@ class MemoryManager:
 
     def victim(self, requests: Sequence[Request], tokens: int = 0) -> Request | None:
         """Whom of these running requests to retract, as `tokens` are short: see `cheapest_victim`."""
-        for request in requests:
+        for request in as_sequence("requests", requests):
             self.planner.require_running(request)
         return cheapest_victim(requests, tokens)
 
@@ -184,6 +184,7 @@ class MemoryManager:
         Raises:
           RequestStateError: It is in a decode loop, whose steps use its pages: `absorb` or `cancel_loop` first.
         """
+        require_kind("request", request, Request)
         if request.state is RequestState.RUNNING:
             self._release(request, RequestState.DONE)
         request.cpu_copy = None
@@ -201,7 +202,7 @@ class MemoryManager:
           offload: Keep a copy of its KV in host memory, so that nothing has to be computed again.
         """
         self.planner.require_running(request)
-        if offload and request.kv_len:
+        if as_flag("offload", offload) and request.kv_len:
             request.cpu_copy = self._kept_copy(request)
         self._release(request, RequestState.RETRACTED)
 
@@ -286,6 +287,7 @@ class MemoryManager:
             request was retracted, or has other pages by now. Nothing has changed.
           ArgumentError: The step does not return `(pool, out)`.
         """
+        require_callable("step", step)
         self._before(plan)
         out = self.runner.run(step, plan, *args)
         self._commit(plan)
@@ -319,6 +321,7 @@ class MemoryManager:
 
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended."""
+        require_kind("plan", plan, StepPlan)
         rows = plan.row.tolist()
         left = [r for r, row in zip(plan.requests, rows, strict=True) if self.running.get(row) is r]
         for request in left or plan.requests:
@@ -394,6 +397,7 @@ class MemoryManager:
         Raises:
           RequestStateError: The loop was launched already, or is over. Nothing has changed.
         """
+        require_callable("step", step)
         self._loops.require_planned(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
@@ -462,7 +466,7 @@ class MemoryManager:
         Cost: waits for the steps in flight; then what is kept, over the host link.
         Source: SGLang 0.5.2 scheduler, release_memory_occupation.
         """
-        self._whole.release(keep)
+        self._whole.release(as_flag("keep", keep))
 
     def resume_memory(self) -> None:
         """Brings the pool's device memory back, with what was kept; at other addresses, perhaps: share it anew.
@@ -517,6 +521,7 @@ class MemoryManager:
 
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
+        read_device = as_flag("read_device", read_device)
         self.cache.check()
         check_owners(self.running, self.req_to_token_pool, self.cache.components)
         check_readable(self.running, self.req_to_token_pool, self.cache.components)
@@ -527,6 +532,7 @@ class MemoryManager:
 
 
 def _row_of(request: Request) -> int:
+    require_kind("request", request, Request)
     if request.req_pool_idx is None:
         raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
     return request.req_pool_idx

@@ -319,7 +319,7 @@ class LayerStack(MemoryPool):
         if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
-        slots = on_host(loc)
+        slots = _read_back(name, loc)
         is_list = slots.ndim == 1 and (slots.size == 0 or np.issubdtype(slots.dtype, np.integer))
         require(is_list, name, "must be a one-dimensional list of integers", f"{slots.dtype}{list(slots.shape)}")
         outside = (slots < 0) | (slots >= self.config.rows)
@@ -342,7 +342,7 @@ class LayerStack(MemoryPool):
         """`checked_loc` of rows that are read back from the device if they are there."""
         if isinstance(indices, Tracer):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
-        return self.checked_loc(name, on_host(indices))
+        return self.checked_loc(name, _read_back(name, indices))
 
     def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
         """Rows in storage dtype, of all layers or of the layer with this index."""
@@ -386,6 +386,13 @@ def check_rows(name: str, rows: Any, shape: tuple[int, ...], dtype: np.dtype) ->
         require(jnp.issubdtype(rows.dtype, jnp.floating), name, f"must be floats, for a {dtype} pool", rows.dtype)
     else:
         require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
+
+
+def _read_back(name: str, values: Any) -> np.ndarray:
+    try:
+        return on_host(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged lists; deleted arrays
+        raise ArgumentError(f"{name} must be a one-dimensional list of integers: {error}") from error
 
 
 def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:

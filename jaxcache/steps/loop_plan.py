@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import as_int32
+from jaxcache.arguments import as_int32, require_kind
 from jaxcache.device.placing import on_host
 from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError, SnapshotError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, Mark, PageState
@@ -280,6 +280,7 @@ class DecodeLoops:
 
     def absorb(self, replay: LoopReplay, device_table: RequestTable | None) -> None:
         """Commits what a loop did, and ends it. `MemoryManager.absorb` has the contract."""
+        require_kind("replay", replay, LoopReplay)
         plan = replay.plan
         flight = self._flight(plan)
         if flight.books is None:

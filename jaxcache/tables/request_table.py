@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.arguments import as_count, as_int32
 from jaxcache.device.placing import on_device
-from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.errors import ArgumentError, DoubleFreeError, shown
 from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Books, Columns
 from jaxcache.tables.changes import ChangeLog, TableChanges
@@ -130,7 +130,7 @@ class ReqToTokenPool:
         if rows.size == 0:
             return np.empty(0, np.intp)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
-            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {free_index!r}")
+            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {shown(free_index)}")
         if len(set(rows.tolist())) != len(rows):
             raise ArgumentError(f"free_index names a row twice: {free_index!r}")
         if self._is_free[rows].any():
@@ -146,7 +146,7 @@ class ReqToTokenPool:
         """
         row, columns = indices
         if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
-            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
+            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {shown(indices)}")
         start, stop, step = columns.indices(self.max_context_len)
         values = as_int32("values", values)
         if step != 1 or len(values) != stop - start:
