@@ -7,6 +7,7 @@ OUT := build
 EXTRAS ?= test
 REPLAY_REQUESTS ?= 3000
 REPLAY_ARGS ?= --device-tokens 100000
+DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The versions that the suite runs with; CONSTRAINTS= takes the newest ones.
@@ -18,7 +19,7 @@ H200_VENV := .venv-h200
 H200_PIP := $(H200_VENV)/bin/python -m pip --disable-pip-version-check
 PYTHON312 ?=
 
-.PHONY: help venv test slow mutants test-h200 replay lint format docs dist bench extras clean
+.PHONY: help venv test slow mutants test-h200 integrations replay demo lint format docs dist bench extras clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 11
@@ -37,10 +38,16 @@ mutants: $(VENV)/.installed-test  ## every planted bug, which the tests have to 
 test-h200: $(H200_VENV)/.installed  ## compiled for H200s, and Mosaic GPU interpreted; needs no GPU, may skip nothing
 	JAXCACHE_NO_SKIP=1 JAX_PLATFORMS=cpu $(H200_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "(h200 or mosaic) and not slow" tests
 
+integrations: $(VENV)/.installed-test  ## engines of others on jaxcache, each in its own environment: minutes, and a download
+	$(BIN)/python -m pytest -s integrations
+
 replay: $(VENV)/.installed-cli  ## a generated chat trace through the real stack, every hit proven right
 	@mkdir -p $(OUT)
 	$(BIN)/python -m jaxcache trace --requests $(REPLAY_REQUESTS) --out $(OUT)/chat.jsonl
 	$(BIN)/python -m jaxcache replay $(OUT)/chat.jsonl --json $(OUT)/replay.json --report $(OUT)/replay.html $(REPLAY_ARGS)
+
+demo: $(VENV)/.installed-cli  ## chats with a small model, with the prefix cache and without: what it saves
+	JAX_COMPILATION_CACHE_DIR=$(OUT)/compiled $(BIN)/python -m examples.engine.demo $(DEMO_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/python -m ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -26,7 +25,8 @@ from benchmarks.timing import Time, time_jax, with_kernel_time
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, PageOrder, Sequences
 from jaxcache.kernels.attention.decode import paged_decode
 from jaxcache.kernels.attention.extend import paged_extend
-from jaxcache.kernels.attention.launch import DecodeLaunch, Launches, heads_launches, latent_launches
+from jaxcache.kernels.attention.fit import wgmma_extend, wgmma_latents
+from jaxcache.kernels.attention.launch import Launches, heads_launches, latent_launches
 from jaxcache.kernels.attention.mla import mla_decode, mla_extend
 from jaxcache.kernels.attention.plan import SharedPrefix, make_plan
 from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_not
@@ -34,6 +34,9 @@ from jaxcache.kernels.dispatch import Implementation, Op, current_target, why_no
 MIN_BYTES = 512 << 20
 """Layers of a step hold at least so much together: less would stay in the L2 cache."""
 MAX_LAYERS = 32
+"""Layers of a step, as a model has: the plan, made once a step, is then what it is in use."""
+STEP_S = 0.02
+"""About as long as a step may take: slower layers are fewer."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,15 @@ class Case:
 
     @property
     def layers(self) -> int:
-        """Layers of the step."""
+        """Layers of the pool."""
         once = self.row_bytes * (sum(self.seq) - self.shared * (len(self.seq) - 1) if self.shared else sum(self.seq))
         return min(max(math.ceil(MIN_BYTES / once), 2), self.most_layers)
+
+    @property
+    def steps(self) -> int:
+        """Layers of the step, which go around those of the pool."""
+        about = max(self.read_bytes / 4e12, self.flops / 4e14)
+        return min(max(int(STEP_S / about), self.layers), self.most_layers)
 
     @property
     def flops(self) -> int:
@@ -209,16 +218,19 @@ def _scale(key: jax.Array, kind: str, rows: tuple[int, ...]) -> jax.Array | None
     return jax.random.uniform(key, () if kind == "tensor" else rows, jnp.float32, 0.01, 0.02)
 
 
-def launches_of(case: Case) -> Launches:
+def launches_of(case: Case, implementation: Implementation = Implementation.TRITON) -> Launches:
     """What `kernels.attention.launch` says."""
-    capability, itemsize = current_target().compute_capability(), np.dtype(case.dtype).itemsize
+    capability, itemsize, n = current_target().compute_capability(), np.dtype(case.dtype).itemsize, len(case.seq)
     if not case.heads:
-        return latent_launches(len(case.seq), case.q_heads, case.dim, itemsize, capability)
-    return heads_launches(len(case.seq), case.heads, case.q_heads // case.heads, 2 * case.dim, itemsize, capability)
+        return latent_launches(n, case.q_heads, case.dim, itemsize, capability, implementation)
+    group = case.q_heads // case.heads
+    return heads_launches(n, case.heads, group, 2 * case.dim, itemsize, capability, implementation)
 
 
-def attend(problem: Problem, implementation: Implementation, launches: Launches, shares: bool) -> Callable[..., Any]:
-    """The jitted step: a plan, and the op in each layer, which waits for the one before."""
+def attend(
+    problem: Problem, implementation: Implementation, launches: Launches, shares: bool, op: Any = None
+) -> Callable[..., Any]:
+    """The jitted step: a plan, and the op, or `op`, in each layer, which waits for the one before."""
     case, masking = problem.case, problem.masking
     ops: dict[tuple[bool, bool], Any] = {
         (True, False): paged_decode,
@@ -226,7 +238,7 @@ def attend(problem: Problem, implementation: Implementation, launches: Launches,
         (False, False): mla_decode,
         (False, True): mla_extend,
     }
-    op = ops[case.heads > 0, case.is_extend]
+    op = op or partial(ops[case.heads > 0, case.is_extend], implementation=implementation)
 
     def step(q: jax.Array, kv: Any, sequences: Sequences, layers: int) -> jax.Array:
         shared = None
@@ -236,7 +248,7 @@ def attend(problem: Problem, implementation: Implementation, launches: Launches,
         plan = make_plan(sequences, q.shape[0], case.page, launches, window=case.window, shared=shared)
         out, ahead = q, jnp.int32(0)
         for layer in range(layers):
-            out, lse = op(q, kv, layer + ahead, plan, masking, implementation=implementation)
+            out, lse = op(q, kv, layer % case.layers + ahead, plan, masking)
             if case.heads:
                 q = out
             else:  # results are narrower than queries: the next layer waits for a number of this one
@@ -248,18 +260,25 @@ def attend(problem: Problem, implementation: Implementation, launches: Launches,
 
 def run_group(options: argparse.Namespace) -> None:
     """Checks, or times, the cases of one group; exits with 1 if one failed."""
+    from benchmarks import attention_tune
+
     group, device = options.here, jax.devices()[0]
     name = device.device_kind
     folder = options.out or Path(__file__).parent / "results" / name.replace("NVIDIA ", "").replace(" ", "-").lower()
     report = Report(folder / "attention.jsonl", options, name)
+    is_small = options.small or device.platform != "gpu"
     if group == "check":
-        report.each("check", attention_checks.checks(small=options.small or device.platform != "gpu"))
+        report.each("check", attention_checks.checks(small=is_small, only=options.only, among=options.cases))
         raise SystemExit(report.failures > 0)
     limit = attention_peers.read_limit() if device.platform == "gpu" else None
     if limit:
         report.row(bench=group, case="read 4 GiB", implementation="triton", gb_per_s=round(limit, 1))
-    for case in cases_of(group, options.small):
-        report.each(group, time_case(group, case, options, limit))
+    cases = cases_of(group, options.small)
+    for case in [case for case in cases if any(part in case.name for part in options.cases.split(","))]:
+        if not options.tune:
+            report.each(group, time_case(group, case, options, limit))
+        elif case.name in attention_tune.TUNED:
+            report.each(f"tune {group}", attention_tune.tune_case(case, limit))
     raise SystemExit(report.failures > 0)
 
 
@@ -273,42 +292,56 @@ def time_case(group: str, case: Case, options: argparse.Namespace, limit: float 
         (False, True): Op.MLA_EXTEND,
     }[case.heads > 0, case.is_extend]
     base = launches_of(case)
-    want = np.asarray(attend(problem, Implementation.REFERENCE, base, False)(*_args(problem), 1), np.float32)
+    want = np.asarray(attend(problem, Implementation.REFERENCE, base, False)(*arguments(problem), 1), np.float32)
     for implementation in Implementation:
         if implementation is Implementation.REFERENCE and current_target().platform != "cpu":
             continue
-        if why_not(op, implementation, current_target()) is not None:
+        if why_not(op, implementation, current_target()) or options.only not in ("", implementation.value):
             continue
+        if implementation is Implementation.MOSAIC and not is_for_wgmma(case):
+            continue
+        base = launches_of(case, implementation)
         for shares in {False, case.shared > 0}:
-            variants = [("", base), *(_variants(base, case) if options.tune and not shares else [])]
-            for label, launches in variants:
-                name = f"jaxcache-{implementation.value}{' shared' if shares else ''}{label}"
-                yield {"case": case.name, "implementation": name} | _measure(
-                    problem, implementation, launches, shares, want, limit
-                )
+            name = f"jaxcache-{implementation.value}{' shared' if shares else ''}"
+            yield {"case": case.name, "implementation": name} | measure(
+                problem, implementation, base, shares, want, limit
+            )
     for peer, took, error in attention_peers.measure(problem, want, options.sglang):
         yield {"case": case.name, "implementation": peer, "is_peer": True, "error": error} | _speeds(case, took, limit)
 
 
-def _measure(problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any) -> dict:
+def is_for_wgmma(case: Case) -> bool:
+    """Whether the Mosaic kernels take the case."""
+    order, dtype = PageOrder(case.layers, 1, case.page), np.dtype(case.dtype)
+    if case.heads:
+        tokens = len(case.seq) * case.new
+        return wgmma_extend(case.dim, case.dim, case.q_heads, case.heads, dtype, order, tokens) is None
+    return wgmma_latents(case.rank, case.dim - case.rank, case.q_heads, dtype, order, case.window) is None
+
+
+def measure(
+    problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any, op: Any = None
+) -> dict:
+    """What one implementation takes for a layer, and its error."""
     case = problem.case
-    step = attend(problem, implementation, launches, shares)
-    error = attention_checks.relative_error(step(*_args(problem), 1), want)
-    took = time_jax(step, *_args(problem), case.layers, repeats=case.layers)
+    step = attend(problem, implementation, launches, shares, op)
+    error = attention_peers.relative_error(step(*arguments(problem), 1), want)
+    took = time_jax(step, *arguments(problem), case.steps, repeats=case.steps)
     if current_target().platform == "gpu":
         took = with_kernel_time(
-            took, lambda _, *args: step(*args), None, *_args(problem), case.layers, repeats=case.layers
+            took, lambda _, *args: step(*args), None, *arguments(problem), case.steps, repeats=case.steps
         )
-    return {"error": error, "launch": _launch(case, launches)} | _speeds(case, took, limit)
+    return {"error": error, "launch": launch_name(case, launches)} | _speeds(case, took, limit)
 
 
-def _launch(case: Case, launches: Launches) -> str:
+def launch_name(case: Case, launches: Launches) -> str:
     """The launch in one word: block, warps, stages, and programs or tokens of a tile."""
     one: Any = launches.extend if case.is_extend else launches.decode
     return f"{one.block}/{one.warps}/{one.stages}/{one.tokens if case.is_extend else one.programs}"
 
 
-def _args(problem: Problem) -> tuple[Any, ...]:
+def arguments(problem: Problem) -> tuple[Any, ...]:
+    """What the step takes."""
     return problem.q, problem.kv, problem.sequences
 
 
@@ -322,27 +355,9 @@ def _speeds(case: Case, took: Time, limit: float | None) -> dict[str, Any]:
         "gb_per_s": round(case.read_bytes / kernel / 1e3, 1),
         "of_limit": None if limit is None else round(case.read_bytes / kernel / 1e3 / limit, 3),
         "tflops": round(case.flops / kernel / 1e6, 1),
-        "layers": case.layers,
+        "layers": case.steps,
         "first_call_s": None if took.first_call_s is None else round(took.first_call_s, 2),
     }
-
-
-def _variants(base: Launches, case: Case) -> Iterator[tuple[str, Launches]]:
-    """Other launches of decode and extend to try."""
-    if case.is_extend:
-        tries = [(t, b, w, s) for t in (16, 32, 64) for b in (64, 128) for w in (4, 8) for s in (3, 5)]
-        for tokens, block, warps, stages in tries:
-            extend = dataclasses.replace(base.extend, tokens=tokens, block=block, warps=warps, stages=stages)
-            yield f" {tokens}/{block}/{warps}/{stages}", dataclasses.replace(base, extend=extend)
-        return
-    heads = max(case.heads, -(-case.q_heads // max(base.decode.heads, 1)) if not case.heads else 1)
-    for block, warps, stages, programs in [
-        *((32, 1, s, p) for s in (5, 7, 9) for p in (264, 396, 528, 660)),
-        *((64, w, s, p) for w in (2, 4) for s in (3, 5) for p in (264, 528)),
-        *((16, 1, s, p) for s in (9, 13) for p in (528, 1056)),
-    ]:
-        decode = DecodeLaunch(block, max(programs // heads, 1), warps, stages, base.decode.heads)
-        yield f" {block}/{warps}/{stages}/{programs}", dataclasses.replace(base, decode=decode)
 
 
 class Report:

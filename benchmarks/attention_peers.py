@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention_checks import relative_error
 from benchmarks.timing import Time, time_jax, time_torch_graph, with_kernel_time
 from jaxcache.kernels.attention.contract import PagedKV
 
@@ -25,6 +24,13 @@ PALLAS_BLOCK = 128
 """Keys that Pallas' op takes at a time: twice as many do not fit into shared memory."""
 MOST_GATHERED = 8 << 30
 """Bytes of keys and values that a peer which copies them is given."""
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The norm of the difference over that of what is wanted; NaN if there is one."""
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got - want)) / norm if norm else float(np.abs(got).max(initial=0.0))
 
 
 def read_limit() -> float | None:
@@ -92,7 +98,7 @@ def _pallas(problem: Problem, kv: PagedKV, want: np.ndarray) -> Iterator[tuple[s
 
 
 def _torch_sdpa(problem: Problem, kv: PagedKV, want: np.ndarray) -> Iterator[tuple[str, Time, float]]:
-    torch = _torch()
+    torch = torch_on_gpu()
     if torch is None:
         return
     case, seq = problem.case, problem.case.seq
@@ -113,7 +119,7 @@ def _torch_sdpa(problem: Problem, kv: PagedKV, want: np.ndarray) -> Iterator[tup
 
 def _sglang(problem: Problem, kv: PagedKV, want: np.ndarray, folder: Path | None) -> Iterator[tuple[str, Time, float]]:
     """SGLang's Triton decode kernel, launched as its backend does."""
-    torch = _torch()
+    torch = torch_on_gpu()
     decode = None if torch is None else _sglang_decode(folder)
     if torch is None or decode is None:
         return
@@ -138,7 +144,8 @@ def _sglang(problem: Problem, kv: PagedKV, want: np.ndarray, folder: Path | None
     yield "sglang triton decode", time_torch_graph(work), relative_error(out.float().cpu().numpy(), want)
 
 
-def _torch() -> Any:
+def torch_on_gpu() -> Any:
+    """PyTorch, if it is there and has a GPU."""
     if importlib.util.find_spec("torch") is None:
         return None
     torch = importlib.import_module("torch")

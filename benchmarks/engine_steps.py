@@ -9,6 +9,9 @@ pages. Reported are medians of runs that take turns:
   cache; from `admit` to the token on the host. `ttft_cpu_ratio` is the same in processor time.
 - `decode_17_16`, `decode_65_64`: a decode step of 17 requests divided by one of 16, and so on.
 - `warm_up_s`: compiling an extend and a decode function for all `executables` of an engine for 128 requests.
+- `shared_prefill`: 8 samples of each of 6 prompts that begin alike, admitted together and computed in steps of 512
+  tokens: of the prompt tokens that can be shared (whole pages that another one has too, but for the page of the last
+  token), the part that was not computed again.
 - `padding`: what random suffixes, cut by `next_chunk`, are padded to, divided by their tokens; by the longest suffix.
 """
 
@@ -42,6 +45,7 @@ from jaxcache.steps.warm_up import show_progress
 LAYERS, WIDTH, Q_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 4, 256, 8, 4, 32, 688, 4096
 PAGE_SIZE = 16
 PROMPT, SHARED = 512, 410  # 400 of which are whole pages
+PROMPTS, SAMPLES = 6, 8
 Model = dict[str, jax.Array]
 
 
@@ -213,6 +217,50 @@ def decode_steps(model: Model, repeat: int) -> dict[str, Any]:
     }
 
 
+def shared_prefill(model: Model) -> dict[str, Any]:
+    """Samples of some prompts that begin alike, admitted together."""
+    memory = new_memory(SAMPLES * PROMPTS, 256)
+    rng = np.random.default_rng(1)
+    system = rng.integers(VOCABULARY, size=37)
+    prompts = [np.concatenate([system, rng.integers(VOCABULARY, size=size)]) for size in range(11, 60, 49 // PROMPTS)]
+    prompts = prompts[:PROMPTS]
+    requests = [Request(f"{i}/{j}", prompt) for i, prompt in enumerate(prompts) for j in range(SAMPLES)]
+    for request in requests:
+        memory.admit(request)
+    computed = 0
+    while waiting := [request for request in requests if request.kv_len < request.num_tokens]:
+        work, left = [], PROMPT
+        for request in waiting:
+            if left and (chunk := min(memory.next_chunk(request, left), left)):
+                work.append((request, chunk))
+                left -= chunk
+        plan = planned(memory.extend(work))
+        memory.run(extend_step, plan, model)
+        computed += int(plan.num_computed.sum())
+    memory.check_memory()
+    total = sum(request.num_tokens for request in requests)
+    shareable = total - _computed_at_least([request.origin_input_ids for request in requests])
+    return {
+        "shared_prefill_tokens": total,
+        "shared_prefill_computed": computed,
+        "shared_prefill": round((total - computed) / shareable, 3),
+    }
+
+
+def _computed_at_least(prompts: list[Any]) -> int:
+    """Tokens that have to be computed if each whole page is computed once, and the last token of each prompt."""
+    seen: set[bytes] = set()
+    computed = 0
+    for prompt in prompts:
+        tokens = np.asarray(prompt, np.int32)
+        ends = range(PAGE_SIZE, len(tokens), PAGE_SIZE)
+        computed += len(tokens) - len(ends) * PAGE_SIZE
+        for end in ends:
+            computed += PAGE_SIZE * (tokens[:end].tobytes() not in seen)
+            seen.add(tokens[:end].tobytes())
+    return computed
+
+
 def padding(longest: int, page_size: int = PAGE_SIZE, prompts: int = 5000) -> float:
     """Tokens that random suffixes are padded to, divided by their tokens."""
     sizes = Buckets.default(256, 8192, page_size)
@@ -230,6 +278,7 @@ def measure(repeat: int) -> dict[str, Any]:
     """Every figure of the module's list."""
     model = random_model()
     figures = time_to_first_token(model, repeat) | decode_steps(model, repeat)
+    figures |= shared_prefill(model)
     figures["padding"] = {str(longest): padding(longest) for longest in (128, 512, 2048, 8192)}
     return {"bench": "engine_steps", **figures, "repeat": repeat, "jax": jax.__version__, **machine()}
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.device import current_commit
 from benchmarks.timing import Report, time_jax, time_jax_donated
 from jaxcache.device.donation import donating
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.kernels.in_place import assert_in_place
 from jaxcache.pools.base import KVCache, KVCacheConfig
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
@@ -131,12 +131,12 @@ def check(config: KVCacheConfig, devices: Sequence[Any]) -> str:
             pools[i] = pool.load_cpu_copy(pool.get_cpu_copy(slots[64:96]), slots[n + 64 : n + 96])
     assert_in_place(steps[1][0], pools[1], slots[:16], tuple(row[:, :16] for row in rows))
     if pointers(pools[1]) != addresses:
-        raise BrokenInvariant(f"the pool moved in memory: {config} on {devices}")
+        raise BrokenInvariantError(f"the pool moved in memory: {config} on {devices}")
     for mine, theirs in zip(pools[1].buffers, pools[0].buffers, strict=True):
         whole = np.asarray(theirs).view(f"u{theirs.dtype.itemsize}")
         for shard in mine.addressable_shards:
             if not np.array_equal(np.asarray(shard.data).view(whole.dtype), whole[shard.index]):
-                raise BrokenInvariant(f"{shard.device} differs from a single device: {config}")
+                raise BrokenInvariantError(f"{shard.device} differs from a single device: {config}")
     return f"{describe(config)} on {len(devices)}"
 
 

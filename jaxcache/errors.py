@@ -89,6 +89,3 @@ class TraceError(CacheError):
 
 class BrokenInvariantError(CacheError):
     """Internal consistency is lost: a bug in jaxcache, or code that changed its state without asking it."""
-
-
-BrokenInvariant = BrokenInvariantError

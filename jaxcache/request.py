@@ -38,6 +38,7 @@ class RowLengths(Protocol):
 
     kv_len: np.ndarray
     num_pages: np.ndarray
+    has_next: np.ndarray
 
     def touch(self, rows: int) -> None:
         """Tells that the request in a row has other lengths or pages than before."""
@@ -71,10 +72,11 @@ class Request:
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
       output_ids: Tokens sampled so far. The engine appends; nothing is ever changed or taken back, for it may have KV.
         So a token that is not known yet has no placeholder here: append it once it is.
-      state: See `RequestState`.
-      req_pool_idx: Row in the request table; None unless running. Set by `enter` and `leave`.
+      req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
-      cached_tokens: Tokens found in the cache when it was last admitted.
+      cached_tokens: Tokens found in the cache when it was first admitted: what is billed. No resumption changes it.
+      resumed_tokens: Tokens that its later admissions, after a retraction, found in the cache, in sum.
+      loaded_tokens: Tokens that its admissions loaded from a host copy, in sum.
       branching_len: Tokens that were cached then, but without a recurrent state to resume from; 0 for none. A state
         saved there serves later requests with the same prefix.
       evicted_seqlen_local: Tokens, from the start, without window pages of its own any more.
@@ -94,14 +96,18 @@ class Request:
     tag: int = 0
     logprob_start_len: int | None = None
     output_ids: list[int] = field(default_factory=TokenList)
-    state: RequestState = field(default=RequestState.WAITING, init=False)
     req_pool_idx: int | None = field(default=None, init=False)
     lock: Receipt | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
+    resumed_tokens: int = field(default=0, init=False)
+    loaded_tokens: int = field(default=0, init=False)
     branching_len: int = field(default=0, init=False)
     evicted_seqlen_local: int = field(default=0, init=False)
     cpu_copy: Any = field(default=None, init=False)
     prompt_len: int = field(init=False)
+    _lengths: RowLengths | None = field(default=None, init=False, repr=False)
+    _num_sampled: int = field(default=0, init=False, repr=False)
+    _without_row: RequestState = field(default=RequestState.WAITING, init=False, repr=False)
 
     def __post_init__(self):
         self._key = RadixKey(self.origin_input_ids, self.extra_key)
@@ -110,7 +116,6 @@ class Request:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
-        self._lengths: RowLengths | None = None
         vars(self)["origin_input_ids"] = _fixed_prompt(self.origin_input_ids, self._key)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -123,13 +128,30 @@ class Request:
         self.kv_len = self.num_pages = 0
 
     def leave(self) -> None:
-        """Is without a row, and so without tokens and pages."""
+        """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""
+        self._num_sampled = self.num_tokens + self.pending
         self._lengths = self.req_pool_idx = None
+        self._without_row = RequestState.DONE
         self.evicted_seqlen_local = 0
 
     @property
+    def state(self) -> RequestState:
+        """Where it is in its life: RUNNING exactly while it has a row; else what was set."""
+        return self._without_row if self._lengths is None else RequestState.RUNNING
+
+    @state.setter
+    def state(self, value: RequestState) -> None:
+        if (value is RequestState.RUNNING) != (self._lengths is not None):
+            has = "no row" if self._lengths is None else f"row {self.req_pool_idx}"
+            raise RequestStateError(f"state of request {self.rid} cannot be {value.value}: it has {has}")
+        self._without_row = value
+
+    @property
     def kv_len(self) -> int:
-        """Tokens whose KV is in the pool; 0 without a row. The last sampled token never has KV."""
+        """Tokens whose KV is in the pool; 0 without a row. The last sampled token never has KV.
+
+        With tokens pending it can be more than `num_tokens`.
+        """
         return int(self._lengths.kv_len[self.req_pool_idx]) if self._lengths is not None else 0
 
     @kv_len.setter
@@ -137,6 +159,18 @@ class Request:
         table, row = self._place()
         table.kv_len[row] = value
         table.touch(row)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that steps sampled and that are not in `output_ids` yet: on the device, until the engine reads them.
+
+        Of a retracted request, those that it still waits for; it can be admitted once they are appended.
+        """
+        if self._lengths is not None:
+            sampled = self.kv_len + int(self._lengths.has_next[self.req_pool_idx])
+        else:
+            sampled = self._num_sampled if self._without_row is RequestState.RETRACTED else 0
+        return max(sampled - self.num_tokens, 0)
 
     @property
     def num_pages(self) -> int:
@@ -165,14 +199,24 @@ class Request:
         return self.prompt_len + max(len(self.output_ids) - 1, 0)
 
     @property
+    def matchable_len(self) -> int:
+        """Tokens that a lookup may find: one is left to compute, and so are those whose logits are wanted."""
+        cap = self.num_tokens - 1
+        return cap if self.logprob_start_len is None else min(cap, self.logprob_start_len)
+
+    @property
     def key(self) -> RadixKey:
         """Prompt and sampled tokens as a key. Packed once; only tokens sampled since the last call are appended."""
         return self._packed_to(self.num_tokens)
 
     @property
     def computed_key(self) -> RadixKey:
-        """The tokens that have KV as a key, whatever became of those after them."""
-        return self._packed_to(self.kv_len)[: self.kv_len]
+        """The tokens that have KV as a key, whatever became of those after them.
+
+        Tokens that only the device knows are not among them, though they have KV.
+        """
+        length = min(self.kv_len, self.num_tokens)
+        return self._packed_to(length)[:length]
 
     def _packed_to(self, length: int) -> RadixKey:
         """The key with at least `length` tokens."""

@@ -1,6 +1,6 @@
-"""The books of a cache as arrays by name: what a snapshot keeps of them, and what is checked when they come back.
+"""State dicts: what a snapshot keeps of each part of a cache, as arrays by name, checked when they come back.
 
-    part.saved_books()  ->  {"order": int64, "keys": uint8, ...}  ->  a file  ->  Columns  ->  part.restore_books(...)
+    part.state_dict()  ->  {"order": int64, "keys": uint8, ...}  ->  a file  ->  Columns  ->  part.load_state_dict(...)
 
 A file can hold anything. So code that restores asks for each array by its name, kind, length and range, and gets
 that or a SnapshotError; an array is copied out of the file no sooner.
@@ -18,13 +18,13 @@ from jaxcache.errors import SnapshotError
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
-Books = dict[str, np.ndarray]
+StateDict = dict[str, np.ndarray]
 """Arrays of one dimension by name."""
 
 
-def prefixed(prefix: str, books: Books) -> Books:
+def prefixed(prefix: str, arrays: StateDict) -> StateDict:
     """The same arrays, under names that begin with `prefix`: what `Columns.part` undoes."""
-    return {f"{prefix}.{name}": array for name, array in books.items()}
+    return {f"{prefix}.{name}": array for name, array in arrays.items()}
 
 
 def joined_bytes(pieces: list[bytes]) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -20,6 +22,8 @@ from tests.kernels import h200
 
 # It needs torch throughout, and a run that may skip nothing has none.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/test_bridge.py", "benchmarks/test_device.py"]
+if not all(map(importlib.util.find_spec, ("openai", "starlette", "uvicorn"))):
+    collect_ignore.append("serve/test_server.py")
 
 # Property tests take as long as compiling takes.
 hypothesis.settings.register_profile("jaxcache", deadline=None, print_blob=True)
@@ -57,6 +61,29 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and not expected_to_fail and os.environ.get("JAXCACHE_NO_SKIP", "0") not in ("", "0"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"JAXCACHE_NO_SKIP is set, and this was skipped: {reason}"
+
+
+# Linux allows a process 65,530 memory mappings by default, and each function that XLA compiles for a CPU keeps a
+# handful: a process that runs half of this suite would come to its end there, without a word.
+MAPPINGS = 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets compiled functions between modules, once there are many."""
+    maps = Path("/proc/self/maps")
+    if nextitem is not None and nextitem.path != item.path and maps.exists():
+        with maps.open("rb") as lines:
+            mappings = sum(1 for _ in lines)
+        if mappings > MAPPINGS:
+            jax.clear_caches()
+            gc.collect()
+
+
+@pytest.fixture
+def on_cpu() -> Generator[None]:
+    """For tests on a mesh of simulated devices: what they do outside its shard_map is for a CPU too."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

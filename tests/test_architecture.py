@@ -39,12 +39,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},
     "oplog": _MEMORY | {"manager"},
-    "replay": _MEMORY | {"manager"},
+    "replay": _MEMORY | {"attention", "manager"},
     "compat": _MEMORY | {"manager"},
+    "serve": _MEMORY | {"manager"},
     "cli": _MEMORY | {"manager", "replay", "snapshot"},
     "__main__": {"cli"},
     "__init__": _MEMORY | {"compat", "manager", "snapshot"},
-    "torch_bridge": _MEMORY | {"manager"},
+    "torch_bridge": _MEMORY | {"attention", "manager"},
 }
 EVERYWHERE = {"jax", "numpy"}  # jax is missing from the units named next
 NO_JAX = _READERS | {"events", "index", "__main__"}

@@ -187,7 +187,7 @@ def test_it_comes_back_with_a_retracted_request(cached):
     if cached:
         manager.finish(computed(manager, list(range(cached + 1))))
     assert manager.admit(request) == 27
-    assert request.cached_tokens == cached
+    assert (request.cached_tokens, request.resumed_tokens, request.loaded_tokens) == (0, cached, 27 - cached)
     assert_right(manager, request)
     compute(manager, request)
 

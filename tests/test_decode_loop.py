@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, RequestStateError
 from jaxcache.kernels.in_place import inspect_compiled, prove_in_place
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import init_memory_pool_and_cache
@@ -598,7 +598,7 @@ def test_reading_back_finds(difference):
     append_tokens(replay, out)
     wrong = difference(replay)
     before = books(manager)
-    with pytest.raises(BrokenInvariant, match="on the device"):
+    with pytest.raises(BrokenInvariantError, match="on the device"):
         manager.absorb(wrong, read_device=True)
     assert books(manager) == before
 

@@ -5,52 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from examples import engine
-from jaxcache import init_memory_pool_and_cache
-from jaxcache.steps.compiled import CompiledSteps
+from examples.engine import demo, engine
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_steps():
-    """All engines of these tests share what is compiled: they differ in the size of their memory only."""
-    compiled = CompiledSteps()
-
-    def with_shared_steps(config):
-        memory = init_memory_pool_and_cache(config)
-        memory.runner.compiled = compiled
-        return memory
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "init_memory_pool_and_cache", with_shared_steps)
-        yield
-
-
-def test_the_engine_answers_the_same_with_and_without_the_cache(capsys) -> None:
+@pytest.mark.slow
+def test_every_family_answers_the_same_with_and_without_the_cache(capsys) -> None:
     engine.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and all(line.endswith("same as without cache") for line in lines)
-    assert "0 of 57 tokens cached" in lines[0]
-    assert all(" 0 of " not in line for line in lines[1:])
+    assert len(lines) == 4
+    assert all("cached [0, 160, 160]" in line and line.endswith("same answers: True") for line in lines)
 
 
-def test_the_engine_answers_the_same_when_memory_is_short() -> None:
-    model, prompts = engine.random_model(0), engine.chats()
-    roomy, tight = engine.Engine(model), engine.Engine(model, device_tokens=120)
-    retract, retracted = tight.memory.retract, []
-    tight.memory.retract = lambda request: (retracted.append(request), retract(request))
-    want = [answer.tokens for answer in roomy.generate(prompts, num_tokens=12)]
-    assert [answer.tokens for answer in tight.generate(prompts, num_tokens=12)] == want
-    assert any(request.output_ids for request in retracted)
+@pytest.mark.slow
+def test_chats_are_answered_sooner_from_the_cache() -> None:
+    shared, alone = demo.compare(engine.FAMILIES["llama"], demo.questions(4, 3), answer_tokens=8)
+    assert shared.answers == alone.answers and alone.cached_tokens == 0
+    assert shared.cached_tokens > 0.6 * shared.prompt_tokens
+    assert sorted(shared.first_token)[6] < sorted(alone.first_token)[6]
+    assert "prompt tokens cached" in demo.table(shared, alone)
 
 
-def test_the_answers_depend_on_what_is_cached() -> None:
-    prompt = engine.chats()[0]
-    other = [(prompt[0] + 1) % engine.VOCABULARY, *prompt[1:]]
-    answers = engine.Engine(engine.random_model(0)).generate([prompt, other], num_tokens=12)
-    assert answers[0].tokens != answers[1].tokens
+def test_text_is_bytes() -> None:
+    assert engine.decode(engine.encode("Käse")) == "Käse"
+    assert engine.decode([0xC3, engine.END]) == "�"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ from jaxcache.caches.lora_radix import LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
-from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, RequestStateError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import init_memory_pool_and_cache
@@ -165,6 +165,21 @@ def test_a_life_from_admission_to_the_next_request_that_profits():
     manager.check_memory(read_device=True)
 
 
+def test_running_is_having_a_row_and_the_pool_has_one_owner():
+    manager = small_manager()
+    request = prefilled(manager, list(range(10)))
+    assert manager.allocator.get_kvcache() is manager.pool  # of after the step
+    with pytest.raises(RequestStateError, match="cannot be done: it has row 0"):
+        request.state = RequestState.DONE
+    manager.retract(request)
+    with pytest.raises(RequestStateError, match="cannot be running: it has no row"):
+        request.state = RequestState.RUNNING
+    assert request.state is RequestState.RETRACTED
+    manager.allocator.load_cpu_copy(manager.allocator.get_cpu_copy([4, 5]), [6, 7])
+    manager.admit(request)  # with the pool that the allocator's copy has made
+    manager.run(write_step, manager.extend([(request, 10 - request.kv_len)]))
+
+
 def test_one_token_is_always_left_to_compute():
     manager = small_manager()
     manager.finish(prefilled(manager, list(range(8))))
@@ -201,7 +216,8 @@ def test_retract_and_resume(offload, is_evicted):
         manager.finish(other)
     expected = 11 if offload else (0 if is_evicted else 8)
     assert manager.admit(request) == request.kv_len == expected
-    assert request.cached_tokens == (0 if is_evicted else 8)
+    found = 0 if is_evicted else 8
+    assert (request.cached_tokens, request.resumed_tokens, request.loaded_tokens) == (0, found, expected - found)
     assert request.cpu_copy is None
     assert_contents(manager, [request])
     if expected < 11:
@@ -726,7 +742,7 @@ def test_check_memory_finds(plant):
     manager.finish(prefilled(manager, [50] * 9, rid="cached"))
     manager.check_memory(read_device=True)
     plant(manager, request)
-    with pytest.raises(BrokenInvariant):
+    with pytest.raises(BrokenInvariantError):
         manager.check_memory(read_device=True)
 
 

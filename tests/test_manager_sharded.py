@@ -23,6 +23,8 @@ from jaxcache.steps.buckets import Buckets, StepKind
 from jaxcache.tables.device_table import RequestTable
 from tests.kernels import h200
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 MHA = MHAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, head_num=8, head_dim=4)
 BY_PAGE = dataclasses.replace(MHA, layout=Layout.PAGE_MAJOR)
 MLA = MLAConfig(size=64, page_size=4, dtype=jnp.bfloat16, layer_num=2, kv_lora_rank=12, qk_rope_head_dim=4)

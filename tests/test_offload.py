@@ -76,7 +76,9 @@ def test_what_was_kept_comes_back(flavour, cached):
     if cached == 16:
         finished(manager, tokens[:17])
     assert manager.admit(request) == 27
-    assert request.cached_tokens == {0: 0, 16: 16, 27: 24}[cached]
+    found = {0: 0, 16: 16, 27: 24}[cached]
+    assert (request.resumed_tokens, request.loaded_tokens) == (found, 27 - found)
+    assert request.cached_tokens == (16 if cached == 16 else 0)  # what it was first admitted with
     assert_right(manager, request)
     manager.run(write_step, manager.decode([request]))
     assert_right(manager, request)

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.errors import ArgumentError, BrokenInvariantError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.tree import RadixTree
 from jaxcache.manager.manager import MemoryManager
@@ -39,7 +39,7 @@ def test_every_call_that_changes_something_is_written_down():
     """A method that is added to the manager has to be added to the log, or to this list."""
     changes_nothing = {"pool", "table", "next_chunk", "working_state", "get_token_info", "get_swa_token_info"}
     changes_nothing |= {"check_memory", "buckets", "room_for", "victim", "warm_up", "warm_up_offload", "warm_up_loop"}
-    public = {name for name in vars(MemoryManager) if not name.startswith("_")}
+    public = {name for name in dir(MemoryManager) if not name.startswith("_")}
     assert public - vars(RecordedManager).keys() == changes_nothing
 
 
@@ -126,7 +126,7 @@ def test_a_decision_that_is_not_in_the_log_is_noticed():
     log = life.memory.log
     index, op = next((i, op) for i, op in enumerate(log.ops) if op.kind is OpKind.EXTEND and op.result)
     log.ops[index] = dataclasses.replace(op, result=op.result + 1)
-    with pytest.raises(BrokenInvariant, match=f"call {index}, EXTEND"):
+    with pytest.raises(BrokenInvariantError, match=f"call {index}, EXTEND"):
         replay(log)
 
 
@@ -150,7 +150,7 @@ def test_bisecting_finds_the_first_call_that_broke_the_books(monkeypatch):
         life.act()
         try:
             life.memory.check_memory()
-        except BrokenInvariant:
+        except BrokenInvariantError:
             broken = len(life.memory.log.ops)
     for _ in range(60):
         life.act()

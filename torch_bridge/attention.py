@@ -1,4 +1,4 @@
-"""Attention of torch engines over a pool's pages: FlashInfer's paged kernels, in place, or torch's SDPA over a copy.
+"""Attention of torch engines over a pool's pages: FlashInfer's kernels or ours, in place, or torch's SDPA over a copy.
 
     attend = PagedAttention(kv, num_heads=32)              # kv from borrow or share; once
     attend.plan(PageTable.of(memory, requests))            # once a step; query_lens= for prompts
@@ -6,8 +6,9 @@
 
 FlashInfer is given the pages where they lie, as the pool has its NHD layout: a layer is a slice of the stack, so page
 ids are the same in all layers and one plan serves them all. Of latent rows it is given both parts, as strided views.
-Where FlashInfer is not installed, SDPA attends to keys and values that are gathered first, sequence by sequence, which
-is right, and slow. `backend` tells which it is.
+Where FlashInfer is not installed or cannot, the Triton kernels of `jaxcache.attention` are launched from torch. Without
+a GPU, SDPA attends to keys and values that are gathered first, sequence by sequence, which is right, and slow.
+`backend` tells which it is.
 
 Tests compare SDPA with a float32 reference, and what FlashInfer is given with what its documentation asks for. That
 FlashInfer computes the same from it on a GPU has not been measured.
@@ -20,25 +21,23 @@ import enum
 import importlib.util
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from jaxcache.arguments import as_int32
 from jaxcache.errors import ArgumentError, RequestStateError, UnsupportedError
-from jaxcache.manager.manager import MemoryManager
-from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pools.config import require
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
-from jaxcache.request import Request
-from jaxcache.slots import pages_of
+from torch_bridge.page_table import PageTable as PageTable
+from torch_bridge.page_table import require_pages_there
 from torch_bridge.pool import TorchKVPool
+from torch_bridge.triton_attention import PlannedTriton, triton_obstacle
 
 if TYPE_CHECKING:
-    from jaxtyping import Int32
+    pass
 
 _WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends."""
@@ -48,63 +47,8 @@ class Backend(enum.Enum):
     """What attends."""
 
     FLASHINFER = "flashinfer"  # in place; needs a GPU
+    TRITON = "triton"  # jaxcache's own kernels, in place; needs a GPU
     SDPA = "sdpa"  # over gathered pages; anywhere
-
-
-@dataclass(frozen=True, eq=False)
-class PageTable:
-    """The pages of each sequence of a batch, in one list, as FlashInfer takes them.
-
-    Attributes:
-      page_size: Tokens a page.
-      indptr: int32 (sequences + 1), where the pages of each sequence begin and end in `indices`.
-      indices: int32, pages, of each sequence in the order of its tokens.
-      last_page_len: int32 (sequences), tokens in the last page of each: 1 .. page_size.
-    """
-
-    page_size: int
-    indptr: Int32[np.ndarray, " sequences+1"]
-    indices: Int32[np.ndarray, " pages"]
-    last_page_len: Int32[np.ndarray, " sequences"]
-
-    @classmethod
-    def of(cls, memory: MemoryManager, requests: Sequence[Request], kv_lens: Any = None) -> Self:
-        """The pages of running requests.
-
-        Args:
-          memory: Where they run.
-          requests: They.
-          kv_lens: Tokens of each to attend to, at least 1; those that they have KV of by default. Give the length after
-            a step for a step that writes KV before it attends.
-
-        Raises:
-          ArgumentError: A length is not positive, or a request lacks the pages for it.
-          RequestStateError: A request does not run.
-        """
-        for request in requests:
-            memory.planner.require_running(request)
-        size, table = memory.page_size, memory.req_to_token_pool
-        lens = as_int32("kv_lens", [r.kv_len for r in requests] if kv_lens is None else kv_lens)
-        held = np.array([request.num_pages for request in requests], np.int32)
-        require(lens.shape == held.shape, "kv_lens", f"must be {len(held)}, one a request", len(lens))
-        num_pages = pages_of(lens, size)
-        fits = bool((lens >= 1).all() and (num_pages <= held).all())
-        require(fits, "kv_lens", f"must be at least 1, and fit into pages of {size}: {held.tolist()} of them", lens)
-        rows = [table.row_pages(r.req_pool_idx or 0, 0, n) for r, n in zip(requests, num_pages.tolist(), strict=True)]
-        indptr = np.concatenate([[0], np.cumsum(num_pages)]).astype(np.int32)
-        return cls(size, indptr, np.concatenate([*rows, np.empty(0, np.int32)]), lens - (num_pages - 1) * size)
-
-    def in_window(self, allocator: SWATokenToKVPoolAllocator) -> Self:
-        """The window pages of the same tokens, for a sliding-window pool's `window` side; 0 where they are gone.
-
-        Those must be before every query's window: `plan` looks.
-        """
-        return replace(self, indices=allocator.window_pages(self.indices))
-
-    @property
-    def kv_lens(self) -> Int32[np.ndarray, " sequences"]:
-        """Tokens of each sequence."""
-        return (np.diff(self.indptr) - 1) * self.page_size + self.last_page_len
 
 
 class _Plan(NamedTuple):
@@ -112,7 +56,7 @@ class _Plan(NamedTuple):
 
     pages: PageTable
     query_lens: np.ndarray
-    wrapper: Any  # FlashInfer's; None for SDPA
+    wrapper: Any  # FlashInfer's, or a `PlannedTriton`; None for SDPA
 
 
 class _PagedBase(abc.ABC):
@@ -135,8 +79,12 @@ class _PagedBase(abc.ABC):
         obstacle = obstacle if is_there else "it is not installed: pip install flashinfer-python"
         if backend is Backend.FLASHINFER and obstacle is not None:
             raise UnsupportedError(f"backend: FlashInfer cannot attend here, {obstacle}; use Backend.SDPA")
+        no_triton = triton_obstacle(kv)
+        if backend is Backend.TRITON and no_triton is not None:
+            raise UnsupportedError(f"backend: our Triton kernels cannot attend here, {no_triton}; use Backend.SDPA")
         if backend is None:
-            backend = Backend.FLASHINFER if obstacle is None and kv.device.type == "cuda" else Backend.SDPA
+            on_gpu = Backend.FLASHINFER if obstacle is None else Backend.TRITON if no_triton is None else Backend.SDPA
+            backend = on_gpu if kv.device.type == "cuda" else Backend.SDPA
         self.backend = backend
         if backend is Backend.FLASHINFER and workspace is None:
             workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=kv.device)
@@ -166,13 +114,15 @@ class _PagedBase(abc.ABC):
         lens = np.ones_like(kv_lens) if query_lens is None else as_int32("query_lens", query_lens)
         fits = lens.shape == kv_lens.shape and bool((lens >= 1).all() and (lens <= kv_lens).all())
         require(fits, "query_lens", f"must be one a sequence, from 1 to its tokens, {kv_lens.tolist()}", lens.tolist())
-        _require_pages_there(pages, kv_lens - lens, self._window)
+        require_pages_there(pages, kv_lens - lens, self._window)
         wrapper = None
         if self.backend is Backend.FLASHINFER:
             if is_decode not in self._wrappers:
                 self._wrappers[is_decode] = self._wrapper(_flashinfer(), is_decode)
             wrapper = self._wrappers[is_decode]
             self._plan_wrapper(wrapper, pages, lens, is_decode, q_dtype or self.kv.buffers[0].dtype)
+        if self.backend is Backend.TRITON:
+            wrapper = PlannedTriton.of(self.kv, pages, lens, self.num_heads, self.sm_scale, self._window, is_decode)
         self._planned = _Plan(pages, lens, wrapper)
 
     @abc.abstractmethod
@@ -224,7 +174,7 @@ class PagedAttention(_PagedBase):
       num_heads: Query heads.
       sm_scale: Of the scores; by default `1 / sqrt(head_dim)`.
       window: Tokens that a query attends to, itself included; None for all.
-      backend: By default FlashInfer, where it is installed and can.
+      backend: By default FlashInfer, where it is installed and can, else our Triton kernels, where they can.
       workspace: uint8 scratch memory on the device for FlashInfer, which objects may share; by default 128 MiB.
 
     Attributes:
@@ -275,6 +225,8 @@ class PagedAttention(_PagedBase):
           DeadViewError: The view has ended.
         """
         plan = self._plan_for(q=(q, self._config.head_dim))
+        if self.backend is Backend.TRITON:
+            return plan.wrapper.run(q, layer_id)
         buffers = self.kv.get_paged_buffers(layer_id)
         return self._gathered(plan, q, buffers, self._window) if plan.wrapper is None else plan.wrapper.run(q, buffers)
 
@@ -349,6 +301,8 @@ class PagedLatentAttention(_PagedBase):
           As `PagedAttention`.
         """
         plan = self._plan_for(q_nope=(q_nope, self._rank), q_rope=(q_rope, self._rope))
+        if self.backend is Backend.TRITON:
+            return plan.wrapper.run(torch.cat([q_nope, q_rope], dim=-1), layer_id)
         (rows,) = self.kv.get_paged_buffers(layer_id)
         latent, rope = rows.split((self._rank, self._rope), dim=-1)
         if plan.wrapper is not None:
@@ -376,15 +330,6 @@ class PagedLatentAttention(_PagedBase):
             q_dtype,
             self.kv.buffers[0].dtype,
         )
-
-
-def _require_pages_there(pages: PageTable, first_query: np.ndarray, window: int | None) -> None:
-    """Raises ArgumentError if a query attends to page 0: all must be there from where a sequence's first one looks."""
-    first = np.zeros_like(first_query) if window is None else np.maximum(first_query - (window - 1), 0)
-    page = np.arange(len(pages.indices)) - np.repeat(pages.indptr[:-1], np.diff(pages.indptr))
-    is_gone = (pages.indices == 0) & (page >= np.repeat(first // pages.page_size, np.diff(pages.indptr)))
-    rule = "must be there where queries attend, but the window page of some tokens is gone: compute them again"
-    require(not is_gone.any(), "pages", rule, f"0 at {np.flatnonzero(is_gone)[:5].tolist()}")
 
 
 def _starts(query_lens: np.ndarray) -> torch.Tensor:

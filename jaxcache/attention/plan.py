@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.attention.contract import PageOrder, Sequences
-from jaxcache.kernels.attention.launch import Launches, heads_launches, latent_launches
+from jaxcache.kernels.attention.fit import wgmma_extend, wgmma_latents
+from jaxcache.kernels.attention.launch import WGMMA_ROWS, Launches, heads_launches, latent_launches
 from jaxcache.kernels.attention.plan import Plan, SharedPrefix, make_plan
-from jaxcache.kernels.dispatch import current_target
+from jaxcache.kernels.dispatch import Implementation, Op, choose, current_target
 from jaxcache.pools.config import KVCacheConfig
 from jaxcache.pools.hybrid import HybridKVPool
 from jaxcache.pools.layout import Layout
@@ -51,6 +52,7 @@ def attention_plan(
     *,
     window: int | None = None,
     shared: SharedPrefix | None = None,
+    implementation: Implementation | None = None,
 ) -> AttentionPlan:
     """The plan of a step for all layers of one kind: those of full attention, or those of one window.
 
@@ -61,6 +63,8 @@ def attention_plan(
       num_heads: Query heads on this device: of a shard, its own.
       window: Last tokens that a token attends to, its own included; None for all.
       shared: Prefixes that requests of the batch have in common: decode reads them once a group. None switches it off.
+      implementation: Whose blocks and tiles to cut the work into, where several have an op; None is the measured choice
+        of `jaxcache.kernels.dispatch`. An op that insists on an implementation needs a plan that does.
 
     Returns:
       A pytree of a few integers a request. It is made in the graph; layers of a scan may close over it.
@@ -68,6 +72,7 @@ def attention_plan(
     Raises:
       ArgumentError: on a pool that attention cannot read, heads that its heads do not divide, a shared prefix with a
         window, or lengths, known on the host, beyond the page table.
+      UnsupportedError: if an implementation is insisted on that cannot run.
       ShardingError: if the pool is sharded and this is not inside a `jax.shard_map` over its axis.
 
     Cost: a few small kernels, once a step.
@@ -78,7 +83,7 @@ def attention_plan(
     sequences, tokens = sequences_of(batch)
     if is_window:
         sequences = _through_map(sequences, pool_with_windows(pool).full_to_window)
-    launches = _launches(config, sequences.requests, num_heads)
+    launches = _launches(config, (sequences.requests, tokens), num_heads, window, implementation)
     plan = make_plan(sequences, tokens, config.page_size, launches, window=window, shared=shared)
     return AttentionPlan(plan, config, num_heads)
 
@@ -137,13 +142,23 @@ def _through_map(sequences: Sequences, full_to_window: jax.Array) -> Sequences:
     return Sequences(pages, row, sequences.prefix_len, sequences.seq_len, sequences.first_token)
 
 
-def _launches(config: KVCacheConfig, requests: int, num_heads: int) -> Launches:
+def _launches(
+    config: KVCacheConfig,
+    rows: tuple[int, int],
+    num_heads: int,
+    window: int | None,
+    implementation: Implementation | None,
+) -> Launches:
+    """The launches for a step of so many requests and tokens."""
     if not isinstance(num_heads, (int, np.integer)) or num_heads < 1:
         raise ArgumentError(f"num_heads must be a positive integer, got {num_heads!r}")
-    capability, itemsize = current_target().compute_capability(), np.dtype(config.dtype).itemsize
+    (requests, tokens), dtype, order = rows, np.dtype(config.dtype), page_order(config)
+    capability = current_target().compute_capability()
     if isinstance(config, MLAConfig):
-        (width,) = config.row_shapes[0]
-        return latent_launches(requests, num_heads, width, itemsize, capability)
+        (width,), rank = config.row_shapes[0], config.kv_lora_rank
+        why = wgmma_latents(rank, width - rank, num_heads, dtype, order, window)
+        by = _cut_for(Op.MLA_DECODE, implementation, requests, why)
+        return latent_launches(requests, num_heads, width, dtype.itemsize, capability, by)
     if not isinstance(config, HeadsConfig):
         raise ArgumentError(f"pool must hold keys and values, or latent rows, got one of a {type(config).__name__}")
     heads, dim = config.shard_row_shapes[0]
@@ -152,5 +167,19 @@ def _launches(config: KVCacheConfig, requests: int, num_heads: int) -> Launches:
             f"num_heads must be a multiple of the {heads} KV heads of this shard, got {num_heads}: "
             "count the query heads of one device"
         )
-    width = dim + config.shard_row_shapes[1][1]
-    return heads_launches(requests, heads, num_heads // heads, width, itemsize, capability)
+    v_dim = config.shard_row_shapes[1][1]
+    why = wgmma_extend(dim, v_dim, num_heads, heads, dtype, order, tokens)
+    if tokens < WGMMA_ROWS * requests and implementation is None:
+        why = why or f"tiles of {WGMMA_ROWS} tokens would be empty for the most part"
+    by = _cut_for(Op.PAGED_EXTEND, implementation, tokens, why)
+    group = num_heads // heads
+    return heads_launches(requests, heads, group, dim + v_dim, dtype.itemsize, capability, by)
+
+
+def _cut_for(op: Op, implementation: Implementation | None, rows: int, why: str | None) -> Implementation:
+    """Whose blocks or tiles an op's plan has: those of Mosaic, if it is chosen, else those of Triton."""
+    if implementation in (None, Implementation.MOSAIC):
+        unfit = {} if why is None else {Implementation.MOSAIC: why}
+        if choose(op, implementation=implementation, rows=rows, unfit=unfit).implementation is Implementation.MOSAIC:
+            return Implementation.MOSAIC
+    return Implementation.TRITON

@@ -16,7 +16,7 @@ from jaxcache.arguments import as_count, as_int32, as_sequence, require_counts, 
 from jaxcache.caches.base import NONE_SPARED, MatchResult
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
-from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.errors import ArgumentError, BrokenInvariantError
 from jaxcache.events.events import EventQueue, KVCacheEvent
 from jaxcache.events.observer import CacheObserver
 from jaxcache.index.check import check as check_tree
@@ -414,7 +414,7 @@ class PrefixCache:
         """Verifies the tree, and that the owners agree on what is the tree's, component by component. O(cached).
 
         Raises:
-          BrokenInvariant: with a drawing of the tree.
+          BrokenInvariantError: with a drawing of the tree.
         """
         check_tree(self.tree)
         nodes = list(self.tree.nodes())
@@ -428,7 +428,7 @@ class PrefixCache:
                 elif component.component.spans:
                     values.append(np.zeros_like(node.value))
             for problem in component.problems(pages, joined(values)):
-                raise BrokenInvariant(f"{problem}\n{self.draw()}")
+                raise BrokenInvariantError(f"{problem}\n{self.draw()}")
 
 
 def _as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxcache.arguments import require_kind
-from jaxcache.caches.base import BasePrefixCache
+from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, BrokenInvariantError
+from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Insertion
 from jaxcache.index.policies.registry import Policy
+from jaxcache.index.receipt import Receipt
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.request import Request
 from jaxcache.tables.request_table import ReqToTokenPool
@@ -100,9 +102,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
             return
         for component in self._checkpointed:
             component.release_checkpoint(_row_of(req))
-        old, req.lock = req.lock, self.tree.lock(inserted)
-        if old is not None:
-            self.tree.unlock(old)
+        self._exchange_lock(req, self.tree.lock(inserted))
 
     def cache_finished_req(self, req: Request) -> None:
         """Shares what a request computed, frees the rest of its pages and its row, and releases its lock.
@@ -114,7 +114,8 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row = _row_of(req)
         for component in self._checkpointed:
             self.cache_unfinished_req(req)
-            component.checkpoint_working(row, req.kv_len)
+            if req.kv_len <= req.num_tokens:  # else it stands for a token that is not known
+                component.checkpoint_working(row, req.kv_len)
         inserted = self._share(req)
         shared = req.protected_len if inserted is None else inserted.length
         own_pages = table.row_pages(row, shared // self.page_size, req.num_pages)
@@ -125,6 +126,67 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if req.lock is not None:
             self.tree.unlock(req.lock)
             req.lock = None
+
+    def key_of(self, req: Request, length: int) -> RadixKey:
+        """The first `length` tokens of a request as the tree has them: as pairs, where it keeps those."""
+        return self._as_key(req.key[:length])
+
+    # ---- what others compute while a request runs ------------------------------------------------------------------
+
+    def longer_prefix(self, req: Request) -> MatchResult | None:
+        """What is cached by now of a running request, if that is more than it has computed; else None.
+
+        It leaves a token to compute. Counts as a use only if there is something. Cost: a lookup.
+        """
+        limit = req.matchable_len
+        if self.disable or limit // self.page_size * self.page_size <= req.kv_len:
+            return None
+        if self.tree.find(self.key_of(req, limit))[2] <= req.kv_len:
+            return None
+        return self.match_prefix(req.key[:limit])
+
+    def resume_from(self, req: Request, found: MatchResult, lock: Receipt) -> None:
+        """A running request resumes from a longer cached prefix: its own pages so far are freed.
+
+        Args:
+          req: Running, without pages for a step that has not run.
+          found: Longer than what it has computed.
+          lock: On that; the request's from now on.
+        """
+        table, allocator = self._parts()
+        row, first = _row_of(req), req.protected_len // self.page_size
+        allocator.release(table.row_pages(row, first, req.num_pages).copy(), PageState.PRIVATE)
+        table.write_pages(row, first, found.pages[first:])
+        req.cached_tokens += found.prefix_len - req.kv_len
+        req.kv_len, req.num_pages = found.prefix_len, len(found.pages)
+        req.branching_len = found.mamba_branching_seqlen or 0
+        self._exchange_lock(req, lock)
+        for component in self.components:
+            component.restart_request(row, found.state)
+
+    def lock_taken(self, req: Request, length: int) -> None:
+        """A step ran in which a request read pages that it computed for another one, which are the tree's by now.
+
+        Args:
+          req: Running; the row has the pages that the step read.
+          length: Tokens in front of those that the request itself computed: whole pages.
+
+        Raises:
+          BrokenInvariantError: They are not the tree's.
+        """
+        table, _ = self._parts()
+        first = req.protected_len // self.page_size
+        found = self.tree.match(self._as_key(req.computed_key)[:length])
+        if found.length != length:
+            raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
+        table.write_pages(_row_of(req), first, found.pages[first:])
+        req.cached_tokens += length - req.protected_len
+        self._exchange_lock(req, self.tree.lock(found))
+
+    def _exchange_lock(self, req: Request, lock: Receipt) -> None:
+        old, req.lock = req.lock, lock
+        if old is not None:
+            self.tree.unlock(old)
 
     def drop_out_of_window(self, req: Request, keep_checkpoint: bool = True) -> None:
         """Frees the window pages of a running request that no later token attends to, and no later stop needs.

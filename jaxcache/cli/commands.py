@@ -74,6 +74,12 @@ _REPLAY = {
     "rope_dim": _option(_MEMORY, "Rotary width of an mla pool. (CPU: 4, GPU: 64)"),
     "dtype": _option(_MEMORY, "Of the pool. (CPU: float32, GPU: bfloat16)", metavar="DTYPE"),
     "verify": typer.Option(" /--no-verify", help="Read nothing back.", rich_help_panel=_PROOF, show_default=False),
+    "attend": typer.Option(
+        "--attend",
+        help="Attend in every decode step, and compare with float32 over the request's own tokens.",
+        rich_help_panel=_PROOF,
+        show_default=False,
+    ),
     "plant": _option(_PROOF, f"Break the stack on purpose: {_FAULTS}.", metavar="FAULT"),
 }
 

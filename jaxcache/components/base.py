@@ -25,8 +25,9 @@ import numpy as np
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
+from jaxcache.pages.sglang import PoolHolder as PoolHolder
 from jaxcache.slots import page_slots
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:
@@ -42,12 +43,6 @@ class Evictor(Protocol):
     def make_room_for(self, amounts: Mapping[str, int]) -> bool:
         """Whether so many values of each component can be taken now, after evicting what is short."""
         ...
-
-
-class PoolHolder(Protocol):
-    """Who holds the device pool, which every update replaces."""
-
-    pool: Any
 
 
 class DeviceMap(Protocol):
@@ -138,6 +133,14 @@ class MemoryComponent(ABC):
             it holds what it should.
         """
 
+    def restart_request(self, row: int, source: int) -> None:
+        """The request in `row` goes on from a cached prefix instead of from what it computed.
+
+        Args:
+          row: Its row in the request table.
+          source: Cached value that its own has to become a copy of before its next step.
+        """
+
     def release_request(self, row: int, own_pages: Int32[np.ndarray, " pages"]) -> None:
         """The request in `row` ends: frees what it owns, be it `own_pages` or what it has beside them."""
 
@@ -212,11 +215,11 @@ class MemoryComponent(ABC):
         """Where the device's copies of its maps differ from the host's. Reads them back."""
         return iter(())
 
-    def state_dict(self) -> Books:
+    def state_dict(self) -> StateDict:
         """Who owns which value, for a snapshot of the whole cache. O(values).
 
         Raises:
-          SnapshotError: Somebody owns some who will not be there to free them.
+          SnapshotError: A running request or a copy in flight owns some.
         """
         return {}
 

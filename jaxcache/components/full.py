@@ -13,7 +13,7 @@ from jaxcache.index.component import FULL
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.slots import page_slots
-from jaxcache.state_dict import Books, Columns, prefixed
+from jaxcache.state_dict import Columns, StateDict, prefixed
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -111,13 +111,13 @@ class FullPages(TreeComponent):
         """See `MemoryComponent.private_problems`."""
         return private_problem("pages", pages, self._owner())
 
-    def state_dict(self) -> Books:
+    def state_dict(self) -> StateDict:
         """See `MemoryComponent.state_dict`; with that of what comes with pages."""
-        return prefixed("pages", self._owner().saved_books())
+        return prefixed("pages", self._owner().state_dict())
 
     def load_state_dict(self, columns: Columns) -> None:
         """See `MemoryComponent.load_state_dict`."""
-        self._owner().restore_books(columns.part("pages"))
+        self._owner().load_state_dict(columns.part("pages"))
 
     def digest(self) -> tuple[Any, ...]:
         """See `MemoryComponent.digest`."""

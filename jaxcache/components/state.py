@@ -34,7 +34,7 @@ from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
-from jaxcache.state_dict import Books, Columns, prefixed
+from jaxcache.state_dict import Columns, StateDict, prefixed
 from jaxcache.tables.hybrid_table import NO_COPY, HybridReqToTokenPool
 
 if TYPE_CHECKING:
@@ -101,6 +101,12 @@ class RecurrentStates(TreeComponent):
     def start_request(self, row: int, value: int, source: int | None) -> None:
         """See `MemoryComponent.start_request`."""
         self._rows().set_state(row, value, NO_COPY if source is None else source)
+
+    def restart_request(self, row: int, source: int) -> None:
+        """See `MemoryComponent.restart_request`. Its checkpoint, which is of an earlier prefix, is freed."""
+        working, *saved = self._rows().take_states(row).tolist()
+        self._free_private(np.array(saved, np.int32))
+        self._rows().set_state(row, working, source)
 
     def before_step(self, rows: Int32[np.ndarray, " requests"], device: PoolHolder) -> None:
         """Fills the working states of these rows, if any wait for it."""
@@ -262,13 +268,13 @@ class RecurrentStates(TreeComponent):
         if (self._allocator.owner_of(sources) != PageState.TREE).any():
             yield f"states: {sources} are to be copied, but not all of them are the tree's"
 
-    def state_dict(self) -> Books:
+    def state_dict(self) -> StateDict:
         """See `MemoryComponent.state_dict`."""
-        return prefixed("states", self._allocator.saved_books())
+        return prefixed("states", self._allocator.state_dict())
 
     def load_state_dict(self, columns: Columns) -> None:
         """See `MemoryComponent.load_state_dict`."""
-        self._allocator.restore_books(columns.part("states"))
+        self._allocator.load_state_dict(columns.part("states"))
 
     def digest(self) -> tuple[Any, ...]:
         """See `MemoryComponent.digest`."""

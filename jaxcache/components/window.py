@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxcache.components.base import TreeComponent, allocator_digest, are_all_of, private_problem, used_slots
 from jaxcache.components.full import FullPages
-from jaxcache.device.placing import on_host
 from jaxcache.errors import ArgumentError
 from jaxcache.index.component import Component
 from jaxcache.index.node import Insertion
@@ -185,7 +184,7 @@ class WindowPages(TreeComponent):
     def device_problems(self, pool: Any) -> Iterator[str]:
         """See `MemoryComponent.device_problems`."""
         kv: Any = pool.kv if isinstance(pool, HybridKVPool) else pool
-        differs = np.flatnonzero(on_host(kv.full_to_window) != self._allocator.full_to_window)
+        differs = np.flatnonzero(kv.window_map_on_host() != self._allocator.full_to_window)
         if len(differs):
             yield f"full page {differs[0]}: the device's map to window pages differs from the host's"
 

@@ -1,4 +1,4 @@
-"""What a cache tells its observer, as it happens. By default there is none, and then it costs nothing."""
+"""The observer of a cache: notified of lookups, inserts and evictions. None by default, at no cost."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from typing import Protocol
 
 
 class CacheObserver(Protocol):
-    """An observer: `cache.observer = observer`. Called on the thread that drives the cache: it must be quick."""
+    """Set as `cache.observer = observer`. Called on the thread that drives the cache: it must be quick."""
 
     def admitted(self, tokens: int, found: int) -> None:
-        """A request of so many tokens starts to run; so many of them were found in the cache."""
+        """A request of so many tokens runs for the first time; so many of them were found in the cache."""
+
+    def resumed(self, found: int, loaded: int) -> None:
+        """A request goes on: so many tokens were found in the cache again, so many more come from a host copy.
+
+        Called once for each later admission of a request, and for the first one if that loads a host copy (`found` is 0
+        then, as `admitted` has said it).
+        """
 
     def matched(self, seconds: float) -> None:
-        """A lookup took so long."""
+        """A lookup was made: elapsed seconds."""
 
     def inserted(self, tokens: int, seconds: float) -> None:
-        """So many tokens came into the tree, in so long."""
+        """Tokens that an insert added to the tree, and elapsed seconds."""
 
     def evicted(self, amounts: Sequence[int], seconds: float) -> None:
-        """Evicted amounts, tokens or states, of each component in the tree's order, and elapsed seconds."""
+        """Evicted amounts per component of the tree, in its order (tokens, or states), and elapsed seconds."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.index.node import Node, Root
 from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.policies.lru import LRU
@@ -17,10 +17,10 @@ def check(tree: RadixTree) -> None:
     """Verifies the whole structure. O(nodes and their values): for tests, idle time and after a suspicion.
 
     Raises:
-      BrokenInvariant: names the rule and the node, and draws the tree.
+      BrokenInvariantError: names the rule and the node, and draws the tree.
     """
     for problem in problems(tree):
-        raise BrokenInvariant(f"{problem}\n{draw(tree)}")
+        raise BrokenInvariantError(f"{problem}\n{draw(tree)}")
 
 
 def problems(tree: RadixTree) -> Iterator[str]:
@@ -50,8 +50,19 @@ def problems(tree: RadixTree) -> Iterator[str]:
             yield f"policy of {tree.components[i].name}: it must hold exactly the unlocked nodes with a value"
         for problem in policy.problems(cached[i]):
             yield f"policy of {tree.components[i].name}: {problem}"
+        yield from _surplus_problems(tree, i, cached[i], unlocked[i])
     if isinstance(tree.policies[0], LRU):
         yield from _order_problems(tree.policies[0])
+
+
+def _surplus_problems(tree: RadixTree, i: int, cached: set[Node], unlocked: set[Node]) -> Iterator[str]:
+    """Every node whose value is more than the resume points need has to be a candidate for eviction."""
+    name, candidates = tree.components[i].name, tree.resume.live_candidates(i)
+    if any(node in unlocked or node not in cached for node in tree.resume.waiting[i]):
+        yield f"surplus of {name}: what waits must be locked"
+    for node in unlocked - candidates.keys():
+        if tree.resume.needed_from(i, node) > node.start:
+            yield f"{node}: its surplus of {name} must be a candidate"
 
 
 def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:

@@ -9,6 +9,7 @@ added     11 12               a new leaf, in two parts where a further component
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,7 @@ def _add_leaves(tree: Nodes, key: RadixKey, parent: Node, offer: Offer, page: in
     """Adds the pages of `key` from `page` on: one leaf, cut where the offer of a component starts."""
     added: list[Node] = []
     values, starts, pages = offer.values, offer.starts, offer.pages
+    candidates: Any = tree.resume.candidates
     ends = [pages] if max(starts) <= page else sorted({pages, *[start for start in starts if start > page]})
     for end in ends:
         packed = key.packed[page * tree.page_bytes : end * tree.page_bytes]
@@ -104,6 +106,10 @@ def _add_leaves(tree: Nodes, key: RadixKey, parent: Node, offer: Offer, page: in
                 (leaf.others[i - 1] if i else leaf).value = owned(values[i][page:end])
                 tree.evictable[i] += end - page
                 tree.policies[i].add(leaf)
+                if candidates[i] is not None:
+                    candidates[i].append(leaf)
+        if not tree.is_single and len(parent.children) == 1:
+            tree.resume.passed(parent)
         parent, page = leaf, end
     if i := tree.stops.state:
         parent.others[i - 1].value = owned(values[i][:1])

@@ -32,6 +32,8 @@ def lock(tree: Nodes, where: Match | Insertion) -> Receipt:
         is_current = where.version == tree.changes and (not where.path or tree.holds(where.path[0]))
         path = where.path if is_current else _path_again(tree, where)
         node = path[-1] if path else None
+        if not tree.is_single:
+            tree.resume.went_on(node, length, where.structural_length)
         if node is not None and node.end != length:
             node = tree.split(node, length)
     return Receipt(tree, node, length, _hold(tree, node) if node else [], tree.epoch)
@@ -110,3 +112,5 @@ def _release(tree: Nodes, bottom: Node, since: Sequence[int]) -> None:
             node = node.parent
         for node in reversed(freed) if i else freed:  # see `EvictionPolicy`
             tree.policies[i].add(node)
+        if tree.resume.waiting[i]:
+            tree.resume.released(i, freed)

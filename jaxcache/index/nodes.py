@@ -19,6 +19,7 @@ from jaxcache.index.key import RadixKey, first_mismatch
 from jaxcache.index.node import Node, Root, Slot, below, joined, owned
 from jaxcache.index.policies.base import EvictionPolicy
 from jaxcache.index.policies.registry import Policy
+from jaxcache.index.resume import ResumePoints
 from jaxcache.index.stops import Stops
 
 
@@ -39,6 +40,7 @@ class Nodes:
       evictable: For each component, values (pages or states) that no lock covers.
       protected: For each component, values that a lock covers.
       graves: The nodes removed last.
+      resume: What of the further components is surplus, and evicted first.
       has_priorities: Whether any node has a priority other than 0.
       epoch: How often the tree was reset: receipts of an earlier one are refused.
       changes: Leaves added, nodes split and nodes removed so far.
@@ -46,7 +48,7 @@ class Nodes:
 
     __slots__ = (
         *("changes", "components", "element_bytes", "epoch", "evictable", "graves", "has_priorities", "is_single"),
-        *("page_bytes", "page_size", "policies", "policy", "protected", "roots", "stops", "with_hashes"),
+        *("page_bytes", "page_size", "policies", "policy", "protected", "resume", "roots", "stops", "with_hashes"),
     )
 
     def __init__(
@@ -74,6 +76,7 @@ class Nodes:
         ]
         self.evictable = [0] * len(self.components)
         self.protected = [0] * len(self.components)
+        self.resume = ResumePoints(self.stops, self.page_size)
         self.has_priorities = False
         self.epoch += 1
         self.changes += 1
@@ -167,9 +170,18 @@ class Nodes:
         else:
             self.evictable[i] += len(value)
             self.policies[i].add(node)
+        candidates = self.resume.candidates[i]
+        if candidates is not None:
+            candidates.append(node)
 
-    def split(self, lower: Node, position: int) -> Node:
-        """Cuts `lower` at token `position`; returns the new upper half. The caller touches or locks the path next."""
+    def split(self, lower: Node, position: int, is_found: bool = True) -> Node:
+        """Cuts `lower` at token `position`; returns the new upper half.
+
+        Args:
+          lower: In the tree; stays the object that ends where it did.
+          position: Inside it, where a page ends.
+          is_found: Whether a lookup or an insert found the upper half; the caller touches or locks the path next.
+        """
         pages = (position - lower.start) // self.page_size
         cut = pages * self.page_bytes
         parent = lower.parent
@@ -187,8 +199,11 @@ class Nodes:
             top.locks = bottom.locks
             if bottom.value is not None:
                 top.value, bottom.value = owned(bottom.value[:pages]), owned(bottom.value[pages:])
-                self.policies[i].split(upper, lower)
+                policy = self.policies[i]
+                policy.split(upper, lower) if is_found else policy.cut(upper, lower)
                 if not top.locks:
-                    self.policies[i].add(upper)
+                    policy.add(upper)
+        if not self.is_single:
+            self.resume.split(upper)
         self.changes += 1
         return upper

@@ -21,12 +21,12 @@ from jaxcache.index.node import Node, Root, Slot, owned
 from jaxcache.index.page_hashes import PageHashes
 from jaxcache.index.policies.base import EvictionPolicy
 from jaxcache.index.tree import RadixTree
-from jaxcache.state_dict import Books, Columns, joined_bytes, prefixed
+from jaxcache.state_dict import Columns, StateDict, joined_bytes, prefixed
 
 _MOST_PRIORITY = 2**63 - 1
 
 
-def saved_tree(tree: RadixTree) -> Books:
+def saved_tree(tree: RadixTree) -> StateDict:
     """All of a tree, with the order of eviction of each component. O(nodes and their values).
 
     Raises:
@@ -40,7 +40,7 @@ def saved_tree(tree: RadixTree) -> Books:
     number = {node: i for i, node in enumerate(nodes)} | {root: -1 - i for i, root in enumerate(roots)}
     if any(abs(node.priority) > _MOST_PRIORITY for node in nodes):
         raise SnapshotError("tree: a priority does not fit 64 bits: use smaller ones for requests")
-    books: Books = {
+    books: StateDict = {
         "namespaces": joined_bytes([root.namespace for root in roots]),
         "namespace_bytes": np.array([len(root.namespace) for root in roots], np.int64),
         "parent": np.array([number[node.parent] for node in nodes], np.int64),
@@ -48,26 +48,30 @@ def saved_tree(tree: RadixTree) -> Books:
         "keys": joined_bytes([node.key for node in nodes]),
         "priority": np.array([node.priority for node in nodes], np.int64),
     }
+    if not tree.is_single:
+        books |= prefixed("resume", tree.resume.state_dict(number))
     for i, policy in enumerate(tree.policies):
         values = [node.slot(i).value for node in nodes]
         books[f"count.{i}"] = np.array([0 if value is None else len(value) for value in values], np.int64)
         books[f"value.{i}"] = np.concatenate([np.empty(0, np.int32), *[v for v in values if v is not None]])
-        books |= prefixed(f"policy.{i}", policy.saved_books(number))
+        books |= prefixed(f"policy.{i}", policy.state_dict(number))
     return books
 
 
 def restore_tree(tree: RadixTree, books: Columns) -> None:
     """Makes a new, empty tree what the tree with these books was. O(nodes and their values).
 
-    Books that nobody saved may contradict each other all the same: `index.check` tells.
+    Arrays of unknown origin may still contradict each other: `index.check` tells.
 
     Raises:
       SnapshotError: These are no books of a tree with these components, this page size and this policy. The tree is of
         no use then.
     """
     nodes = _restored_nodes(tree, books)
+    if not tree.is_single:
+        tree.resume.load_state_dict(books.part("resume"), nodes)
     for i, policy in enumerate(tree.policies):
-        policy.restore_books(books.part(f"policy.{i}"), nodes)
+        policy.load_state_dict(books.part(f"policy.{i}"), nodes)
 
 
 def _restored_nodes(tree: RadixTree, books: Columns) -> list[Node]:
@@ -85,7 +89,7 @@ def _restored_nodes(tree: RadixTree, books: Columns) -> list[Node]:
     return nodes
 
 
-def with_policy(tree: RadixTree, other: RadixTree) -> Books:
+def with_policy(tree: RadixTree, other: RadixTree) -> StateDict:
     """The saved form of a tree under the policy of `other`, an empty tree: as if used in its order of eviction.
 
     The policies of `tree` are used up. O(nodes and their values).

@@ -136,8 +136,9 @@ class RadixTree(Nodes):
     def evict(self, amount: int, component: int = 0) -> Eviction:
         """Evicts at least `amount` values of a component, unless fewer are evictable.
 
-        Whole nodes, in the policy's order, so it overshoots by less than one node. Evicting the first component removes
-        leaves; another component leaves a hole (tombstone) where its node has children.
+        Evicting the first component removes leaves, in the policy's order, so it overshoots by less than one node.
+        Another component leaves a hole (tombstone) where its node has children. Of it, what no resume point of
+        requests needs is evicted first, whatever the policy (see `resume`).
 
         Cost: O(evicted), whatever the size of the tree.
         """
@@ -145,13 +146,26 @@ class RadixTree(Nodes):
         freed: list[list[np.ndarray]] = [[] for _ in self.components]
         nodes: list[Node] = []
         target = self.evictable[component] - amount
+        if component and self.resume.are_used():
+            self._evict_surplus(component, target, freed)
         while self.evictable[component] > target and (node := policy.victim()) is not None:
             if node.children:
                 self._take_out(node, (component,), freed)
                 self.changes += 1
             else:
                 self._remove(node, freed, nodes)
+        self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
+
+    def _evict_surplus(self, component: int, target: int, freed: list[list[np.ndarray]]) -> None:
+        """Evicts what no resume point needs, until `target` values are left or there is no more of it."""
+        while self.evictable[component] > target and (node := self.resume.next_candidate(component)) is not None:
+            begin = self.resume.needed_from(component, node)
+            if begin > node.start:
+                if begin < node.end:
+                    node = self.split(node, begin, is_found=False)
+                self._take_out(node, (component,), freed)
+                self.changes += 1
 
     def drop(self, namespace: bytes) -> Eviction:
         """Removes all that is cached in one namespace, such as that of an adapter that is unloaded.
@@ -176,6 +190,7 @@ class RadixTree(Nodes):
             for node in reversed(list(below([root]))):
                 self._unlink(node, freed, nodes, is_drop=True)
             del self.roots[namespace]
+            self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
@@ -184,6 +199,8 @@ class RadixTree(Nodes):
             parent = node.parent
             self._unlink(node, freed, nodes)
             if parent.children:
+                if len(parent.children) == 1:
+                    self.resume.passed(parent)
                 return
             if parent.parent is None:
                 del self.roots[parent.namespace]

@@ -115,14 +115,17 @@ def _call_through_ffi(
     kernel, grid, num_warps, capability, constexprs = _split(options)
     abstract = [jax.typeof(array) for array in arrays]
     produced = [ShapedArray(result.shape, result.dtype) for result in results]
-    kinds = [lib.get_triton_type(argument) for argument in (*abstract, *scalars, *produced)]
+    arguments = [*abstract, *scalars, *produced]
+    kinds = [lib.get_triton_type(argument) for argument in arguments]
     numbers = {len(arrays) + i: int(value) for i, value in enumerate(scalars)}
+    unaligned = [i for i, array in enumerate(arguments) if i not in numbers and not is_aligned(array)]
     compiled, attributes = lib.get_or_create_triton_kernel(
         lib.get_cuda_backend,
         "cuda",
         kernel,
         kinds,
-        [(i, kinds[i], value) for i, value in numbers.items()],
+        # To this function, numbers are what Triton may not take for divisible by 16, and that alone.
+        [(i, kinds[i], value) for i, value in numbers.items()] + [(i, kinds[i], 0) for i in unaligned],
         num_warps=num_warps,
         num_stages=None,
         num_ctas=1,
@@ -141,6 +144,16 @@ def _call_through_ffi(
     call = gpu_triton.TritonKernelCall(compiled, *grid, *[1] * (3 - len(grid)), parameters)
     opaque = zlib.compress(call.to_proto(kernel.__name__, b""))
     return jax.ffi.ffi_call(_FFI_TARGET, results, input_output_aliases=aliases)(*arrays, opaque=opaque)
+
+
+def is_aligned(array: Any) -> bool:
+    """Whether an array's address is surely divisible by 16.
+
+    XLA gives a kernel what is cut out of a larger array, or put into one, where it lies, without a copy: the slots of
+    one step of a loop of one request are 4 bytes further on than those of the step before. A cut lies between rows of
+    the last axis.
+    """
+    return array.ndim > 1 and array.shape[-1] * array.dtype.itemsize % 16 == 0
 
 
 def _split(options: dict) -> tuple[Any, tuple[int, ...], int, int | None, dict]:

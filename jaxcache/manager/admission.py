@@ -14,6 +14,7 @@ import numpy as np
 from jaxcache.caches.base import MatchResult
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import MemoryComponent
+from jaxcache.errors import RequestStateError
 from jaxcache.index.receipt import Receipt
 from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
@@ -67,6 +68,10 @@ class Admission:
     def admit(self, request: Request) -> Entry | None:
         """`MemoryManager.admit` has the contract. The request is running afterwards, but in nobody's list yet."""
         self._room.require_possible(request)
+        if request.pending:
+            raise RequestStateError(
+                f"request {request.rid} waits for {request.pending} tokens that it sampled: append them to output_ids"
+            )
         self._runner.require_resumed()
         if request.cpu_copy is not None:
             request.cpu_copy.require_fitting(request.rid, self._runner.pool, self._table.page_size)
@@ -110,10 +115,7 @@ class Admission:
 
     def _match(self, request: Request) -> MatchResult:
         """Its cached prefix, which leaves one token to compute."""
-        cap = request.num_tokens - 1
-        if request.logprob_start_len is not None:
-            cap = min(cap, request.logprob_start_len)
-        return self._cache.match_prefix(request.key[:cap])
+        return self._cache.match_prefix(request.key[: request.matchable_len])
 
     def _worth_loading(self, request: Request, cached: int) -> tuple[KeptCopy | None, int]:
         """The host copy, if it goes further than what is cached, and the tokens that are there with it."""
@@ -145,11 +147,24 @@ class Admission:
         return self._cache.full.alloc_pages(num_pages, spared)
 
     def _start(self, request: Request, entry: Entry) -> None:
+        is_first = request.state is RequestState.WAITING
         request.enter(self._table, entry.row)
         request.kv_len, request.num_pages = entry.kv_len, len(entry.found.pages) + len(entry.fresh)
-        request.lock, request.state = entry.lock, RequestState.RUNNING
-        request.cached_tokens = entry.lock.length
+        request.lock = entry.lock
         request.branching_len = entry.found.mamba_branching_seqlen or 0
         request.cpu_copy = None
-        if self._cache.observer is not None:
-            self._cache.observer.admitted(request.num_tokens, entry.lock.length)
+        self._count(request, entry, is_first)
+
+    def _count(self, request: Request, entry: Entry, is_first: bool) -> None:
+        """Each token of a request is asked for once: what comes back after a retraction is no hit of the cache's."""
+        found, loaded = entry.lock.length, entry.kv_len - entry.lock.length
+        resumed = 0 if is_first else found
+        if is_first:
+            request.cached_tokens = found
+        request.resumed_tokens += resumed
+        request.loaded_tokens += loaded
+        observer = self._cache.observer
+        if observer is not None and is_first:
+            observer.admitted(request.num_tokens, found)
+        if observer is not None and (loaded or not is_first):
+            observer.resumed(resumed, loaded)

@@ -157,10 +157,7 @@ class RoomSearch:
 
     def _prefix(self, request: Request) -> tuple[list[Node], int]:
         """The nodes that hold what `admit` would find of a request, and its tokens. No use of anything."""
-        cap = request.num_tokens - 1
-        if request.logprob_start_len is not None:
-            cap = min(cap, request.logprob_start_len)
-        key = request.key[:cap]
+        key = request.key[: request.matchable_len]
         path, _, length = self._cache.tree.find(key.bigrams() if self._cache.is_eagle else key)
         return [node for node in path if node.start < length], length
 

@@ -9,6 +9,7 @@
 |--------------------------------------------------------------|------------------------------|---------------------|
 | prefix_cache_queries_total, prefix_cache_hits_total (tokens) | cache_hit_rate, the quotient | the same            |
 | cached_tokens_total{cache_source}                            | the same                     |                     |
+| resumed_tokens_total{cache_source}                           |                              |                     |
 | evicted_tokens_total{component}                              | evicted_tokens_total         |                     |
 | eviction_duration_seconds                                    | the same                     |                     |
 | match_duration_seconds, insert_duration_seconds              |                              |                     |
@@ -16,6 +17,9 @@
 | token_usage, full_token_usage, swa_token_usage, mamba_usage  | the same                     | kv_cache_usage_perc |
 | kv_used_tokens, kv_available_tokens, kv_evictable_tokens     | the same                     |                     |
 | swa_..._tokens, mamba_..._tokens                             | the same                     |                     |
+
+Queries, hits and cached tokens are those of first admissions, so each token of a request counts once, however often it
+is retracted. What comes back afterwards, from the cache or from a host copy, are resumed tokens.
 
 `CacheMetrics(prefix="sglang:")` or `"vllm:"` feeds a dashboard that is made already.
 
@@ -87,6 +91,9 @@ class CacheMetrics:
             self._hits = self._counter("prefix_cache_hits", "Tokens of them that were in the cache.")
             cached = self._family(Counter, "cached_tokens", "Tokens found, by where they were.", "cache_source")
             self._sources = {source: self._bound(cached, cache_source=source.value) for source in CacheSource}
+            resumed = self._family(Counter, "resumed_tokens", "Tokens that came back.", "cache_source")
+            resumable = (CacheSource.DEVICE, CacheSource.HOST)
+            self._resumed = [self._bound(resumed, cache_source=source.value) for source in resumable]
             evicted = self._family(Counter, "evicted_tokens", "Tokens, or states, evicted.", "component")
             self._evicted = [self._bound(evicted, component=name) for name in components]
             self._inserted = self._counter("inserted_tokens", "Tokens that came into the cache.")
@@ -102,6 +109,11 @@ class CacheMetrics:
         self._queries.inc(tokens)
         self._hits.inc(found)
         self._sources[CacheSource.DEVICE].inc(found)
+
+    def resumed(self, found: int, loaded: int) -> None:
+        """See `CacheObserver.resumed`. No query and no hit."""
+        for counter, tokens in zip(self._resumed, (found, loaded), strict=True):
+            counter.inc(tokens)
 
     def found_in(self, source: CacheSource, tokens: int) -> None:
         """So many tokens of an admitted request came from another tier."""

@@ -25,6 +25,7 @@ _COLOURS = {
     PageState.QUARANTINED: "#ef6f6c",
     PageState.PENDING: "#c4b5fd",
     PageState.SINK: "#475569",
+    PageState.PLANNED: "#f9a8d4",
 }
 _MAX_CELLS, _CELL = 2048, 14
 _READ = "#2a9d8f"

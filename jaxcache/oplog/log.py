@@ -90,6 +90,12 @@ class RecordedManager(MemoryManager):
             raise
         finally:
             self._is_calling = False
+        if kind is OpKind.RUN:
+            rows = arguments["plan"].row
+            args["sampled"] = bool(self.req_to_token_pool.has_next[rows].any())
+        if kind is OpKind.FORK:
+            made = tuple(map(self._number_made, out or ()))
+            numbers, sampled = numbers + made, sampled + (b"",) * len(made)
         self.log.ops.append(Op(kind, numbers, sampled, args, result_of(kind, out)))
         self._follow(kind, index, arguments, out)
         return out
@@ -125,6 +131,12 @@ class RecordedManager(MemoryManager):
             self._numbers[request] = len(self.log.requests)
             self.log.requests.append(NewRequest.of(request))
         return self._numbers[request]
+
+    def _number_made(self, request: Request) -> int:
+        """The number of a request that a call made, with all the tokens that it has."""
+        number = self._number(request)
+        self._told_tokens[number] = len(request.output_ids)
+        return number
 
     def _sampled(self, number: int, request: Request) -> bytes:
         """The tokens that a request sampled since it was last mentioned."""

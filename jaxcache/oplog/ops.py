@@ -24,6 +24,7 @@ class OpKind(enum.Enum):
     FINISH = "finish"
     ABORT = "abort"
     RETRACT = "retract"
+    FORK = "fork"
     EXTEND = "extend"
     DECODE = "decode"
     RUN = "run"
@@ -107,7 +108,7 @@ class Op:
 
     Attributes:
       kind: Which operation.
-      requests: Numbers of the requests it is about.
+      requests: Numbers of the requests it is about, and behind them of those that it made.
       sampled: For each of them, the packed tokens it sampled since it was last mentioned.
       args: The arguments by name, but for those in `DEVICE_ONLY`, with references for requests and plans.
       result: What came back: a number, a checksum of the pages of a plan, the name of an error, or None.
@@ -148,4 +149,6 @@ def result_of(kind: OpKind, out: Any) -> int | None:
         return zlib.crc32(out.new_pages.tobytes())
     if isinstance(out, LoopPlan):
         return zlib.crc32(out.window.tobytes())
+    if kind is OpKind.FORK:
+        return None if out is None else len(out)
     return None if kind in (OpKind.RUN, OpKind.RUN_LOOP, OpKind.HOST_BATCH) else out

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache.arguments import as_count
-from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, CacheError
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.oplog.ops import OF_THE_CACHE, LoopRef, Op, OpKind, OpLog, PlanRef, RequestRef, result_of
@@ -36,8 +36,8 @@ def replay(
 
     Raises:
       ArgumentError: The config differs in what decisions depend on, or the log has fewer calls than `until`.
-      BrokenInvariant: A call gave another result than it had given: the host decided by something that is not in the
-        log. The message says which.
+      BrokenInvariantError: A call gave another result than it had given: the host decided by something that is not in
+        the log. The message says which.
     """
     calls = len(log.ops) if until is None else as_count("until", until)
     if calls > len(log.ops):
@@ -56,14 +56,19 @@ def replay(
         try:
             out = _call(memory, op, requests, plans)
             result = result_of(op.kind, out)
-        except BrokenInvariant:
+        except BrokenInvariantError:
             raise
         except CacheError as error:
             out, result = None, type(error).__name__
         if result != op.result:
-            raise BrokenInvariant(f"call {index}, {op.kind.name}: the result was {op.result!r} and is {result!r} now")
+            raise BrokenInvariantError(
+                f"call {index}, {op.kind.name}: the result was {op.result!r} and is {result!r} now"
+            )
         if isinstance(out, (StepPlan, LoopPlan)):
             plans[index] = out
+        if isinstance(out, list):  # requests that the call made
+            for number, request in zip(op.requests[1:], out, strict=True):
+                requests[number] = request
     return memory
 
 
@@ -73,7 +78,7 @@ def bisect(
     *,
     config: MemoryConfig | None = None,
 ) -> int | None:
-    """Index of the first call after which `check` raises BrokenInvariant; None if it never does.
+    """Index of the first call after which `check` raises BrokenInvariantError; None if it never does.
 
     What is broken must stay broken. Cost: about log2(calls) replays.
 
@@ -87,7 +92,7 @@ def bisect(
     def is_broken(calls: int) -> bool:
         try:
             check(replay(log, calls, config=config, compiled=compiled))
-        except BrokenInvariant:
+        except BrokenInvariantError:
             return True
         return False
 
@@ -119,13 +124,18 @@ def _call(memory: MemoryManager, op: Op, requests: list[Request], plans: dict[in
 
     arguments = {name: decoded(value) for name, value in op.args.items()}
     if op.kind in _STEPS:
-        arguments["step"] = _STEPS[op.kind]
+        arguments["step"] = _sampling_step if arguments.pop("sampled", False) else _STEPS[op.kind]
     return getattr(memory.cache if op.kind in OF_THE_CACHE else memory, op.kind.value)(**arguments)
 
 
 def _no_step(pool: Any, batch: Any) -> tuple[Any, None]:
     """A step that computes nothing."""
     return pool, None
+
+
+def _sampling_step(pool: Any, batch: Any) -> tuple[Any, None, Any]:
+    """A step that computes nothing, and has sampled something."""
+    return pool, None, batch.row
 
 
 def _no_loop(pool: Any, loop: Any) -> tuple[Any, Any, None]:

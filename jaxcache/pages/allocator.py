@@ -26,7 +26,7 @@ from jaxcache.pages.ownership import PageOwners, require_owner
 from jaxcache.pages.ownership import PageState as PageState
 from jaxcache.pages.runs import rows_of
 from jaxcache.pages.sglang import CpuCopyable as CpuCopyable
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 _KEPT = (PageState.FREE, PageState.TREE, PageState.QUARANTINED, PageState.SINK)  # what survives its process
 
@@ -185,7 +185,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
 
     # What a snapshot of the whole cache keeps.
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         theirs = np.flatnonzero(~np.isin(self.states, _KEPT))
         if len(theirs):
             raise SnapshotError(
@@ -194,7 +194,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
             )
         return {"states": self.states.copy(), "free": self.free_pages, "released": self.release_pages}
 
-    def restore_books(self, saved: Columns) -> None:
+    def load_state_dict(self, saved: Columns) -> None:
         states = saved.ints("states", self.num_pages + 1, high=PageState.SINK)
         free, released = saved.ints("free", high=self.num_pages), saved.ints("released", high=self.num_pages)
         are_free = np.flatnonzero(states == PageState.FREE)

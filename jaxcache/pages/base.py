@@ -27,7 +27,7 @@ from jaxcache.pages.free_list import FreeOrder
 from jaxcache.pages.marks import Mark, Marks, Position
 from jaxcache.pages.ownership import PageOwners, PageState, require_owner
 from jaxcache.pages.sglang import CpuCopyable, SGLangNames
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 if TYPE_CHECKING:
     from jaxtyping import Int32, UInt8
@@ -39,7 +39,8 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
     Args:
       size: Usable slots, a multiple of `page_size`. Device buffers have `size + page_size` rows.
       page_size: Slots a page.
-      kvcache: The pool that the slots belong to; only remembered, for `get_kvcache` and the CPU copies.
+      kvcache: The pool that the slots belong to, for `get_kvcache` and the CPU copies. A manager's allocator knows its
+        pool without.
       need_sort: Keep freed pages apart until the free list runs short, then sort. Makes long runs of neighbouring
         pages, which are cheap to transfer between machines. A sort ends marks, as a free does.
 
@@ -47,7 +48,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
       size: As given, in slots.
       page_size: As given.
       num_pages: `size // page_size`.
-      kvcache: As given; assign the new pool after a donated step consumed the old one.
+      kvcache: As given; assign the new pool after a donated step consumed the old one. A manager does by itself.
       need_sort: As given.
 
     Raises:
@@ -213,7 +214,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
     # What a snapshot of the whole cache keeps.
 
     @abc.abstractmethod
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """Who owns which page, and the order in which free ones will be taken. O(num_pages).
 
         Raises:
@@ -221,7 +222,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         """
 
     @abc.abstractmethod
-    def restore_books(self, saved: Columns) -> None:
+    def load_state_dict(self, saved: Columns) -> None:
         """Makes a new allocator what the one with this saved state was. O(num_pages log num_pages).
 
         Raises:

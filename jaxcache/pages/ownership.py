@@ -30,9 +30,11 @@ class PageState(enum.IntEnum):
     """Freed inside a free group that is still open."""
     SINK = 6
     """Page 0, where padding is written."""
+    PLANNED = 7
+    """Of several requests of a plan that has not run: one computes it, the others read it."""
 
 
-_OWNERS = (PageState.PRIVATE, PageState.TREE, PageState.IN_FLIGHT, PageState.QUARANTINED)
+_OWNERS = (PageState.PRIVATE, PageState.TREE, PageState.IN_FLIGHT, PageState.QUARANTINED, PageState.PLANNED)
 _BYTES = tuple(bytes((state,)) for state in PageState)
 _IS_OWNER = tuple(state in _OWNERS for state in PageState)
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxcache.arguments import as_count, as_int32, require_same_length
-from jaxcache.errors import ArgumentError, BrokenInvariant, DoubleFreeError, OwnershipError, SnapshotError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.allocator import FreeListAllocator, FreeOrder
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, require_whole_pages
 from jaxcache.pages.marks import Mark, Position
@@ -30,7 +30,7 @@ from jaxcache.pages.sglang import CpuCopyable
 from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pages.window_map import WindowMap, require_pages
 from jaxcache.slots import whole_pages
-from jaxcache.state_dict import Books, Columns, prefixed
+from jaxcache.state_dict import Columns, StateDict, prefixed
 from jaxcache.tables.changes import TableChanges
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """Checks the map against both sides: each window page in use belongs to one full page, of the same owner.
 
         Raises:
-          BrokenInvariant: says what does not agree.
+          BrokenInvariantError: says what does not agree.
 
         Cost: O(num_pages) of both sides.
         """
@@ -389,21 +389,21 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self.window._return(windows, window)
         self._map.unpair(pages, self._map.windows_of(pages))
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """The state of both sides, and the map. As in the base class."""
-        both = self.full.saved_books() | prefixed("window", self.window.saved_books())
+        both = self.full.state_dict() | prefixed("window", self.window.state_dict())
         return both | {"full_to_window": self.full_to_window.copy()}
 
-    def restore_books(self, saved: Columns) -> None:
+    def load_state_dict(self, saved: Columns) -> None:
         """Makes a new allocator what the one with this saved state was; the device is yet to be told of the map."""
-        self.full.restore_books(saved)
-        self.window.restore_books(saved.part("window"))
+        self.full.load_state_dict(saved)
+        self.window.load_state_dict(saved.part("window"))
         windows = saved.ints("full_to_window", self.num_pages + 1, high=self.window.num_pages)
         pages = np.flatnonzero(windows).astype(np.int32)
         self._map.pair(pages, windows[pages].astype(np.int32))
         try:
             self.check()
-        except BrokenInvariant as problem:
+        except BrokenInvariantError as problem:
             raise SnapshotError(f"full_to_window: {problem}") from problem
 
 

@@ -35,6 +35,19 @@ class CpuCopyable(Protocol):
     def load_cpu_copy(self, cpu_copy: Any, indices: Any) -> CpuCopyable: ...
 
 
+class PoolHolder(Protocol):
+    """The one place of a pool, which every update replaces."""
+
+    pool: Any
+
+
+class _Place:
+    """The place of a pool that was handed to an allocator."""
+
+    def __init__(self, pool: CpuCopyable | None):
+        self.pool = pool
+
+
 class SGLangNames(abc.ABC):
     """Calls in slots, over an allocator that gives and takes pages.
 
@@ -45,7 +58,7 @@ class SGLangNames(abc.ABC):
 
     def __init__(self, page_size: int, kvcache: CpuCopyable | None):
         self.page_size = page_size
-        self.kvcache = kvcache
+        self._pool_holder: PoolHolder = _Place(kvcache)
 
     # What an allocator gives and takes.
 
@@ -202,8 +215,21 @@ class SGLangNames(abc.ABC):
 
     # The pool.
 
+    @property
+    def kvcache(self) -> CpuCopyable | None:
+        """The pool that the slots belong to: the manager's present one, or else the one that was last set; or None."""
+        return self._pool_holder.pool
+
+    @kvcache.setter
+    def kvcache(self, pool: CpuCopyable | None) -> None:
+        self._pool_holder.pool = pool
+
+    def follow_pool(self, holder: PoolHolder) -> None:
+        """From now on the pool is what `holder` has at the time. A manager's allocator follows its runner."""
+        self._pool_holder = holder
+
     def get_kvcache(self) -> CpuCopyable | None:
-        """The pool that this allocator was last told of."""
+        """`kvcache`, by SGLang's name."""
         return self.kvcache
 
     def get_cpu_copy(self, indices: ArrayLike) -> Any:
@@ -216,10 +242,11 @@ class SGLangNames(abc.ABC):
         Returns:
           The new pool; `kvcache` is set to it. Pools are functional: the old one was donated, do not use it again.
         """
-        self.kvcache = self._require_kvcache().load_cpu_copy(kv_cache_cpu, indices)
-        return self.kvcache
+        pool = self.kvcache = self._require_kvcache().load_cpu_copy(kv_cache_cpu, indices)
+        return pool
 
     def _require_kvcache(self) -> CpuCopyable:
-        if self.kvcache is None:
+        pool = self.kvcache
+        if pool is None:
             raise ArgumentError("CPU copies need a pool, but this allocator has none: construct it with kvcache=")
-        return self.kvcache
+        return pool

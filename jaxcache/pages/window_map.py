@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError, BrokenInvariant
+from jaxcache.errors import ArgumentError, BrokenInvariantError
 from jaxcache.pages.ownership import PageState
 from jaxcache.pages.runs import INDEX
 from jaxcache.tables.changes import ChangeLog
@@ -84,7 +84,7 @@ class WindowMap:
           window_states: The `PageState` of each window page.
 
         Raises:
-          BrokenInvariant: says what does not agree.
+          BrokenInvariantError: says what does not agree.
 
         Cost: O(num_pages) of both sides.
         """
@@ -92,17 +92,17 @@ class WindowMap:
         windows = self._full_to_window[full]
         in_use = np.flatnonzero(~np.isin(window_states, _UNOWNED))
         if not np.array_equal(np.sort(windows), in_use):
-            raise BrokenInvariant(
+            raise BrokenInvariantError(
                 "each window page in use must belong to one full page, see window pages "
                 f"{_odd(windows, in_use)}, which the map and the window's allocator do not agree on"
             )
         back = self._window_to_full
         if not np.array_equal(np.flatnonzero(back), in_use) or np.any(back[windows] != full):
-            raise BrokenInvariant(f"the two directions of the map differ for some of the full pages {full[:5]}")
+            raise BrokenInvariantError(f"the two directions of the map differ for some of the full pages {full[:5]}")
         differs = states[full] != window_states[windows]
         if differs.any():
             page, window = full[differs][0], windows[differs][0]
-            raise BrokenInvariant(
+            raise BrokenInvariantError(
                 f"full page {page} is {PageState(states[page]).name}, but its window page {window} is "
                 f"{PageState(window_states[window]).name}"
             )

@@ -149,6 +149,12 @@ class KVCache(LayerStack):
             self._check_rows(f"rows[{i}]", array, (self.config.layer_num, loc.shape[0], *row))
         return _set_all_layers(self, loc, *rows)
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """See `MemoryPool.copy_tokens`."""
+        if self.mesh is not None:
+            return super().copy_tokens(source, target)
+        return self.move_kv_cache(target, source)  # pyright: ignore[reportArgumentType]
+
     def move_kv_cache(self, tgt_loc: Int32[Array, " n"], src_loc: Int32[Array, " n"]) -> Self:
         """Copies slot `src_loc[i]` to slot `tgt_loc[i]` in every layer, all at the same instant: the lists may overlap.
 

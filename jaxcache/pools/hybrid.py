@@ -163,6 +163,10 @@ class HybridKVPool(MemoryPool):
         kv: Any = self.kv
         return kv.pages(layer)
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """See `MemoryPool.copy_tokens`. States are not those of tokens."""
+        return self.with_kv(self.kv.copy_tokens(source, target))
+
     def get_kv_size_bytes(self) -> Any:
         """Bytes of the KV, as its pool gives them; `pool.states` gives those of the states."""
         return self.kv.get_kv_size_bytes()

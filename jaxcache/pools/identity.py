@@ -2,8 +2,8 @@
 
 Whatever leaves a pool carries the sizes of that pool, and is refused by another one unless both agree in every field
 that says what a row is. Fields that say how many rows there are, and where they lie, may differ: a host copy goes to
-other slots, to a pool of another size, layout or sharding. A snapshot, whose books name pages, wants more fields the
-same (`jaxcache.snapshot.manifest`), by the same rule.
+other slots, to a pool of another size, layout or sharding. A snapshot, whose state dict names pages, wants more fields
+the same (`jaxcache.snapshot.manifest`), by the same rule.
 """
 
 from __future__ import annotations

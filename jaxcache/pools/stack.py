@@ -97,6 +97,16 @@ class MemoryPool(DevicePool, abc.ABC):
     def load_cpu_copy(self, copy: Any, indices: Int32[ArrayLike, " n"]) -> Self:
         """Writes what `get_cpu_copy` took to as many slots. Returns the updated pool; this one is consumed."""
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """Copies all that the pool has of the tokens in some slots to as many others, which are distinct.
+
+        Returns:
+          The updated pool; this one is consumed.
+
+        Cost: as `move_kv_cache`; on a mesh by way of host memory.
+        """
+        return self.load_cpu_copy(self.get_cpu_copy(source), target)
+
     def require_copy_of_such(self, copy: Any) -> None:
         """Raises ArgumentError, naming both pools, unless `copy` was taken of rows like this pool's."""
         if not isinstance(copy, self.copy_type):
@@ -133,7 +143,7 @@ class LayerStack(MemoryPool):
     Rows: `loc` arguments are one-dimensional. A NumPy array or list is checked against the pool before anything
     happens; an array on the device, or traced, is not read back: there, rows outside the pool read as zeros and are not
     written. Rows of one write must be distinct, except for the sink, row 0, which is never written: a repeated row is
-    refused on the host, and keeps either value elsewhere. Under `jax.disable_jit()`, JAX's mode for debugging, nothing
+    refused on the host; elsewhere each of its elements is one of the values. Under `jax.disable_jit()`, nothing
     is traced, and every `loc` is read back and checked like one on the host.
 
     Layers are global ids. A Python int is checked; a traced one out of range reads as zeros and writes nothing.

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.device.donation import donating
-from jaxcache.device.placing import on_host, zeros
+from jaxcache.device.placing import zeros
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require, require_layers
@@ -343,6 +343,12 @@ class SWAKVPool(MemoryPool):
             return self.full.gather(loc, index)
         return self.window.gather(self.translate_loc_from_full_to_swa(loc), index)
 
+    def copy_tokens(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Self:
+        """See `MemoryPool.copy_tokens`."""
+        if self.mesh is not None:
+            return super().copy_tokens(source, target)
+        return self.move_kv_cache(target, source)  # pyright: ignore[reportArgumentType]
+
     def move_kv_cache(self, tgt_loc: Int32[Array, " n"], src_loc: Int32[Array, " n"]) -> Self:
         """Copies full slot `src_loc[i]` to `tgt_loc[i]` in every layer of both sides, as `KVCache.move_kv_cache`.
 
@@ -378,10 +384,17 @@ class SWAKVPool(MemoryPool):
         full, window = self.full.load_cpu_copy(copy.full, slots), self.window.load_cpu_copy(copy.window, windows)
         return self.replaced(full=full, window=window)
 
+    def window_map_on_host(self) -> Int32[np.ndarray, " full_pages+1"]:
+        """`full_to_window` as a NumPy array of its own.
+
+        A copy: on a CPU, NumPy would look at the map's own memory, which the next update then could not take over.
+        """
+        return np.asarray(jax.device_put(self.full_to_window, self.full_to_window.sharding, may_alias=False))
+
     def _window_slots(self, slots: np.ndarray) -> np.ndarray:
         """`translate_loc_from_full_to_swa` of slots on the host, whose number shall not be compiled in."""
         page_size = self.config.page_size
-        windows = on_host(self.full_to_window)[slots // page_size]
+        windows = self.window_map_on_host()[slots // page_size]
         return np.where(windows > 0, windows * page_size + slots % page_size, 0).astype(np.int32)
 
     def get_kv_size_bytes(self) -> Any:

@@ -66,6 +66,7 @@ class Fault(enum.Enum):
     LEAK = "leak"
     STALE_STATE = "stale_state"
     WRONG_WINDOW = "wrong_window"
+    STALE_LENGTH = "stale_length"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class ReplayConfig:
       adapters: Adapters that requests are spread over (`lora`), each of them with the same prefixes.
       seed: Of a generated trace, of the output tokens, and of the choice of adapters.
       verify: Read every hit and every finished row back and compare.
+      attend: Attend in every decode step, and compare with a softmax over the request's own tokens.
       plant: A fault to plant.
 
     Raises:
@@ -123,6 +125,7 @@ class ReplayConfig:
     adapters: int = 4
     seed: int = 0
     verify: bool = True
+    attend: bool = False
     plant: Fault | None = None
 
     def __post_init__(self) -> None:
@@ -157,6 +160,8 @@ class ReplayConfig:
             raise ArgumentError(
                 f"--plant {self.plant.value} needs a cache with such a part, not --cache {self.cache.value}"
             )
+        if self.plant is Fault.STALE_LENGTH and not self.attend:
+            raise ArgumentError(f"--plant {self.plant.value} needs --attend: nothing else looks at lengths")
         if not self.verify and self.plant is not None:
             raise ArgumentError(f"--plant {self.plant.value} needs verification to be seen; leave --no-verify out")
 

@@ -62,6 +62,11 @@ class HostTimes:
         if self._next is not None:
             self._next.admitted(tokens, found)
 
+    def resumed(self, found: int, loaded: int) -> None:
+        """See `CacheObserver.resumed`."""
+        if self._next is not None:
+            self._next.resumed(found, loaded)
+
     def matched(self, seconds: float) -> None:
         """See `CacheObserver.matched`."""
         self._add("match", seconds)

@@ -40,10 +40,13 @@ class ReplayResult:
 
     Attributes:
       prompt_tokens, hit_tokens, hit_rate: Of first admissions; the rate is a fraction.
+      resumed_tokens, loaded_tokens: Of later admissions, after a retraction: found in the cache, and in a host copy.
       evicted_tokens: Tokens evicted from the prefix cache.
       verified_slots: Slots read back and compared.
       verified_states: Recurrent states read back and compared.
       mismatched_slots: Slots and states among them that held something else.
+      verified_queries: Queries of decode steps whose attention was compared.
+      mismatched_queries: Those among them that saw something else.
       leaked_slots: Slots and states without an owner, or with one too many, when all requests had ended.
       max_running: Most requests that ran at once.
       chunks, decode_steps: Extend and decode steps.
@@ -57,10 +60,14 @@ class ReplayResult:
     prompt_tokens: int = 0
     hit_tokens: int = 0
     hit_rate: float = 0.0
+    resumed_tokens: int = 0
+    loaded_tokens: int = 0
     evicted_tokens: int = 0
     verified_slots: int = 0
     verified_states: int = 0
     mismatched_slots: int = 0
+    verified_queries: int = 0
+    mismatched_queries: int = 0
     leaked_slots: int = 0
     max_running: int = 0
     chunks: int = 0
@@ -94,8 +101,8 @@ class ReplayResult:
 
     @property
     def is_clean(self) -> bool:
-        """Every slot held what it should, and the books balanced."""
-        return self.error is None and not self.mismatched_slots and not self.leaked_slots
+        """Every slot held what it should, attention saw it, and the books balanced."""
+        return self.error is None and not (self.mismatched_slots or self.mismatched_queries or self.leaked_slots)
 
     def as_json(self) -> dict:
         """The totals, without the samples."""

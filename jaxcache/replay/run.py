@@ -25,6 +25,7 @@ import numpy as np
 from jaxcache.errors import ArgumentError, CacheError
 from jaxcache.index.key import Namespace
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
+from jaxcache.replay.attend import AttentionProof, attending
 from jaxcache.replay.config import CacheKind, Fault, ReplayConfig
 from jaxcache.replay.faults import Saboteur, step_for
 from jaxcache.replay.host_time import HostTimes
@@ -87,7 +88,10 @@ class Replay:
         self.manager = manager
         self.trace = requests
         self.progress = progress
+        self.attention = AttentionProof(manager) if config.attend else None
         self.step = step_for(config.plant)
+        if config.attend:
+            self.step = attending(self.step, config.plant)
         self.saboteur = Saboteur(config.plant, manager)
         self.host = HostTimes()
         self.result = ReplayResult()
@@ -116,6 +120,8 @@ class Replay:
                 result.error = f"{type(error).__name__}: {error}"
             result.mismatched_slots = self.proof.mismatched
             result.verified_slots, result.verified_states = self.proof.verified_slots, self.proof.verified_states
+            if self.attention is not None:
+                result.mismatched_queries, result.verified_queries = self.attention.mismatched, self.attention.verified
             result.wall_s = round(time.perf_counter() - started, 3)
             result.recompiles_after_warmup = len(compilations)
         self._describe()
@@ -212,8 +218,10 @@ class Replay:
             if not batch:
                 return
         self.saboteur.after_plan()
-        self.manager.run(self.step, plan)
+        out = self.manager.run(self.step, plan)
         self.saboteur.after_step()
+        if self.attention is not None:
+            self.attention.verify(batch, out)
         self.result.decode_steps += 1
         self._verify_hits(batch)
         self.result.decode_tokens += len(batch)
@@ -235,6 +243,8 @@ class Replay:
             self.proof.verify(request, request.kv_len)
             self.proof.verify_state(request)
         self.saboteur.before_finish(request)
+        self.result.resumed_tokens += request.resumed_tokens
+        self.result.loaded_tokens += request.loaded_tokens
         self.manager.finish(request)
         self._leave(request)
         self.answers.pop(request, None)
@@ -283,6 +293,8 @@ class Replay:
         manager = self.manager
         manager.warm_up(self.step)
         self.proof.warm_up()
+        if self.attention is not None:
+            self.attention.warm_up(manager, self.step)
         manager.warm_up_offload()
         jax.block_until_ready(manager.pool)
 

@@ -42,6 +42,9 @@ def verdict(result: ReplayResult) -> Verdict:
     if result.mismatched_slots:
         headline = f"{result.mismatched_slots:,} of {result.verified_slots:,} slots held the wrong KV"
         return Verdict(Mood.WRONG, headline, f"{counts}{_planted(result)}")
+    if result.mismatched_queries:
+        headline = f"{result.mismatched_queries:,} of {result.verified_queries:,} queries attended to something else"
+        return Verdict(Mood.WRONG, headline, f"{counts}{_planted(result)}")
     if result.leaked_slots:
         headline = f"{result.leaked_slots:,} slots leaked"
         return Verdict(
@@ -64,6 +67,8 @@ def figures(result: ReplayResult) -> dict[str, dict[str, str]]:
         "Proof": {
             "slots verified": number(result.verified_slots),
             "states verified": number(result.verified_states),
+            "queries verified": number(result.verified_queries),
+            "queries wrong": number(result.mismatched_queries),
             "slots wrong": number(result.mismatched_slots),
             "slots leaked": number(result.leaked_slots),
             "late compilations": number(result.recompiles_after_warmup),
@@ -81,6 +86,8 @@ def figures(result: ReplayResult) -> dict[str, dict[str, str]]:
             "decode steps": number(result.decode_steps),
             "decoded tokens": number(result.decode_tokens),
             "retractions": number(result.retractions),
+            "tokens resumed": number(result.resumed_tokens),
+            "tokens loaded": number(result.loaded_tokens),
         },
         "Time": {
             "warm-up": duration(result.warmup_s),

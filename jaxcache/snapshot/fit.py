@@ -25,7 +25,7 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.pages.allocator import PageState
 from jaxcache.slots import page_slots
-from jaxcache.state_dict import Books, Columns, prefixed
+from jaxcache.state_dict import Columns, StateDict, prefixed
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -59,7 +59,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Books for a new manager, and where the rows of the files go.
+    """StateDict for a new manager, and where the rows of the files go.
 
     Attributes:
       books: Its state dict.
@@ -67,7 +67,7 @@ class Fitted:
       loaded: How much that is.
     """
 
-    books: Books
+    books: StateDict
     rows: Mapping[str, Int32[np.ndarray, " saved_rows"]]
     loaded: Loaded
 
@@ -96,7 +96,7 @@ def _resized(name: str, config: Any, theirs: Mapping[str, Any]) -> Any:
     return dataclasses.replace(config, **changes) if changes else config
 
 
-def fitted(books: Books, saved: MemoryConfig, manager: MemoryManager, empty: Books) -> Fitted:
+def fitted(books: StateDict, saved: MemoryConfig, manager: MemoryManager, empty: StateDict) -> Fitted:
     """What of a snapshot fits a new manager.
 
     Args:
@@ -157,7 +157,7 @@ def _renumbered(tree: RadixTree, i: int, size: int) -> tuple[np.ndarray, int]:
     return old, len(old)
 
 
-def _with_owned(empty: Books, name: str, count: int) -> Books:
+def _with_owned(empty: StateDict, name: str, count: int) -> StateDict:
     """The books of an allocator whose first ids, 1 to `count`, are the tree's."""
     states, free = empty[f"{name}.states"].copy(), empty[f"{name}.free"]
     states[1 : count + 1] = PageState.TREE

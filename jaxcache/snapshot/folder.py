@@ -28,7 +28,7 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
     """Keeps other processes from replacing the snapshot in `path` meanwhile, or, exclusively, from reading it too.
 
     Raises:
-      SnapshotError: There is no such folder, or another process is using it.
+      SnapshotError: There is no such folder, or another process has it locked.
     """
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -96,7 +96,7 @@ def _sync(folder: Path) -> None:
 
 
 def _named(path: Path) -> str | None:
-    """The folder that counts; None if there is no manifest.
+    """The folder that the manifest names; None if there is no manifest.
 
     Raises:
       SnapshotError: It is damaged.
@@ -115,7 +115,7 @@ def _abandon(path: Path, folder: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Removes the folders that the manifest does not name. With a damaged one nothing: it may be wanted for inspection.
+    """Removes the folders that the manifest does not name. With a damaged manifest none: it may be inspected by hand.
 
     A link or a file of such a name was not made by a save, and stays.
     """

@@ -1,4 +1,4 @@
-"""Loading a whole cache: into a manager made anew, on one device or on any mesh.
+"""Loading a whole cache into a new manager, on one device or on any mesh.
 
 Nothing is taken from a file before its checksum was compared, and nothing given to anybody before all of it was. A
 cache that runs meanwhile is not touched: there is a new manager, or an error.
@@ -42,9 +42,9 @@ def load_snapshot(
     threads: int | None = None,
     report: Callable[[Loaded], None] | None = None,
 ) -> MemoryManager:
-    """`init_memory_pool_and_cache`, of a manager whose cache goes on where the saved one stopped.
+    """`init_memory_pool_and_cache`, with the cache that was saved.
 
-    It finds what that one would have found, and evicts in the order in which that one would have. Of what was let go
+    It finds what that one would have found, and evicts in the order in which that one would have. Of what was evicted
     before, `explain` knows nothing. Where events are on, the first that are taken tell of all that is there.
 
     Args:
@@ -61,7 +61,7 @@ def load_snapshot(
     Raises:
       SnapshotError: There is no snapshot, it is damaged or of another version, it was made with another model or
         config, or another process is about to replace it.
-      ArgumentError: An argument is no such thing.
+      ArgumentError: An argument is invalid.
       UnsupportedError: The extra `snapshot` is not installed.
       OSError: as the file system says.
 

@@ -25,7 +25,7 @@ from jaxcache.snapshot.parts import Part, open_file
 VERSION = 1
 FILE_NAME = "jaxcache-snapshot.json"
 FOLDER = re.compile(r"data-[0-9a-f]{16}")
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 _MAY_DIFFER = {
     "axis_name",
     "shards",
@@ -75,8 +75,8 @@ class Manifest:
         file = path / FILE_NAME
         try:
             with io.BufferedReader(open_file(file)) as opened:
-                data = opened.read(min(_MOST_BYTES, os.fstat(opened.fileno()).st_size) + 1)
-            outer = json.loads(data[:_MOST_BYTES])
+                data = opened.read(min(_MAX_BYTES, os.fstat(opened.fileno()).st_size) + 1)
+            outer = json.loads(data[:_MAX_BYTES])
             body, checksum = outer["manifest"], outer["checksum"]
             fields = json.loads(body)
             if checksum != zlib.crc32(body.encode()):

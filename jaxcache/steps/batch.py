@@ -135,7 +135,7 @@ def unpack(packed: Int32[Array, " size"], bucket: Bucket, table: RequestTable, p
         valid = token < end[-1]
     rows, width = table.pages.shape
     return Batch(
-        tokens=parts["tokens"],
+        tokens=table.known(parts["tokens"], parts["row"][request]),
         positions=jnp.where(valid, positions, 0),
         slots=slots,
         request=jnp.where(valid, request, bucket.requests),

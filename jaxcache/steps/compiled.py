@@ -6,8 +6,11 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MappingProxyType, MethodType
 from typing import Any
+
+import jax
 
 from jaxcache.device.donation import DonatingStep, donating, is_update
 from jaxcache.device.staging import fetched
@@ -25,15 +28,29 @@ Patch = Callable[[Any, Any, Any], Any]
 NO_PATCHES: Mapping[str, Patch] = MappingProxyType({})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Outcome:
+    """What a step returned beside the pool.
+
+    Attributes:
+      out: For the engine.
+      has_sampled: Whether it left tokens in the registers of its rows; static.
+    """
+
+    out: Any
+    has_sampled: bool = field(metadata={"static": True})
+
+
 def whole_step(
     step: Callable, bucket: Bucket, page_size: int, patches: Mapping[str, Patch] = NO_PATCHES
 ) -> DonatingStep:
-    """`step(pool, batch, *args) -> (pool, out)` as a donated step of pool, table and a packed plan.
+    """`step(pool, batch, *args) -> (pool, out)` or `(pool, out, sampled)` as a donated step of pool, table and a plan.
 
     `patches` writes the changes that the plan brings into the pool's maps, one for each name in `bucket.maps`.
 
     The result is called with `(pool, table, upload, *args)` and returns the pool, the table, the packed plan as it
-    reached the device, and `out`.
+    reached the device, and an `Outcome`.
     """
 
     def jaxcache_step(pool: Any, table: RequestTable, upload: Any, *args: Any) -> Any:
@@ -43,9 +60,13 @@ def whole_step(
             parts = bucket.packing.unpack(packed)
             pool = patches[name](pool, parts[f"{name}_index"], parts[f"{name}_page"])
         result = step(pool, batch, *args)
-        if isinstance(result, tuple) and len(result) == 2 and is_update(result[0], pool):
-            return result[0], batch.table, packed, result[1]
-        raise ArgumentError("step must return (pool, out), the pool being the one it was given, updated")
+        if not isinstance(result, tuple) or len(result) not in (2, 3) or not is_update(result[0], pool):
+            raise ArgumentError(
+                "step must return (pool, out) or (pool, out, sampled), the pool being the one it was given, updated"
+            )
+        pool, out, *sampled = result
+        new_table = batch.table.sampled(batch.row, *sampled) if sampled else batch.table
+        return pool, new_table, packed, Outcome(out, bool(sampled))
 
     return donating(jaxcache_step)
 

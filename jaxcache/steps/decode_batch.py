@@ -18,6 +18,7 @@ import numpy as np
 from jaxcache.errors import ArgumentError
 from jaxcache.request import Request
 from jaxcache.steps.plan import StepPlan
+from jaxcache.tables.device_table import PENDING_TOKEN
 from jaxcache.tables.request_table import ReqToTokenPool
 
 if TYPE_CHECKING:
@@ -56,18 +57,32 @@ class RunningBatch:
             state=table.states_of(row),
         )
 
-    def last_tokens(self, sampled: Int32[np.ndarray, " requests"]) -> Int32[np.ndarray, " requests"]:
+    def last_tokens(
+        self, sampled: Int32[np.ndarray, " requests"], table: ReqToTokenPool
+    ) -> Int32[np.ndarray, " requests"]:
         """The one token that each request has to compute, once it has sampled so many.
+
+        Where only the register of its row on the device holds it, `PENDING_TOKEN` stands for it.
 
         Raises:
           ArgumentError: One has none to compute, or several.
         """
         outputs = self.outputs
         lengths = np.fromiter(map(len, outputs), np.int32, len(outputs))
-        if (lengths != sampled).any():
-            i = int((lengths != sampled).argmax())
-            left = lengths[i] - sampled[i] + 1
+        if (lengths == sampled).all():
+            return self._last_known()
+        is_pending = (lengths < sampled) & table.has_next[self.row]
+        is_wrong = (lengths != sampled) & ~is_pending
+        if is_wrong.any():
+            i = int(is_wrong.argmax())
+            left = max(lengths[i] - sampled[i] + 1, 0)
             raise ArgumentError(f"requests: {self.requests[i].rid} has {left} tokens to compute, decode computes one")
+        pending = np.full(len(outputs), PENDING_TOKEN, np.int32)
+        return pending if is_pending.all() else np.where(is_pending, pending, self._last_known())
+
+    def _last_known(self) -> Int32[np.ndarray, " requests"]:
+        """The last token of each request that the host knows."""
+        outputs = self.outputs
         try:
             last = [tokens[-1] for tokens in outputs]
         except IndexError:  # nothing was sampled yet
@@ -108,7 +123,7 @@ class DecodeCursor:
 
     def last_tokens(self) -> Int32[np.ndarray, " requests"]:
         """As `RunningBatch.last_tokens`."""
-        return self.batch.last_tokens(self._numbers[3])
+        return self.batch.last_tokens(self._numbers[3], self._table)
 
     def lengths(self) -> np.ndarray:
         """int32 (3, requests), a copy: tokens before the next step and after it, and the slot of the last token."""

@@ -34,7 +34,8 @@ class HostBatch:
 
     Attributes:
       kind: Extend or decode.
-      tokens, positions, slots, request: int32, one a token; see `Batch`.
+      tokens, positions, slots, request: int32, one a token; see `Batch`. A token that was sampled and is not in
+        `output_ids` (see `MemoryManager.commit`) is `PENDING_TOKEN`.
       row, prefix_len, seq_len, tag, last: int32, one a request; see `Batch`.
       state: int32 recurrent state of each request; empty without states.
       cu_q: int32, where the tokens of each request begin, and where the last one's end.

@@ -52,9 +52,21 @@ class EnginePool:
         """The pool with other states; here the same object."""
         return states
 
+    def copy_tokens(self, source: np.ndarray, target: np.ndarray) -> NoReturn:
+        """Refused: a fork copies the page that is not full."""
+        raise _refusal("fork")
+
     def stacks(self) -> NoReturn:
         """Refused: copies to the host and snapshots are the engine's to make."""
         raise _refusal("stacks")
+
+    def get_cpu_copy(self, indices: Any) -> NoReturn:
+        """Refused, as `stacks`."""
+        raise _refusal("get_cpu_copy")
+
+    def load_cpu_copy(self, cpu_copy: Any, indices: Any) -> NoReturn:
+        """Refused, as `stacks`."""
+        raise _refusal("load_cpu_copy")
 
 
 class HostRunner:

@@ -248,7 +248,8 @@ def unpack_loop(packed: Int32[Array, " size"], shape: LoopShape, table: RequestT
     )
     rows = DecodeRows.start(parts["seq_len"], parts["limit"], shape.page_size)
     row = jnp.where(rows.limit > 0, parts["row"], table.pages.shape[0])
-    return DecodeLoop(rows, table, window, row, parts["tag"], parts["state"], parts["tokens"], shape)
+    tokens = table.known(parts["tokens"], row)
+    return DecodeLoop(rows, table, window, row, parts["tag"], parts["state"], tokens, shape)
 
 
 def _namespace(array: Any) -> Any:

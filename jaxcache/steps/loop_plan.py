@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from jaxcache.arguments import as_int32, require_kind
 from jaxcache.device.placing import on_host
-from jaxcache.errors import ArgumentError, BrokenInvariant, RequestStateError, SnapshotError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, RequestStateError, SnapshotError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, Mark, PageState
 from jaxcache.request import Request
 from jaxcache.slots import pages_of
@@ -338,7 +338,7 @@ def check_loop(
       device_table: The table that the loop, or a later step, returned.
 
     Raises:
-      BrokenInvariant: names the first thing that differs.
+      BrokenInvariantError: names the first thing that differs.
 
     Cost: waits for the device and reads back the table. For debugging.
     """
@@ -363,4 +363,4 @@ def check_loop(
         found[name] = device[row, : len(expected[name])]
     for name, value in expected.items():
         if not np.array_equal(value, on_host(found[name])):
-            raise BrokenInvariant(f"decode loop: {name} is {on_host(found[name])} on the device, not {value}")
+            raise BrokenInvariantError(f"decode loop: {name} is {on_host(found[name])} on the device, not {value}")

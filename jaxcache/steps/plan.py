@@ -11,7 +11,7 @@ from the pages (`kernels/alloc_pages`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int32
 
 
+NO_PAGES = np.empty(0, np.int32)
 NO_CHANGES = TableChanges(np.empty(0, np.int32), np.empty(0, np.int32))
 NO_MAPS: Mapping[str, TableChanges] = MappingProxyType({})
 
@@ -39,10 +40,12 @@ class StepPlan:
       requests: The batch, in order.
       row, prefix_len, seq_len, last_loc, tag: One integer a request: its table row; tokens it had and will have; the
         slot of its last token (-1 for none); a number of the engine's own, such as its adapter.
-      tokens: int32 token ids computed, request by request.
+      tokens: int32 token ids computed, request by request; `PENDING_TOKEN` for what is in the register of its row.
       new_pages: int32 fresh pages, in the order the requests take them.
       state: int32 recurrent state of each request; empty without states.
       stamp: The rows as the plan leaves them: once they change, it is outdated. None for padding.
+      shared_pages: int32, pages that one request of the plan computes and others read: PLANNED until it runs.
+      takers: Those others.
     """
 
     bucket: Bucket
@@ -56,6 +59,13 @@ class StepPlan:
     new_pages: np.ndarray
     state: np.ndarray
     stamp: RowStamp | None = None
+    shared_pages: np.ndarray = field(default_factory=lambda: NO_PAGES)
+    takers: tuple[Request, ...] = ()
+
+    @property
+    def num_computed(self) -> Int32[np.ndarray, " requests"]:
+        """Tokens that each request computes: where others compute some of what was asked for, fewer than that."""
+        return self.seq_len - self.prefix_len
 
     @classmethod
     def empty(cls, bucket: Bucket) -> StepPlan:

@@ -25,7 +25,7 @@ from jaxcache.errors import ArgumentError, ReleasedError
 from jaxcache.pools.released import ReleasedPool
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.steps.buckets import Bucket
-from jaxcache.steps.compiled import CompiledSteps, whole_loop, whole_step
+from jaxcache.steps.compiled import CompiledSteps, Outcome, whole_loop, whole_step
 from jaxcache.steps.loop import LoopShape
 from jaxcache.steps.loop_plan import LoopPlan
 from jaxcache.steps.plan import StepPlan
@@ -117,8 +117,8 @@ class StepRunner:
         for device_map in self.maps:
             device_map.send_all()
 
-    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
-        """Dispatches a step and returns its `out`. If it fails, its table changes wait again."""
+    def run(self, step: Callable, plan: StepPlan, *args: Any) -> Outcome:
+        """Dispatches a step and returns its `Outcome`. If it fails, its table changes wait again."""
         bucket = plan.bucket
         jitted = self._jitted(step, bucket)
         map_room = bucket.changes if bucket.maps else 0
@@ -136,7 +136,7 @@ class StepRunner:
         return out
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> tuple[Any, Any]:
-        """Dispatches a decode loop. Returns its books, which are for a debug check to read, and its `out`."""
+        """Dispatches a decode loop. Returns its final rows and allocator, for a debug check, and its `out`."""
         jitted = self._jitted(step, plan.shape)
         self.send_changes()
         return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)

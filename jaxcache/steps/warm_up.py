@@ -72,11 +72,20 @@ def compile_ahead(
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError(f"threads must be an integer of at least 1, got {threads!r}")
     started = time.perf_counter()
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+
+    def compile_one(step: jax.stages.Lowered) -> jax.stages.Lowered:
+        with jax.default_device(device):
+            step.compile()
+        return step
+
     with ThreadPoolExecutor(threads, thread_name_prefix="jaxcache-compile") as pool:
         try:
-            waiting = [pool.submit(each.compile) for each in lowered]
+            waiting = [pool.submit(compile_one, each) for each in lowered]
             for done, future in enumerate(as_completed(waiting), 1):
-                future.result()
+                # JAX keys executables by the settings of the thread (default device, mesh, precision). Asked for again
+                # where the steps will run: what differs there after all is compiled now and not in the first step.
+                future.result().compile()
                 if progress is not None:
                     progress(Progress(done, total, time.perf_counter() - started))
         except BaseException:

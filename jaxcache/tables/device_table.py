@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcache.device.pool import DevicePool
+from jaxcache.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32
+    from jaxtyping import Array, Int32, Integer
+
+PENDING_TOKEN = -(2**31)
+"""Stands in a plan for a token that was sampled on the device and is in the register of its row; no token is it."""
 
 
 @jax.tree_util.register_dataclass
@@ -22,14 +26,32 @@ class RequestTable(DevicePool):
 
     Attributes:
       pages: (rows, max_pages) int32.
+      next_token: (rows,) int32, a register for each row: the token behind those with KV, where the step that computed
+        the last of these sampled it. None for a table that has none.
     """
 
     pages: Int32[Array, "rows max_pages"]
+    next_token: Int32[Array, " rows"] | None = None
 
     def patched(self, index: Int32[ArrayLike, " entries"], page: Int32[ArrayLike, " entries"]) -> RequestTable:
         """Overwrites entries by flat index; an index past the end is padding. In place where the table is donated."""
         flat = self.pages.reshape(-1).at[index].set(page, mode="drop")
-        return RequestTable(flat.reshape(self.pages.shape))
+        return RequestTable(flat.reshape(self.pages.shape), self.next_token)
+
+    def known(self, tokens: Int32[Array, " tokens"], row: Int32[Array, " tokens"]) -> Int32[Array, " tokens"]:
+        """The tokens, where `PENDING_TOKEN` stands for what the register of its row holds."""
+        if self.next_token is None:
+            return tokens
+        return jnp.where(tokens == PENDING_TOKEN, self.next_token.at[row].get(mode="clip"), tokens)
+
+    def sampled(self, row: Int32[Array, " requests"], tokens: Integer[Array, " requests"]) -> RequestTable:
+        """The table, consumed, with tokens in the registers of these rows; a row past the end, of padding, has none."""
+        if self.next_token is None:
+            raise ArgumentError("sampled: this table has no registers: take that of a memory")
+        if tokens.shape != row.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            rule = f"must be integers, one a request of the batch: {row.shape}"
+            raise ArgumentError(f"sampled {rule}; got {tokens.dtype}{list(tokens.shape)}")
+        return RequestTable(self.pages, self.next_token.at[row].set(tokens.astype(jnp.int32), mode="drop"))
 
     def slots(
         self, row: Int32[Array, "*#tokens"], position: Int32[Array, "*#tokens"], page_size: int

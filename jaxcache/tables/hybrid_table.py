@@ -30,7 +30,7 @@ NO_COPY = -1
 
 
 class HybridReqToTokenPool(ReqToTokenPool):
-    """Rows of the request table, each with a working state and at most one snapshot.
+    """Rows of the request table, each with a working state and at most one checkpoint.
 
     A row owns the states that it names: no other row may name them, and it cannot be freed before they were taken back.
     Another working state makes stamps of the row outdated, as another page does. `clear` forgets all states: clear
@@ -59,12 +59,12 @@ class HybridReqToTokenPool(ReqToTokenPool):
 
     @property
     def saved(self) -> Int32[np.ndarray, " size"]:
-        """State with a snapshot that may be offered to the prefix cache; 0 = none."""
+        """State with a checkpoint that may be offered to the prefix cache; 0 = none."""
         return _read_only(self._saved)
 
     @property
     def saved_len(self) -> Int32[np.ndarray, " size"]:
-        """Tokens that the snapshot stands for: whole pages."""
+        """Tokens that the checkpoint stands for: whole pages."""
         return _read_only(self._saved_len)
 
     @property
@@ -115,16 +115,16 @@ class HybridReqToTokenPool(ReqToTokenPool):
         self._state_from[np.asarray(rows, np.intp)] = NO_COPY
 
     def set_saved(self, row: int, state: int, length: int) -> None:
-        """Records a snapshot of a row's working state.
+        """Records a checkpoint of a row's working state.
 
         Args:
-          row: A row in use with a working state, and without a snapshot.
+          row: A row in use with a working state, and without a checkpoint.
           state: The PRIVATE state into which the working state was copied; the row owns it from now on.
           length: Tokens that the working state had read by then: whole pages, as only there a match can stop.
 
         Raises:
           ArgumentError: The row is not in use, no such state, or the length is not one of whole pages that it has.
-          RequestStateError: The row has no working state, or one to be filled yet, or has a snapshot.
+          RequestStateError: The row has no working state, or one to be filled yet, or has a checkpoint.
           OwnershipError: A row owns this state.
         """
         self._require_unowned("state", state)
@@ -132,7 +132,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         self._saved[row], self._saved_len[row] = state, length
 
     def save_working(self, row: int, length: int) -> None:
-        """The working state itself becomes the snapshot, without a copy: for a request that ends.
+        """The working state itself becomes the checkpoint, without a copy: for a request that ends.
 
         Raises:
           ArgumentError, RequestStateError: as `set_saved`.
@@ -142,18 +142,18 @@ class HybridReqToTokenPool(ReqToTokenPool):
         self.touch(row)
 
     def take_saved(self, row: int) -> tuple[int, int]:
-        """The snapshot of a row and its length, which the caller owns now; (0, 0) if there is none.
+        """The checkpoint of a row and its length, which the caller owns now; (0, 0) if there is none.
 
         Raises:
           ArgumentError: The row is not in use.
         """
         self._require_in_use(row)
-        snapshot = int(self._saved[row]), int(self._saved_len[row])
+        checkpoint = int(self._saved[row]), int(self._saved_len[row])
         self._saved[row] = self._saved_len[row] = 0
-        return snapshot
+        return checkpoint
 
     def take_states(self, row: int) -> Int32[np.ndarray, " states"]:
-        """All states of a row, which the caller owns now: none, the working state, the snapshot, or both.
+        """All states of a row, which the caller owns now: none, the working state, the checkpoint, or both.
 
         Raises:
           ArgumentError: The row is not in use.
@@ -185,7 +185,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         if not self._state[row] or self._state_from[row] != NO_COPY:
             raise RequestStateError(f"row {row} has no working state that a step has filled: there is nothing to save")
         if self._saved[row]:
-            raise RequestStateError(f"row {row} has a snapshot in state {self._saved[row]}: take_saved first")
+            raise RequestStateError(f"row {row} has a checkpoint in state {self._saved[row]}: take_saved first")
         if not _is_int(length) or length % self.page_size or not 0 < length <= self.max_context_len:
             raise ArgumentError(
                 f"length must be a multiple of page_size = {self.page_size} in (0, {self.max_context_len}], "

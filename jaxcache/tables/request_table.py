@@ -20,7 +20,7 @@ from jaxcache.arguments import as_count, as_int32
 from jaxcache.device.placing import on_device
 from jaxcache.errors import ArgumentError, DoubleFreeError, shown
 from jaxcache.slots import whole_pages
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.page_list import PageList
@@ -57,6 +57,7 @@ class ReqToTokenPool:
     Attributes:
       kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
       num_pages: int32 (size,), entries of each row in use.
+      has_next: bool (size,), whether the register of each row on the device holds the token behind those with KV.
 
     Source: SGLang 0.5.2 memory_pool.py, ReqToTokenPool.
     """
@@ -76,6 +77,7 @@ class ReqToTokenPool:
         self._changes = ChangeLog(self._pages)
         self.kv_len = np.zeros(size, np.int32)
         self.num_pages = np.zeros(size, np.int32)
+        self.has_next = np.zeros(size, bool)
         self._changed_at = np.zeros(size, np.int64)
         self._clock = 0
         self.clear()
@@ -108,7 +110,7 @@ class ReqToTokenPool:
         if as_count("need_size", need_size) > len(self._free):
             return None
         rows = [self._free.popleft() for _ in range(need_size)]
-        self._is_free[rows] = False
+        self._is_free[rows] = self.has_next[rows] = False
         self.touch(rows)
         return rows
 
@@ -224,9 +226,11 @@ class ReqToTokenPool:
         self.touch(rows)
         return pages
 
-    def commit(self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"]) -> None:
-        """These rows have so many tokens with KV from now on."""
-        self.kv_len[rows] = kv_len
+    def commit(
+        self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"], has_next: bool = False
+    ) -> None:
+        """These rows have so many tokens with KV from now on, and perhaps the next one in their registers."""
+        self.kv_len[rows], self.has_next[rows] = kv_len, has_next
         self.touch(rows)
 
     def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
@@ -250,9 +254,11 @@ class ReqToTokenPool:
             return False
         return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
 
-    def last_slots(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
-        """Slot of the last token with KV of each row; -1 where there is none."""
-        last = self.kv_len[rows] - 1
+    def last_slots(
+        self, rows: Int[np.ndarray, " rows"], lengths: Int32[np.ndarray, " rows"] | None = None
+    ) -> Int32[np.ndarray, " rows"]:
+        """Slot of the last of `lengths` tokens, by default of those with KV, of each row; -1 where there is none."""
+        last = (self.kv_len[rows] if lengths is None else lengths) - 1
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
         return np.where(last < 0, np.int32(-1), slots)
 
@@ -287,17 +293,17 @@ class ReqToTokenPool:
         view.setflags(write=False)
         return view
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """The free rows, in the order in which they will be handed out. What is in rows is not kept."""
         return {"free_rows": np.array(self._free, np.int64)}
 
-    def restore_books(self, books: Columns) -> None:
-        """Hands out rows as the table with these books would have; a larger one, those it has more after them.
+    def load_state_dict(self, columns: Columns) -> None:
+        """Hands out rows as the table with this state dict would have; a larger one, those it has more after them.
 
         Raises:
-          SnapshotError: These are no books of a table without running requests.
+          SnapshotError: It is not that of a table without running requests.
         """
-        order = books.distinct("free_rows", high=2**31 - 1).tolist()
+        order = columns.distinct("free_rows", high=2**31 - 1).tolist()
         known = set(order)
         self._free = deque(row for row in order if row < self.size)
         self._free.extend(row for row in range(self.size) if row not in known)
@@ -318,7 +324,13 @@ class ReqToTokenPool:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changes.forget()
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return RequestTable(jax.jit(jnp.copy, out_shardings=everywhere)(on_device(self._pages, everywhere)))
+        parts = (on_device(part, everywhere) for part in (self._pages, np.zeros(self.size, np.int32)))
+        return RequestTable(*jax.jit(_copies, out_shardings=everywhere)(*parts))
+
+
+def _copies(*parts: jax.Array) -> tuple[jax.Array, ...]:
+    """What the device may keep and update: a CPU device may have been given memory of the host."""
+    return tuple(jnp.copy(part) for part in parts)
 
 
 def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

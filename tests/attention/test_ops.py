@@ -206,8 +206,9 @@ def test_heads_of_a_mesh_need_no_traffic():
         plan = attention_plan(batch, pool, 4 // shards)
         return paged_attention(q, pool, 1, batch, plan, scale=SCALE)
 
-    with pytest.raises(ShardingError, match="XLA would gather it whole"):
-        jax.eval_shape(step, problem.pool, problem.batch, problem.q[at])
+    for traced in (step, lambda pool, batch, _: attention_plan(batch, pool, 4 // shards)):
+        with pytest.raises(ShardingError, match="XLA would gather it whole"):
+            jax.eval_shape(traced, problem.pool, problem.batch, problem.q[at])
     heads = PartitionSpec(None, "tp")
     specs = problem.pool.partition_specs(), PartitionSpec(), heads
     sharded = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import sharded
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.pools.mha import MHAConfig
 from jaxcache.pools.mla import MLAConfig
 
@@ -26,5 +26,5 @@ def test_it_sees_a_shard_that_differs(config, monkeypatch):
 
     write = sharded.write_every_layer
     monkeypatch.setattr(sharded, "write_every_layer", write_every_layer)
-    with pytest.raises(BrokenInvariant, match="differs from a single device"):
+    with pytest.raises(BrokenInvariantError, match="differs from a single device"):
         sharded.check(config, jax.devices("cpu")[:2])

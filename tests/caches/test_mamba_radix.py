@@ -7,7 +7,7 @@ import pytest
 
 from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
-from jaxcache.errors import ArgumentError, BrokenInvariant, OwnershipError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, OwnershipError
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.states import StateAllocator
 from jaxcache.pages.token import TokenToKVPoolAllocator
@@ -210,7 +210,7 @@ def test_check_sees_a_state_that_nobody_has():
     cache = make_mamba_cache()
     put(cache, [1, 2, 3])
     cache.state_allocator.transfer([cache.state_allocator.alloc_track_slot()], PageState.PRIVATE, PageState.TREE)
-    with pytest.raises(BrokenInvariant, match="the tree holds 1 states"):
+    with pytest.raises(BrokenInvariantError, match="the tree holds 1 states"):
         cache.check()
 
 

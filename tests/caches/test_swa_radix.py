@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcache.caches.swa_radix import SWARadixCache
-from jaxcache.errors import ArgumentError, BrokenInvariant, OwnershipError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, OwnershipError
 from jaxcache.index.key import RadixKey
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
@@ -55,7 +55,7 @@ def test_the_eviction_orders_hold_what_the_counters_say():
         cache.inc_lock_ref(cache.match_prefix([1, 2, 3, 7, 8, 9, 10]))
     cache.tree.evictable[1] += 1
     assert cache.swa_lru_list_evictable_size() != cache.swa_evictable_size()
-    with pytest.raises(BrokenInvariant, match="counters"):
+    with pytest.raises(BrokenInvariantError, match="counters"):
         cache.sanity_check()
 
 

@@ -49,6 +49,7 @@ class Found:
     where: Match | Insertion
     ids: list[int]
     state: int = 0
+    cut: int = 0
     end: Page | None = None
     receipt: Receipt | None = None
     covered: list[list[Page]] = field(default_factory=list)
@@ -106,9 +107,10 @@ class TreeLife:
         size = self.shape.page_size
         same((match.length, match.structural_length), (length * size, len(path) * size), "tokens matched")
         same((match.pages.tolist(), match.state), (ids, state), "what was matched")
+        cut = len(path) if length < len(path) else 0
         self.model.find(path[:length])
         if keep and len(self.found) < 4:
-            self.found.append(Found(space, elements[: length * self.model.page_bytes], match, ids, state))
+            self.found.append(Found(space, elements[: length * self.model.page_bytes], match, ids, state, cut=cut))
 
     def lock(self, index: int) -> None:
         """Locks what was found some time ago: either it is all there still, or the lock is refused."""
@@ -128,6 +130,8 @@ class TreeLife:
             return
         found.receipt = self.tree.lock(found.where)
         same(found.receipt.length, length * self.shape.page_size, "tokens locked")
+        if isinstance(found.where, Match):
+            self.model.went_on(path[:length], found.cut)
         found.covered = self.model.lock(path[:length])
         self.locked.append(found)
 

@@ -16,6 +16,10 @@ lies between two marks.
   * A use of a path makes its runs the youngest: in the first component the run next to the root last, in others first.
     A run that loses its last lock, is filled or is cut off by a mark has just been used. A lookup uses and finds the
     runs that it covers whole; a run cut off by a mark was found where the cut left it, and keeps hits and age.
+  * A resume point is where no page follows, or several do. Of a further component of finite reach, what the next one
+    does not need is surplus: pages before its last `reach` tokens, and states anywhere else. Evicting it takes unlocked
+    surplus first, run by run, as it is told, if a lookup was ever locked, and as long as twice as many tokens of such
+    lookups ended where no page follows as in the middle; a run is cut where its surplus ends, which is no use of it.
   * Evicting a component takes unlocked runs by the order of the policy (`ORDERS`): of the first one, runs that no page
     follows. A run that no page follows goes with all it has, and then what led to it if that is no stop for all. Of a
     run that pages follow only this component goes. Where the order is no simple rule, the victims are told.
@@ -84,6 +88,7 @@ class TreeModel:
         self.page_size, self.components, self.count = page_size, components, len(components)
         self.page_bytes = page_size * width
         self.order = ORDERS.get(policy)
+        self.is_lru = policy == "lru"
         self.spanning = [c for c, component in enumerate(components) if component.spans]
         self.state = next((c for c, component in enumerate(components) if not component.spans), 0)
         self.reset()
@@ -91,6 +96,8 @@ class TreeModel:
     def reset(self) -> None:
         self.cached: dict[tuple[bytes, bytes], Page] = {}
         self.clock = 0
+        self.has_requests = False  # whether a lookup was ever locked
+        self.looked_up = [0, 0, 0]  # tokens of those that ended where no page follows, one does, several do
 
     # Looking up.
 
@@ -136,6 +143,12 @@ class TreeModel:
                 end.hits[c] += end.known[c]
             self._touch(c, ends)
 
+    def went_on(self, path: Sequence[Page], cut: int) -> None:
+        """A lookup that `path` is all of was locked; if it was cut back, `cut` pages were there."""
+        self.has_requests = True
+        kind = 1 if cut or not path else min(len(path[-1].below), 2)
+        self.looked_up[kind] += (cut or len(path)) * self.page_size
+
     # Use.
 
     def _touch(self, c: int, ends: Sequence[Page]) -> None:
@@ -162,6 +175,43 @@ class TreeModel:
             if page.ids[c] and rest.known[c]:
                 page.known[c], page.born[c], page.hits[c] = True, rest.born[c], rest.hits[c] + 1
                 self._use(c, page)
+
+    def cut(self, page: Page) -> None:
+        """The same, but no use: only that what is above stays younger, where the order is that of use alone."""
+        rest = self.end_of(page)
+        self.mark(page)
+        for c in self.spanning:
+            page.hits[c] = rest.hits[c]
+        if self.is_lru and not page.locks[0]:
+            above = page.parent
+            while above is not None:
+                if above.is_end:
+                    self._use(0, above)
+                above = above.parent
+
+    def is_surplus(self, c: int, page: Page) -> bool:
+        """Whether no resume point needs what `page` has of a further component."""
+        reach, point = self.components[c].reach, page
+        while len(point.below) == 1:
+            (point,) = point.below
+        if reach == math.inf or not page.ids[c] or self.end_of(page).locks[c]:
+            return False
+        if c == self.state:
+            return point is not page
+        return page.depth <= max(0, int(point.depth * self.page_size - reach) // self.page_size)
+
+    def _evict_surplus(self, c: int, amount: int, told: Sequence[int], gone: list[list[int]]) -> None:
+        while len(gone[c]) < amount and (surplus := [p for p in self.cached.values() if self.is_surplus(c, p)]):
+            (first,) = [page for page in surplus if page.ids[c] == told[len(gone[c])]]
+            end = self.end_of(first)
+            part = [page for page in (self.run_of(end) if c in self.spanning else [end]) if page in surplus]
+            assert part[0] is first
+            if part[-1] is not end:
+                self.cut(part[-1])
+            for page in part:
+                gone[c].append(page.ids[c])
+                page.ids[c] = 0
+            part[-1].known[c] = False
 
     # Changing.
 
@@ -314,6 +364,8 @@ class TreeModel:
     def evict(self, c: int, amount: int, told: Sequence[int] = ()) -> list[list[int]]:
         """Lets go of at least `amount` values; `told` are those of this component that went, in order."""
         gone: list[list[int]] = [[] for _ in self.components]
+        if c and self.has_requests and self.looked_up[0] >= 2 * self.looked_up[1]:
+            self._evict_surplus(c, amount, told, gone)
         while len(gone[c]) < amount:
             candidates = [end for end in self.unlocked(c) if c or not end.below]
             if not candidates:

@@ -14,7 +14,7 @@ from jaxcache.index.key import RadixKey
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.saved import restore_tree, saved_tree
 from jaxcache.index.tree import RadixTree
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 from tests.index.life import same
 from tests.model.tree_driver import SHAPES, TreeDriver
 
@@ -39,7 +39,7 @@ class SavedLives(TreeDriver):
         order = [self.rng.randrange(len(old.components)) for _ in range(60)]
         same(drained(spare, order), drained(old, order), "let go in this order")
 
-    def restored(self, books: Books) -> RadixTree:
+    def restored(self, books: StateDict) -> RadixTree:
         shape = self.shape
         element_bytes = self.life.key_class.element_bytes
         tree = RadixTree(shape.page_size, shape.components, shape.policy, shape.with_hashes, element_bytes)
@@ -48,7 +48,7 @@ class SavedLives(TreeDriver):
         return tree
 
 
-def plain(books: Books) -> dict[str, list]:
+def plain(books: StateDict) -> dict[str, list]:
     return {name: array.tolist() for name, array in books.items()}
 
 

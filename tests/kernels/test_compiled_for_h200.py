@@ -157,3 +157,28 @@ def test_row_copies_compute_nothing(dtype):
     ):
         assert dtype is jnp.float32 or " f32[" not in (compiled.as_text() or "")
         assert all(buffer.aliased for buffer in inspect_compiled(compiled).buffers)
+
+
+def test_only_arrays_of_rows_of_whole_16_bytes_are_taken_for_aligned(monkeypatch):
+    """XLA hands over what it cuts out of an array where it lies: the slots of a loop of one request, 4 bytes apart."""
+    from jaxlib import gpu_triton
+
+    alignments = []
+    create = gpu_triton.create_array_parameter
+
+    def note(zeroed, alignment):
+        alignments.append(alignment)
+        return create(zeroed, alignment)
+
+    monkeypatch.setattr(gpu_triton, "create_array_parameter", note)
+    pools = shape(4, 4096, 8, 128, dtype=jnp.bfloat16), shape(4, 4096, 8, 97, dtype=jnp.bfloat16)
+    rows = shape(8, 8, 128, dtype=jnp.bfloat16), shape(8, 8, 97, dtype=jnp.bfloat16)
+    step = partial(write_kv, implementation=Implementation.TRITON)
+    h200.compile_for_h200(step, *pools, shape(), shape(8), *rows, donate=(0, 1))
+    wide, narrow, numbers = 16, 0, 0
+    assert sorted(alignments) == sorted([wide, narrow, numbers, numbers, wide, narrow, wide, narrow])
+
+    alignments.clear()
+    step = partial(alloc_decode, page_size=4, implementation=Implementation.TRITON)
+    h200.compile_for_h200(step, shape(8), shape(8), shape(64))
+    assert alignments and not any(alignments)

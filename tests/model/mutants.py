@@ -27,7 +27,9 @@ LIST = Path(__file__).with_name("mutants.txt")
 WITH_A_STEP = (
     *(
         "manager/manager.py",
+        "manager/stepping.py",
         "manager/admission.py",
+        "manager/forking.py",
         "manager/swap.py",
         "device/packing.py",
         "steps/decode_batch.py",

@@ -40,7 +40,7 @@ def test_names():
         f"{what}_duration_seconds_{part}" for what in ("match", "insert", "eviction") for part in ("count", "sum")
     ]
     totals = [f"{what}_total" for what in ("prefix_cache_queries", "prefix_cache_hits", "cached_tokens")]
-    totals += ["evicted_tokens_total", "inserted_tokens_total"]
+    totals += ["evicted_tokens_total", "inserted_tokens_total", "resumed_tokens_total"]
     usages = ["token_usage", "full_token_usage", "swa_token_usage", "mamba_usage"]
     assert {key[0] for key in values(registry)} == {f"jaxcache:{name}" for name in sizes + latencies + totals + usages}
     assert {dict(key[1:]).get("cache_source") for key in values(registry)} == {None, "device", "host", "storage"}

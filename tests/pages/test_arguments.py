@@ -220,3 +220,16 @@ def test_cpu_copies_go_to_the_pool_and_the_new_pool_is_kept():
     loaded = allocator.load_cpu_copy("bytes", [3, 4])
     assert loaded.log == (("bytes", (3, 4)),)
     assert allocator.get_kvcache() is loaded
+
+
+def test_the_pool_of_a_followed_holder_is_held_by_it_alone():
+    class Holder:
+        pool = FakePool()
+
+    holder, allocator = Holder(), TokenToKVPoolAllocator(8, kvcache=FakePool())
+    allocator.follow_pool(holder)
+    assert allocator.get_kvcache() is holder.pool
+    holder.pool = FakePool(("after a step",))
+    assert allocator.kvcache is holder.pool
+    assert allocator.load_cpu_copy("bytes", [3]) is holder.pool
+    assert holder.pool.log == ("after a step", ("bytes", (3,)))

@@ -51,7 +51,7 @@ def test_it_goes_on_alike(kind, need_sort, seed):
     dice, held = random.Random(seed), []
     old, new = KINDS[kind](need_sort), KINDS[kind](need_sort)
     live([old], held, dice, dice.randint(0, 60))
-    new.restore_books(Columns(old.saved_books()))
+    new.load_state_dict(Columns(old.state_dict()))
     assert new.states.tolist() == old.states.tolist()
     assert (new.free_pages.tolist(), new.release_pages.tolist()) == (
         old.free_pages.tolist(),
@@ -69,7 +69,7 @@ def test_the_device_hears_of_the_whole_map():
     assert isinstance(old, SWATokenToKVPoolAllocator) and isinstance(new, SWATokenToKVPoolAllocator)
     pages = old.alloc_pages(5, without_window=2)
     old.transfer(pages, PageState.PRIVATE, PageState.TREE)
-    new.restore_books(Columns(old.saved_books()))
+    new.load_state_dict(Columns(old.state_dict()))
     for _ in range(2):
         changes = new.take_changes(100)
         copy = np.zeros_like(new.full_to_window)
@@ -86,7 +86,7 @@ def test_pages_of_somebody_who_will_be_gone_are_refused(state):
     allocator.transfer(pages[:1], PageState.PRIVATE, state)
     allocator.release(pages[1:], PageState.PRIVATE)
     with pytest.raises(SnapshotError, match=rf"1 pages are neither free nor the tree's: page 1 is {state.name}"):
-        allocator.saved_books()
+        allocator.state_dict()
 
 
 def test_pages_in_an_open_free_group_are_refused_and_withheld_ones_stay_withheld():
@@ -96,7 +96,7 @@ def test_pages_in_an_open_free_group_are_refused_and_withheld_ones_stay_withheld
     allocator.release(pages[:1], PageState.PRIVATE)
     allocator.transfer(pages[1:], PageState.PRIVATE, PageState.QUARANTINED)
     with pytest.raises(SnapshotError, match="is PENDING"):
-        allocator.saved_books()
+        allocator.state_dict()
     allocator.free_group_end()
-    again.restore_books(Columns(allocator.saved_books()))
+    again.load_state_dict(Columns(allocator.state_dict()))
     assert again.owner_of([1, 2]).tolist() == [PageState.FREE, PageState.QUARANTINED]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxcache.errors import ArgumentError, BrokenInvariant, CacheError, DoubleFreeError, OwnershipError, SnapshotError
+from jaxcache.errors import (
+    ArgumentError,
+    BrokenInvariantError,
+    CacheError,
+    DoubleFreeError,
+    OwnershipError,
+    SnapshotError,
+)
 from jaxcache.pages.allocator import PageState
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 
@@ -422,7 +429,7 @@ def test_check_sees_what_does_not_agree(allocator, case):
     change, message = BEHIND_ITS_BACK[case]
     allocator.check()
     change(allocator)
-    with pytest.raises(BrokenInvariant, match=message):
+    with pytest.raises(BrokenInvariantError, match=message):
         allocator.check()
 
 
@@ -441,7 +448,7 @@ def test_check_sees_what_does_not_agree(allocator, case):
 )
 def test_check_sees_a_map_that_is_no_bijection(allocator, direction, entry, value):
     getattr(allocator._map, direction)[entry] = value
-    with pytest.raises(BrokenInvariant):
+    with pytest.raises(BrokenInvariantError):
         allocator.check()
 
 

@@ -165,7 +165,7 @@ def test_device_states_and_layers_outside_the_pool_are_neither_written_nor_read(
     assert not any(np.any(part) for part in pool.read(states, 3))
 
 
-def test_a_state_named_twice_on_the_device_keeps_either_row_and_is_refused_when_debugging():
+def test_a_state_named_twice_on_the_device_keeps_elements_of_both_rows_alone_and_is_refused_when_debugging():
     pool, oracle = filled_states(mamba_config())
     parts = random_parts(np.random.default_rng(5), pool.config, 2)
     twice = jnp.array([4, 4], jnp.int32)
@@ -173,7 +173,8 @@ def test_a_state_named_twice_on_the_device_keeps_either_row_and_is_refused_when_
         pool.write(twice, 1, *parts)
     pool = pool.write(twice, 1, *parts).reset_states(jnp.array([5, 5], jnp.int32))
     for array, written, rows in zip(oracle.arrays, pool.read([4], 1), parts, strict=True):
-        assert any(np.array_equal(bits(written[0]), bits(row)) for row in rows)
+        # On a GPU two programs write at once: an element is one row's or the other's.
+        assert np.any([bits(written[0]) == bits(row) for row in rows], axis=0).all()
         array[1, 4], array[:, 5] = written[0], 0
     oracle.expect(pool)
 

@@ -14,7 +14,7 @@ from jaxcache.caches.mamba_radix import MambaRadixCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.components.window import WindowPages
-from jaxcache.errors import BrokenInvariant
+from jaxcache.errors import BrokenInvariantError
 from jaxcache.index.key import RadixKey
 from jaxcache.manager.audit import check_owners, check_readable
 from jaxcache.pages.allocator import PageState
@@ -102,7 +102,7 @@ def test_s53_the_audit_sees_a_window_page_that_nobody_has():
     cache.drop_out_of_window(request)
     check_owners(running(request), table, cache.components)
     allocator.window.alloc_pages(1)  # behind the back of the allocator that owns it
-    with pytest.raises(BrokenInvariant, match="private window pages"):
+    with pytest.raises(BrokenInvariantError, match="private window pages"):
         check_owners(running(request), table, cache.components)
 
 
@@ -113,7 +113,7 @@ def test_s53_the_audit_sees_a_state_that_no_row_has():
     save(cache, request)
     check_owners(running(request), table, cache.components)
     lost = states.alloc_track_slot()
-    with pytest.raises(BrokenInvariant, match="private states"):
+    with pytest.raises(BrokenInvariantError, match="private states"):
         check_owners(running(request), table, cache.components)
     states.free_track_slot(lost)
     check_owners(running(request), table, cache.components)
@@ -127,7 +127,7 @@ def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
     table.set_state(row, states.alloc_track_slot(), states.size)  # a state that is free
     rows = running(request) | {row: prefill(make_mamba_cache(page_size=2, rows=1), [1, 2])}
     rows[row].num_pages = 0
-    with pytest.raises(BrokenInvariant, match="are to be copied"):
+    with pytest.raises(BrokenInvariantError, match="are to be copied"):
         check_owners(rows, table, cache.components)
 
 
@@ -138,7 +138,7 @@ def test_s53_the_audit_compares_pairs_where_keys_are_pairs():
     assert request.protected_len == 6
     check_owners(running(request), cache.req_to_token_pool, cache.components)
     request._key = RadixKey(np.array([0, 1, 2, 3, 4, 9, 6], np.int32))
-    with pytest.raises(BrokenInvariant, match="are not the tree's pages"):
+    with pytest.raises(BrokenInvariantError, match="are not the tree's pages"):
         check_owners(running(request), cache.req_to_token_pool, cache.components)
 
 
@@ -149,8 +149,8 @@ def test_the_audit_sees_a_hole_that_the_next_token_would_read_as_page_0():
     cache.drop_out_of_window(request)
     check_readable(running(request), table, cache.components)
     check_readable(running(request), table, [WindowPages(allocator, 5)])  # tokens 6 .. 9 and the next one
-    with pytest.raises(BrokenInvariant, match="its next token, 10, attends to the window page of page"):
+    with pytest.raises(BrokenInvariantError, match="its next token, 10, attends to the window page of page"):
         check_readable(running(request), table, [WindowPages(allocator, 6)])
     allocator.free_windows(table.row_pages(request.req_pool_idx, 4, 5), PageState.PRIVATE)
-    with pytest.raises(BrokenInvariant, match="which is gone"):
+    with pytest.raises(BrokenInvariantError, match="which is gone"):
         check_readable(running(request), table, cache.components)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcache.caches.radix import RadixCache
-from jaxcache.errors import BrokenInvariant, ReceiptError
+from jaxcache.errors import BrokenInvariantError, ReceiptError
 from jaxcache.events.events import BlockRemoved, BlockStored
 from jaxcache.index.check import draw
 from jaxcache.index.key import Namespace, RadixKey
@@ -227,7 +227,7 @@ def test_s53_the_memory_check_sees_errors_that_cancel_out():
     # Both own page x now and nobody owns page y: one counted twice, one not at all.
     manager.req_to_token_pool.write_pages(b, 1, manager.req_to_token_pool.row_pages(a, 1, 2).copy())
     assert manager.allocator.count(PageState.PRIVATE) == 2
-    with pytest.raises(BrokenInvariant, match="private pages"):
+    with pytest.raises(BrokenInvariantError, match="private pages"):
         manager.check_memory()
     manager.req_to_token_pool.write_pages(b, 1, tail)
     manager.check_memory()
@@ -235,5 +235,5 @@ def test_s53_the_memory_check_sees_errors_that_cancel_out():
     manager.req_to_token_pool.alloc(1)
     manager.req_to_token_pool.free(a)
     assert manager.req_to_token_pool.available_size() == manager.config.max_running - 2
-    with pytest.raises(BrokenInvariant, match="rows"):
+    with pytest.raises(BrokenInvariantError, match="rows"):
         manager.check_memory()

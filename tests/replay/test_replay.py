@@ -49,6 +49,8 @@ def test_tight_memory_retracts_and_loses_nothing(page_size, policy):
     result, simulator = simulate(config, long_answers(40))
     assert_clean(result)
     assert result.retractions > 0
+    assert result.resumed_tokens > 0
+    assert result.loaded_tokens > 0
     assert result.requests == 40
     if policy in (Policy.LRU, Policy.PRIORITY):  # with equal priorities, least recently used is what decides
         assert_twin_agrees(result, simulator)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from jaxcache.index.policies.registry import Policy
 from jaxcache.replay.trace import TraceRequest
 
-CHAT = {"requests": 60, "concurrency": 8, "chunk": 2048, "device_tokens": 24_000, "policy": Policy.LRU}
+# Two layers, as on a CPU: a replay on a GPU would take as many as its whole memory holds.
+CHAT = {"layers": 2, "requests": 60, "concurrency": 8, "chunk": 2048, "device_tokens": 24_000, "policy": Policy.LRU}
 
 
 def long_answers(count):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcache.kernels.attention.contract import Masking, PagedKV, PagedLatent, PageOrder, Sequences
 from jaxcache.kernels.attention.launch import Launches, heads_launches, latent_launches
 from jaxcache.kernels.attention.plan import Plan, SharedPrefix, make_plan
+from jaxcache.kernels.triton_call import is_aligned
 
 TYPES = {
     "float32": "*fp32",
@@ -89,11 +90,13 @@ def compile_launch(kernel: Any, arrays: tuple, scalars: tuple, shapes: tuple, op
     from triton.compiler import ASTSource
 
     constants = {name: value for name, value in options.items() if name not in ("grid", "num_warps")}
-    pointers = [TYPES[np.dtype(array.dtype).name] for array in arrays]
-    types = [*pointers, *["i32"] * len(scalars), *(TYPES[np.dtype(shape.dtype).name] for shape in shapes)]
+    kinds = [TYPES[np.dtype(array.dtype).name] for array in arrays]
+    types = [*kinds, *["i32"] * len(scalars), *(TYPES[np.dtype(shape.dtype).name] for shape in shapes)]
     names = kernel.arg_names
     signature = {name: types[i] if i < len(types) else "constexpr" for i, name in enumerate(names)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
+    arguments = [*arrays, *scalars, *shapes]
+    pointers = [i for i, kind in enumerate(types) if kind.startswith("*") and is_aligned(arguments[i])]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": options["num_warps"]})
 

@@ -22,7 +22,7 @@ from jaxcache.index.node import Node
 from jaxcache.index.policies.ghosts import Ghosts
 from jaxcache.index.policies.ranked import Candidates, Record, Recorded
 from jaxcache.index.policies.reuse import CLASSES, ReuseModel, ShadowLRU, bin_of
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 _GHOST_SHARE = 4
 _PERIODS = 16  # lessons while the cache is filled once
@@ -134,26 +134,26 @@ class Adaptive(Recorded):
             tokens, (hits, at, _) = ghost
             self._model.lost(hits, self._now - at, tokens)
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
         hits, at, seen = zip(*self._ghosts.notes(), strict=True) if len(self._ghosts) else ((), (), ())
         ghosts = {
             "ghost_hits": np.array(hits, np.int64),
             "ghost_at": np.array(at, np.int64),
             "ghost_seen": np.array(seen),
         }
-        learned = self._model.saved_books() | self._shadow.saved_books() | {"levels": np.array(self._levels).ravel()}
+        learned = self._model.state_dict() | self._shadow.state_dict() | {"levels": np.array(self._levels).ravel()}
         times = {"times": np.array([self._now, self._next_lesson])}
-        return super().saved_books(number) | self._ghosts.saved_books() | ghosts | learned | times
+        return super().state_dict(number) | self._ghosts.state_dict() | ghosts | learned | times
 
     def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
         def notes(count: int) -> list[tuple[int, int, float]]:
             hits, at = (books.ints(name, count).tolist() for name in ("ghost_hits", "ghost_at"))
             return list(zip(hits, at, books.floats("ghost_seen", count).tolist(), strict=True))
 
-        self._ghosts.restore_books(books, notes)
-        self._model.restore_books(books)
-        self._shadow.restore_books(books)
+        self._ghosts.load_state_dict(books, notes)
+        self._model.load_state_dict(books)
+        self._shadow.load_state_dict(books)
         levels = np.array(self._levels)
         self._levels = books.floats("levels", levels.size).reshape(levels.shape).tolist()
         self._now, self._next_lesson = books.ints("times", 2).tolist()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from jaxcache.index.node import Node
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 
 class EvictionPolicy(ABC):
@@ -57,6 +57,10 @@ class EvictionPolicy(ABC):
         """`upper` was cut off the front of `lower` because it was found without the rest. `add` follows, or a lock."""
 
     @abstractmethod
+    def cut(self, upper: Node, lower: Node) -> None:
+        """The same, but nothing was found: both halves keep what was known of the whole. `add` follows, or a lock."""
+
+    @abstractmethod
     def exposed(self, node: Node) -> None:
         """`node`, which was added, lost its last child."""
 
@@ -69,11 +73,11 @@ class EvictionPolicy(ABC):
         yield from ()
 
     @abstractmethod
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
         """All that it knows, with numbers for nodes, none of which may be locked. O(nodes)."""
 
     @abstractmethod
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
         """Knows what the policy with these books knew, of the nodes with these numbers. It must be new. O(nodes).
 
         Raises:

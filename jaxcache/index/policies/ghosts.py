@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from jaxcache.index.node import Node
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 _FINGERPRINT_BYTES = 64
 
@@ -58,13 +58,13 @@ class Ghosts(Generic[_Note]):
         """The notes, oldest first."""
         return [note for _, note in self._notes.values()]
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """What is remembered but for the notes, oldest first. O(ghosts)."""
         places = np.array(list(self._notes), np.int64).reshape(-1, 2)
         tokens = np.array([tokens for tokens, _ in self._notes.values()], np.int64)
         return {"ghost_start": places[:, 0].copy(), "ghost_print": places[:, 1].copy(), "ghost_tokens": tokens}
 
-    def restore_books(self, books: Columns, notes: Callable[[int], Sequence[_Note]]) -> None:
+    def load_state_dict(self, books: Columns, notes: Callable[[int], Sequence[_Note]]) -> None:
         """Remembers what the ghosts with these books did; `notes` gives as many notes as there are. O(ghosts)."""
         starts = books.ints("ghost_start")
         count = len(starts)

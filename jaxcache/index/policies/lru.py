@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcache.index.node import Node
 from jaxcache.index.policies.base import EvictionPolicy
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 
 class LRU(EvictionPolicy):
@@ -46,6 +46,15 @@ class LRU(EvictionPolicy):
     def split(self, upper: Node, lower: Node) -> None:
         """Nothing to do: the upper half is added or locked next."""
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`. What is above stays younger than what is below; the order of leaves stays."""
+        above = upper if self.leaves_only and lower in self._order else None
+        while above is not None and above.parent is not None:
+            if above is upper or above in self._order:
+                self._order[above] = None
+                self._order.move_to_end(above)
+            above = above.parent
+
     def exposed(self, node: Node) -> None:
         """Nothing to do: the order needs no leaves."""
 
@@ -55,12 +64,12 @@ class LRU(EvictionPolicy):
             return node
         return None
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
         return {"order": np.array([number[node] for node in self._order], np.int64)}
 
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
-        """See `EvictionPolicy.restore_books`."""
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """See `EvictionPolicy.load_state_dict`."""
         self._order.update({nodes[i]: None for i in books.distinct("order", len(nodes) - 1).tolist()})
 
     def __iter__(self) -> Iterator[Node]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcache.index.node import Node
 from jaxcache.index.policies.ghosts import Ghosts
 from jaxcache.index.policies.ranked import Candidates, Ranked, Record, Recorded
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 _PROTECTED_SHARE = 0.8
 _SMALL_SHARE = 0.1
@@ -47,6 +47,12 @@ class SLRU(Ranked):
             self._protected_tokens -= upper.tokens  # which `_found` is about to count
         super().split(upper, lower)
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`. Both halves are protected, or neither."""
+        super().cut(upper, lower)
+        if lower in self._protected:
+            self._protected[upper] = None
+
     def _found(self, node: Node, record: Any) -> None:
         super()._found(node, record)
         if node not in self._protected:
@@ -75,10 +81,10 @@ class SLRU(Ranked):
             del self._protected[node]
             self._protected_tokens -= tokens
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
         protected = np.array([number[node] for node in self._protected], np.int64)
-        return super().saved_books(number) | {"protected": protected}
+        return super().state_dict(number) | {"protected": protected}
 
     def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
         protected = [nodes[i] for i in books.distinct("protected", len(nodes) - 1).tolist()]
@@ -203,12 +209,12 @@ class S3FIFO(Recorded):
         while self._ghosts.expire(self._tokens):
             pass
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
-        return super().saved_books(number) | self._ghosts.saved_books()
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
+        return super().state_dict(number) | self._ghosts.state_dict()
 
     def _restore_more(self, books: Columns, nodes: Sequence[Node]) -> None:
-        self._ghosts.restore_books(books, lambda count: [None] * count)
+        self._ghosts.load_state_dict(books, lambda count: [None] * count)
         self._tokens = sum(record.tokens for record in self._records.values())
         self._small_tokens = sum(record.tokens for record in self._records.values() if record.is_small)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcache.index.node import Node
 from jaxcache.index.policies.base import EvictionPolicy
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 
 class Record:
@@ -158,6 +158,15 @@ class Recorded(EvictionPolicy):
             self._found(upper, half)
             self._used(upper, half)
 
+    def cut(self, upper: Node, lower: Node) -> None:
+        """See `EvictionPolicy.cut`."""
+        record = self._records.get(lower)
+        if record is not None:
+            half = self._records[upper] = self._halve(upper, record)
+            record.tokens -= half.tokens
+            self._clock += 1
+            half.used = self._clock  # no two nodes share one
+
     def exposed(self, node: Node) -> None:
         """See `EvictionPolicy.exposed`."""
         if self.leaves_only:
@@ -173,16 +182,16 @@ class Recorded(EvictionPolicy):
             return False
         return self._records[node].used == used
 
-    def saved_books(self, number: Mapping[Node, int]) -> Books:
-        """See `EvictionPolicy.saved_books`."""
+    def state_dict(self, number: Mapping[Node, int]) -> StateDict:
+        """See `EvictionPolicy.state_dict`."""
         records = [self._records[node] for node in self._evictable]
         books = {"order": np.array([number[node] for node in self._evictable], np.int64)}
         for names, dtype in ((self.record_type.counts, np.int64), (self.record_type.amounts, np.float64)):
             books |= {name: np.array([getattr(record, name) for record in records], dtype) for name in names}
         return books | {"clock": np.array([self._clock])}
 
-    def restore_books(self, books: Columns, nodes: Sequence[Node]) -> None:
-        """See `EvictionPolicy.restore_books`."""
+    def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
+        """See `EvictionPolicy.load_state_dict`."""
         order = books.distinct("order", len(nodes) - 1).tolist()
         self._clock = books.number("clock")
         columns = {name: books.ints(name, len(order)).tolist() for name in self.record_type.counts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcache.state_dict import Books, Columns
+from jaxcache.state_dict import Columns, StateDict
 
 CLASSES = 6
 _BINS = 32
@@ -62,11 +62,11 @@ class ReuseModel:
         self._lost *= _FADE
         return np.floor(np.log2(np.maximum(index, _LEAST_LEVEL)) / margin).tolist()
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """What was counted."""
         return {"found": self._found.ravel().copy(), "lost": self._lost.ravel().copy()}
 
-    def restore_books(self, books: Columns) -> None:
+    def load_state_dict(self, books: Columns) -> None:
         """Has counted what the model with these books did."""
         self._found, self._lost = (
             books.floats(name, CLASSES * _BINS).reshape(CLASSES, _BINS) for name in ("found", "lost")
@@ -131,12 +131,12 @@ class ShadowLRU:
         self._ours *= _SHADOW_FADE
         self._its *= _SHADOW_FADE
 
-    def saved_books(self) -> Books:
+    def state_dict(self) -> StateDict:
         """All it knows."""
         measured = np.array([self.now, self._ours, self._its])
         return {"shadow_seen": measured, "shadow_counts": np.array([self.capacity, self._step, self._calm])}
 
-    def restore_books(self, books: Columns) -> None:
+    def load_state_dict(self, books: Columns) -> None:
         """Knows what the shadow with these books did."""
         self.now, self._ours, self._its = books.floats("shadow_seen", 3).tolist()
         self.capacity, step, self._calm = books.ints("shadow_counts", 3).tolist()

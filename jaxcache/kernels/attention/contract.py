@@ -3,8 +3,8 @@
     page table (rows, max_pages)   row of a request, page i  ->  page of its tokens [i * P, (i + 1) * P)
     PageOrder.physical             layer, page               ->  page of the array seen as (-1, P, heads, dim)
 
-An op reads the tokens of a request through its row of the page table, in place. Never part of a result is what nobody
-owns: slots behind a request's last token, free pages, the sink. A NaN there stays there.
+An op reads the tokens of a request through its row of the page table, in place. Slots that no request owns are never
+part of a result: those behind a request's last token, free pages, the sink. A NaN there stays there.
 
 Logits are `scale * (q . k)`, capped as `cap * tanh(logit / cap)` if there is a soft cap. The softmax runs over the keys
 of a query and, if there are sinks, one more logit without a value for each head. All of it is float32.
@@ -138,7 +138,7 @@ class PagedKV:
         return self.k.shape[-2]
 
     def check(self) -> None:
-        """Refuses arrays that are no pages of this order, dtypes that are no numbers, and scales that fit neither.
+        """Refuses arrays that do not have this order's pages, dtypes without numbers, and scales that fit neither.
 
         Raises:
           ArgumentError: names the array.
@@ -201,7 +201,7 @@ def scale_kind(name: str, scale: Any, rows: tuple[int, ...]) -> ScaleKind:
     """What `scale` is one of, for rows `(stack, rows, heads)`.
 
     Raises:
-      ArgumentError: if it is none of them, or no float32.
+      ArgumentError: if it is none of them, or is not float32.
     """
     if scale is None:
         return ScaleKind.NONE
@@ -255,7 +255,7 @@ def check_queries(q: Any, width: int, tokens: int | None = None) -> None:
 
 
 def check_group(q_heads: int, kv_heads: int) -> None:
-    """Refuses a number of query heads that is no multiple of that of KV heads.
+    """Refuses query heads whose number is not a multiple of that of the KV heads.
 
     Raises:
       ArgumentError: names both.
@@ -280,7 +280,7 @@ def check_sinks(sinks: Any, heads: int) -> None:
 
 
 def check_layer(layer: Any, order: PageOrder) -> None:
-    """Refuses a layer that is not in the array, or is no int32 scalar."""
+    """Refuses a layer that is not in the array, or is not an int32 scalar."""
     require_layer(layer, order.layers)
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray
@@ -19,17 +18,14 @@ from jaxcache.kernels.attention.contract import (
     check_sinks,
     without_gradient,
 )
-from jaxcache.kernels.attention.launch import power_of_two
+from jaxcache.kernels.attention.fit import unfit_for_decode
 from jaxcache.kernels.attention.merge import with_sinks
 from jaxcache.kernels.attention.plan import Plan
 from jaxcache.kernels.attention.reference import Fetch, attend, fetch_kv
-from jaxcache.kernels.dispatch import Implementation, Op, choose, current_target
+from jaxcache.kernels.dispatch import Implementation, Op, choose
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
-
-MAX_DIM = 512
-MAX_GROUP = 64
 
 
 def paged_decode(
@@ -70,7 +66,7 @@ def paged_decode(
             "make the plan of this batch, or use paged_extend for several tokens a request"
         )
     q, kv = without_gradient((q, kv))
-    chosen = choose(Op.PAGED_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit(q, kv))
+    chosen = choose(Op.PAGED_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit_for_decode(q, kv))
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import decode_triton
 
@@ -124,26 +120,3 @@ def check_plan(plan: Plan, page_size: int, masking: Masking) -> None:
         raise ArgumentError(
             f"window must be that of the plan, {plan.window}, got {masking.window}: make a plan for each kind of window"
         )
-
-
-def unfit(q: Any, kv: PagedKV) -> dict[Implementation, str]:
-    """Why the Triton kernels cannot take these arrays; empty if they can."""
-    why = None
-    if kv.k.dtype != kv.dtype:
-        why = f"its rows must be stored as {kv.dtype}, and are as {kv.k.dtype}"
-    elif kv.dtype.itemsize > 1 and q.dtype != kv.dtype:
-        why = f"its queries must be of the pool's {kv.dtype}, and are {q.dtype}"
-    elif max(kv.k.shape[-1], kv.v.shape[-1]) > MAX_DIM:
-        why = f"its heads are at most {MAX_DIM} wide, and these are {kv.k.shape[-1]} and {kv.v.shape[-1]}"
-    elif power_of_two(q.shape[1] // kv.heads) > MAX_GROUP:
-        why = f"it takes at most {MAX_GROUP} query heads a KV head, and there are {q.shape[1] // kv.heads}"
-    why = why or unfit_dtype(kv.dtype)
-    return {} if why is None else {Implementation.TRITON: why}
-
-
-def unfit_dtype(dtype: np.dtype) -> str | None:
-    """Why Triton has no numbers like these on the present GPU, or None."""
-    capability = current_target().compute_capability()
-    if dtype == jnp.float8_e4m3fn and capability is not None and capability < 89:
-        return f"Triton has float8_e4m3fn from compute capability 8.9 on, and this is {capability / 10}"
-    return None

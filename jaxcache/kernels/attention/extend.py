@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray
 from jaxcache.kernels.attention.contract import Masking, PagedKV, without_gradient
-from jaxcache.kernels.attention.decode import check_attention, unfit
+from jaxcache.kernels.attention.decode import check_attention
+from jaxcache.kernels.attention.fit import unfit_for_extend
 from jaxcache.kernels.attention.merge import with_sinks
 from jaxcache.kernels.attention.plan import Plan
 from jaxcache.kernels.attention.reference import Fetch, attend, fetch_kv
@@ -59,11 +60,17 @@ def paged_extend(
     check_attention(q, kv, layer, plan, masking, sinks)
     check_tokens(q, plan)
     q, kv = without_gradient((q, kv))
-    chosen = choose(Op.PAGED_EXTEND, implementation=implementation, rows=q.shape[0], unfit=unfit(q, kv))
+    chosen = choose(
+        Op.PAGED_EXTEND, implementation=implementation, rows=q.shape[0], unfit=unfit_for_extend(q, kv, plan)
+    )
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import extend_triton
 
         return extend_triton.paged_extend(q, kv, layer, plan, masking, sinks)
+    if chosen.implementation is Implementation.MOSAIC:
+        from jaxcache.kernels.attention import extend_mosaic
+
+        return extend_mosaic.paged_extend(q, kv, layer, plan, masking, sinks)
     return reference(q, fetch_kv(kv, layer), plan, masking, sinks)
 
 

@@ -16,6 +16,12 @@ SHARED_BYTES = {80: 160 * 1024, 90: 224 * 1024, 100: 224 * 1024}
 SMALL_SHARED_BYTES = 96 * 1024
 PROGRAMS = 528
 """Programs that keep an H200 busy: four a multiprocessor."""
+WGMMA_ROWS = 64
+"""Rows of a wgmma: query heads of a program of the Mosaic decode, tokens of a tile of the Mosaic extend."""
+WGMMA_LATENTS, WGMMA_KEYS = 128, 128
+"""Tokens a step of the Mosaic kernels of `mla_decode` and `paged_extend`."""
+HOPPER_PROGRAMS = 132
+"""Multiprocessors of an H200: a Mosaic program fills one."""
 TILE_ROWS = 128
 """Rows of queries of an extend tile: tokens by query heads of one KV head."""
 
@@ -51,6 +57,7 @@ class ExtendLaunch:
       warps: Warps a program.
       stages: Stages of the loop.
       heads: Query heads a program, for latent rows.
+      implementation: Whose launch it is.
     """
 
     tokens: int
@@ -58,6 +65,7 @@ class ExtendLaunch:
     warps: int
     stages: int
     heads: int = 0
+    implementation: Implementation = Implementation.TRITON
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,18 @@ class Launches:
 
 
 def heads_launches(
-    requests: int, heads: int, group: int, width: int, itemsize: int, capability: int | None = 90
+    requests: int,
+    heads: int,
+    group: int,
+    width: int,
+    itemsize: int,
+    capability: int | None = 90,
+    extend_by: Implementation = Implementation.TRITON,
 ) -> Launches:
     """For keys and values of `width` elements together, in `heads` KV heads with `group` query heads each.
 
-    `capability` is ten times the compute capability of the GPU; None is an unknown one.
+    `capability` is ten times the compute capability of the GPU; None is an unknown one. `extend_by` is whose extend the
+    plan is for.
     """
     room = SHARED_BYTES.get(capability or 0, SMALL_SHARED_BYTES)
     rows, row_bytes = power_of_two(group), width * itemsize
@@ -100,11 +115,23 @@ def heads_launches(
     warps, stages = max(tile // 16, 4), _stages(block * row_bytes, 2, room - 2 * tile * max(row_bytes, width * 2))
     shared = DecodeLaunch(block, max(PROGRAMS // 4 // heads, 1), warps, stages)
     extend = ExtendLaunch(max(tile // rows, 1), block, warps, stages)
+    if extend_by is Implementation.MOSAIC:
+        extend = ExtendLaunch(WGMMA_ROWS, WGMMA_KEYS, 4, 2, implementation=extend_by)
     return Launches(decode, shared, extend, members=max(tile // rows, 1))
 
 
-def latent_launches(requests: int, heads: int, width: int, itemsize: int, capability: int | None = 90) -> Launches:
-    """For latent rows of `width` elements and `heads` query heads. `capability` as for `heads_launches`."""
+def latent_launches(
+    requests: int,
+    heads: int,
+    width: int,
+    itemsize: int,
+    capability: int | None = 90,
+    decode_by: Implementation = Implementation.TRITON,
+) -> Launches:
+    """For latent rows of `width` elements and `heads` query heads. `capability` as for `heads_launches`.
+
+    `decode_by` is whose decode the plan is for.
+    """
     room = SHARED_BYTES.get(capability or 0, SMALL_SHARED_BYTES)
     is_small = capability not in (80, 90) or width * itemsize > 1536  # on sm100 wide tiles need more than there is
     rows = max(power_of_two(min(heads, 16 if is_small else 64)), 16)
@@ -115,6 +142,9 @@ def latent_launches(requests: int, heads: int, width: int, itemsize: int, capabi
     decode = wide
     if rows <= 16 and requests > 8 and not is_small:
         decode = DecodeLaunch(32, PROGRAMS // 2, 4, _stages(32 * row_bytes, 2, room // 2), rows)
+    if decode_by is Implementation.MOSAIC:
+        programs = max(HOPPER_PROGRAMS // (heads // WGMMA_ROWS), 1)
+        decode = DecodeLaunch(WGMMA_LATENTS, programs, 4, 2, WGMMA_ROWS, decode_by)
     tile = 16 if is_small else 64
     extend = ExtendLaunch(max(tile // rows, 1), block, wide.warps, 3, rows)
     return Launches(decode, wide, extend, members=max(tile // rows, 1))

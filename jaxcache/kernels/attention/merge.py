@@ -8,7 +8,8 @@ Source: online softmax; FlashInfer's merge_states has the same contract.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxcache.kernels.attention.contract import check_sinks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
+
+    from jaxcache.kernels.attention.plan import Units
 
 
 def merge_attention(
@@ -56,6 +59,37 @@ def merge_attention(
     weight = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total)))[..., None]
     merged = jnp.where(weight > 0, jnp.asarray(out, jnp.float32), 0.0) * weight
     return merged.sum(axis=0).astype(out.dtype), total
+
+
+def merge_planned(
+    part_o: Float32[Array, "parts heads dim"], part_lse: Float32[Array, "parts heads"], units: Units, dtype: Any
+) -> tuple[Float[Array, "units heads dim"], Float32[Array, "units heads"]]:
+    """The results of all units, in `dtype`, from the parts that programs left, in their order.
+
+    `part_lse` is to base 2; the log-sum-exp that is returned is natural. What a Triton kernel does in one launch, as so
+    many launches as the longest unit has parts.
+    """
+    lo, hi = units.first_block[:-1], units.first_block[1:]
+    share = jnp.maximum(-(-units.first_block[-1] // units.programs), 1)
+    first = lo // share
+    count = jnp.where(hi > lo, (hi - 1) // share - first + 1, 0)
+    place = first + jnp.arange(units.count, dtype=jnp.int32)
+
+    def fold(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, top, total = carry
+        is_part = (i < count)[:, None]
+        lse = jnp.where(is_part, part_lse.at[place + i].get(mode="clip"), -jnp.inf)
+        part = jnp.where(is_part[..., None], part_o.at[place + i].get(mode="clip"), 0.0)
+        new = jnp.maximum(top, lse)
+        safe = jnp.where(new == -jnp.inf, 0.0, new)
+        fade, weight = jnp.exp2(top - safe), jnp.exp2(lse - safe)
+        return out * fade[..., None] + part * weight[..., None], new, total * fade + weight
+
+    shape = (units.count, *part_o.shape[1:])
+    empty = jnp.zeros(shape), jnp.full(shape[:2], -jnp.inf), jnp.zeros(shape[:2])
+    out, top, total = jax.lax.fori_loop(0, jnp.max(count), fold, empty)
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    return out.astype(dtype), (top + jnp.log2(jnp.maximum(total, 1e-37))) * math.log(2)
 
 
 def with_sinks(

@@ -14,14 +14,13 @@ from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import AnyArray
 from jaxcache.kernels.attention import decode, extend
 from jaxcache.kernels.attention.contract import Masking, PagedLatent, check_layer, check_queries, without_gradient
+from jaxcache.kernels.attention.fit import unfit_for_latent_decode, unfit_for_latent_extend
 from jaxcache.kernels.attention.plan import Plan
 from jaxcache.kernels.attention.reference import fetch_latent
 from jaxcache.kernels.dispatch import Implementation, Op, choose
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
-
-MAX_RANK = 1024
 
 
 def mla_decode(
@@ -60,11 +59,16 @@ def mla_decode(
             "make the plan of this batch, or use mla_extend for several tokens a request"
         )
     q, kv = without_gradient((q, kv))
-    chosen = choose(Op.MLA_DECODE, implementation=implementation, rows=q.shape[0], unfit=_unfit(q, kv, plan))
+    unfit = unfit_for_latent_decode(q, kv, plan)
+    chosen = choose(Op.MLA_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit)
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import mla_triton
 
         return mla_triton.mla_decode(q, kv, layer, plan, masking)
+    if chosen.implementation is Implementation.MOSAIC and q.shape[0]:
+        from jaxcache.kernels.attention import mla_mosaic
+
+        return mla_mosaic.mla_decode(q, kv, layer, plan, masking)
     return decode.reference(q, fetch_latent(kv, layer), plan, masking, None)
 
 
@@ -87,7 +91,8 @@ def mla_extend(
     _check(q, kv, layer, plan, masking)
     extend.check_tokens(q, plan)
     q, kv = without_gradient((q, kv))
-    chosen = choose(Op.MLA_EXTEND, implementation=implementation, rows=q.shape[0], unfit=_unfit(q, kv, plan))
+    unfit = unfit_for_latent_extend(q, kv, plan)
+    chosen = choose(Op.MLA_EXTEND, implementation=implementation, rows=q.shape[0], unfit=unfit)
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import mla_triton
 
@@ -100,18 +105,3 @@ def _check(q: Any, kv: PagedLatent, layer: Any, plan: Plan, masking: Masking) ->
     check_queries(q, kv.rows.shape[-1])
     check_layer(layer, kv.order)
     decode.check_plan(plan, kv.order.page_size, masking)
-
-
-def _unfit(q: Any, kv: PagedLatent, plan: Plan) -> dict[Implementation, str]:
-    """Why kernels cannot take these arrays; empty if they can."""
-    why = None
-    if kv.rows.dtype != kv.dtype:
-        why = f"its rows must be stored as {kv.dtype}, and are as {kv.rows.dtype}"
-    elif kv.dtype.itemsize > 1 and q.dtype != kv.dtype:
-        why = f"its queries must be of the pool's {kv.dtype}, and are {q.dtype}"
-    elif kv.rank > MAX_RANK:
-        why = f"its latent parts are at most {MAX_RANK} wide, and these are {kv.rank}"
-    elif not plan.launches.decode.heads:
-        why = "its plan must be made for latent rows, and is for keys and values"
-    why = why or decode.unfit_dtype(kv.dtype)
-    return {} if why is None else {Implementation.TRITON: why}

@@ -247,20 +247,13 @@ def decode_kernel(
     STAGES: tl.constexpr,
     HQ: tl.constexpr,
     HB: tl.constexpr,  # query heads of a program, a power of two
-    RANK: tl.constexpr,
-    RANKP: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROPEP: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_POWER: tl.constexpr,
-    PAGE_MAJOR: tl.constexpr,
-    SCALE: tl.constexpr,
-    CAP: tl.constexpr,
+    RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr, ROPEP: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_POWER: tl.constexpr, PAGE_MAJOR: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     NARROW: tl.constexpr,  # 8-bit rows
     PAIRS: tl.constexpr,  # 8-bit rows whose parts are of an even width: see `half`
     PRECISE: tl.constexpr,  # float32 rows
-):
+):  # fmt: skip
     """The part of one program for one block of query heads: see the module."""
     p = tl.program_id(1)
     total = tl.load(first_block + units)
@@ -344,22 +337,10 @@ def extend_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 for none
     STAGES: tl.constexpr,
-    HQ: tl.constexpr,
-    HB: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKP: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROPEP: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_POWER: tl.constexpr,
-    PAGE_MAJOR: tl.constexpr,
-    SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    NARROW: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
+    HQ: tl.constexpr, HB: tl.constexpr, RANK: tl.constexpr, RANKP: tl.constexpr, ROPE: tl.constexpr,
+    ROPEP: tl.constexpr, PAGE: tl.constexpr, PAGE_POWER: tl.constexpr, PAGE_MAJOR: tl.constexpr, SCALE: tl.constexpr,
+    CAP: tl.constexpr, HAS_SCALE: tl.constexpr, NARROW: tl.constexpr, PAIRS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
     """One tile for one block of query heads: see the module."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     b = tl.load(tile_request + tile)

@@ -183,7 +183,7 @@ def make_plan(
     if window is not None:
         start = jnp.maximum(sequences.seq_len - window, 0)
     together = None
-    if shared is not None:
+    if shared is not None and launches.members > 1:  # queries that fill a block of rows alone gain nothing
         together, start = _share(sequences, shared, page_size, launches)
     return Plan(
         sequences=sequences,

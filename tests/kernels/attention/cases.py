@@ -207,7 +207,7 @@ def _worth(stored: np.ndarray, scale: Any, kind: str, at: np.ndarray) -> np.ndar
 
 
 RAGGED = ((0, 70), (0, 1), (0, 0), (0, 32), (0, 33))
-MIXED = ((59, 7), (0, 1), (33, 1), (0, 0), (27, 9), (31, 1), (0, 5))
+MIXED = ((59, 7), (0, 1), (33, 1), (0, 0), (29, 9), (31, 1), (0, 5))
 
 DECODE = {
     "gqa": Case(RAGGED),
@@ -277,6 +277,28 @@ LATENTS = {
     "e4m3": replace(LATENT, dtype=jnp.float8_e4m3fn, scales="tensor"),
     "latent_int8": replace(LATENT, dtype=np.int8, scales="tensor"),
 }
+
+LONG = ((0, 300), (0, 1), (0, 0), (0, 128), (0, 65))
+WGMMA_LATENT = Case(LONG, group=64, dim=192, latent=128, dtype=jnp.bfloat16, scale=0.1)
+WGMMA_LATENTS = {
+    "wgmma": WGMMA_LATENT,
+    "wgmma_page_64": replace(WGMMA_LATENT, page=64, layer=2),
+    "wgmma_all_at_once": replace(WGMMA_LATENT, page=8, page_major=True, cap=3.0, scales="tensor", scale=9.0),
+    "wgmma_128_heads": replace(WGMMA_LATENT, group=128, dim=576, latent=512, page=128, dtype=np.float16),
+    "wgmma_nobody": replace(WGMMA_LATENT, lens=((0, 0),)),
+}
+"""Latent rows that the Mosaic kernel takes."""
+CHUNKS = ((59, 7), (0, 1), (33, 1), (0, 0), (127, 70), (150, 150), (0, 5))
+WGMMA_HEADS = Case(CHUNKS, heads=2, group=2, dim=64, dtype=jnp.bfloat16, scale=0.2)
+WGMMA_EXTEND = {
+    "wgmma": WGMMA_HEADS,
+    "wgmma_d_128": replace(WGMMA_HEADS, dim=128, page=64, group=4, heads=1, dtype=np.float16, layer=2),
+    "wgmma_window": replace(WGMMA_HEADS, window=40, page=128),
+    "wgmma_all_at_once": replace(WGMMA_HEADS, window=33, cap=3.0, sinks=True, page_major=True, page=8),
+    "wgmma_scales": replace(WGMMA_HEADS, scales="head", scale=20.0, cap=5.0),
+    "wgmma_no_padding": replace(WGMMA_HEADS, lens=((9, 64), (0, 130)), padding=0, tokens=194),
+}
+"""Keys and values that the Mosaic kernel takes."""
 
 QUICK = frozenset(
     {

@@ -1,0 +1,1 @@
+"""SkyRL-tx sampling over jaxcache: see `adapter`."""
