@@ -129,6 +129,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
     def key_of(self, req: Request, length: int) -> RadixKey:
         """The first `length` tokens of a request as the tree has them: as pairs, where it keeps those."""
+        require_kind("req", req, Request)
         return self._as_key(req.key[:length])
 
     # ---- what others compute while a request runs ------------------------------------------------------------------
@@ -138,6 +139,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
         It leaves a token to compute. Counts as a use only if there is something. Cost: a lookup.
         """
+        require_kind("req", req, Request)
         limit = req.matchable_len
         if self.disable or limit // self.page_size * self.page_size <= req.kv_len:
             return None
@@ -174,6 +176,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         Raises:
           BrokenInvariantError: They are not the tree's.
         """
+        require_kind("req", req, Request)
         table, _ = self._parts()
         first = req.protected_len // self.page_size
         found = self.tree.match(self._as_key(req.computed_key)[:length])

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxcache.device.packing import NOWHERE, Field, Packing
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 
 PER_REQUEST = "row", "prefix_len", "seq_len", "last_loc", "tag"
 """Names of what a plan says of each request in one number."""
@@ -138,7 +138,7 @@ class Buckets:
         """
         for name, value in (("chunk", chunk), ("max_running", max_running), ("page_size", page_size)):
             if not _is_count(value) or value < 1:
-                raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+                raise ArgumentError(f"{name} must be an integer of at least 1, got {shown(value)}")
         tokens = tuple(_doubling(page_size, chunk))
         few = {1, min(EXTEND_REQUESTS, max_running), max_running}
         choices = itertools.product(((4, 8), (2, 4), (1, 2), (1, 1)), (few, {1, max_running}))

@@ -107,6 +107,7 @@ class StepPlanner:
 
     def require_settled(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no loop and no plan to be run."""
+        require_kind("request", request, Request)
         (row,) = self._waiting([request]).batch.row.tolist()
         return row
 

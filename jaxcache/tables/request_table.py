@@ -65,7 +65,7 @@ class ReqToTokenPool:
     def __init__(self, size: int, max_context_len: int, page_size: int = 1):
         sizes = size, max_context_len, page_size
         if not all(isinstance(value, (int, np.integer)) for value in sizes) or min(sizes) < 1:
-            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {sizes}")
+            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {shown(sizes)}")
         self.size = size
         self.max_context_len = max_context_len
         self.page_size = page_size
