@@ -32,6 +32,7 @@ from jaxcache.errors import (
     ShardingError,
     SnapshotError,
     StalePoolError,
+    ThreadError,
     TraceError,
     UnsupportedError,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "SnapshotError",
     "StalePoolError",
     "StepPlan",
+    "ThreadError",
     "TraceError",
     "UnsupportedError",
     "donating",

@@ -83,6 +83,10 @@ class UnsupportedError(CacheError):
     """An implementation cannot run here; the message says what is missing."""
 
 
+class ThreadError(CacheError):
+    """A call from a thread that does not own the manager or cache; nothing has changed."""
+
+
 class TraceError(CacheError):
     """A trace file is missing or malformed; the message names the file and the line."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxcache.arguments import as_integer
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.key import Namespace, RadixKey
+from jaxcache.index.media import MediaRange
 from jaxcache.index.receipt import Receipt
 from jaxcache.index.tokens import FixedTokens, TokenList
 
@@ -61,7 +62,7 @@ class Request:
     """One request and what it owns in the cache.
 
     What a user may set is checked when it is set, here or later. The rest is the manager's: it is no argument, and to
-    be read only.
+    be read only. Any thread may make one; while it runs it belongs to its manager's thread.
 
     Attributes:
       rid: Its name in messages.
@@ -70,6 +71,8 @@ class Request:
       priority: Higher stays longer under `Policy.PRIORITY`. 64 bits.
       tag: An int32 of the engine's own that its steps see, such as the index of an adapter. Fixed while it runs.
       logprob_start_len: Match no further than this many tokens, because logits are wanted from there on.
+      media: The ranges of prompt tokens that stand for images or audio, as `MediaRange`s; fixed. KV is shared past the
+        start of one only with a request that has the same one there.
       output_ids: Tokens sampled so far. The engine appends; nothing is ever changed or taken back, for it may have KV.
         So a token that is not known yet has no placeholder here: append it once it is.
       req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
@@ -96,6 +99,7 @@ class Request:
     tag: int = 0
     logprob_start_len: int | None = None
     output_ids: list[int] = field(default_factory=TokenList)
+    media: Sequence[MediaRange] = ()
     req_pool_idx: int | None = field(default=None, init=False)
     lock: Receipt | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
@@ -110,12 +114,13 @@ class Request:
     _without_row: RequestState = field(default=RequestState.WAITING, init=False, repr=False)
 
     def __post_init__(self):
-        self._key = RadixKey(self.origin_input_ids, self.extra_key)
+        self._key = RadixKey(self.origin_input_ids, self.extra_key, self.media)
         self.prompt_len = self._key.length
         if not self.prompt_len:
             raise ArgumentError(
                 f"origin_input_ids of request {self.rid}: it is empty; a request needs at least one token"
             )
+        vars(self)["media"] = self._key.media
         vars(self)["origin_input_ids"] = _fixed_prompt(self.origin_input_ids, self._key)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,8 +129,9 @@ class Request:
 
     def enter(self, table: RowLengths, row: int) -> None:
         """Takes a row of the request table, which holds the request's lengths from now on."""
+        table.kv_len[row] = table.num_pages[row] = 0  # first: what was in the row before is never this request's
+        table.touch(row)
         self._lengths, self.req_pool_idx = table, row
-        self.kv_len = self.num_pages = 0
 
     def leave(self) -> None:
         """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""
@@ -288,6 +294,7 @@ _CHECKS: Mapping[str, Callable[[Request, str, Any], Any]] = MappingProxyType(
     {
         "origin_input_ids": _once,
         "extra_key": _once,
+        "media": _once,
         "prompt_len": _once,
         "priority": _priority,
         "tag": _tag,

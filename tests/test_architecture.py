@@ -16,11 +16,12 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 
 _READERS = {"arguments", "errors", "slots", "state_dict"}
 _GROUND = _READERS | {"device", "index", "kernels", "pools", "request"}
-_MEMORY = _GROUND | {"caches", "components", "events", "pages", "steps", "tables"}
+_MEMORY = _GROUND | {"caches", "components", "events", "guard", "pages", "steps", "tables"}
 # A room is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "arguments": {"errors"},
+    "guard": {"errors"},
     "slots": {"errors", "arguments"},
     "state_dict": {"errors"},
     "index": _READERS,
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "components": _GROUND | {"pages", "tables"},
     "observe": {"errors", "index", "pages"},
     "attention": {"errors", "kernels", "pools", "steps"},
-    "caches": _GROUND | {"components", "events", "pages", "tables"},
+    "caches": _GROUND | {"components", "events", "guard", "pages", "tables"},
     "steps": _GROUND | {"caches", "components", "pages", "tables"},
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},

@@ -2,98 +2,16 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.pools.layout import Layout
 from jaxcache.replay.content import write_step
-from jaxcache.replay.proof import Proof
 from jaxcache.request import Request
-from jaxcache.steps.batch import Batch
-from jaxcache.steps.buckets import StepKind
-from tests.support.loop_managers import make_manager
+from tests.support.loop_managers import STEPS, absorb, assert_right, decoded, launch, loop_step, make_manager, prefilled
 
-STEPS = 8
 BY_LAYER = Layout.LAYER_MAJOR
-
-
-def next_token(tokens):
-    return (tokens * 31 + 7) % 4093
-
-
-def loop_step(pool, loop, stop_at):
-    def step(carried, _):
-        pool, loop, tokens = carried
-        loop, slots = loop.grow()
-        rows = loop.row.shape[0]
-        batch = Batch(
-            tokens=tokens,
-            positions=loop.positions[:, 0],
-            slots=slots[:, 0],
-            request=jnp.arange(rows),
-            valid=loop.rows.granted > 0,
-            row=loop.row,
-            prefix_len=loop.rows.seq_len,
-            seq_len=loop.rows.seq_len + loop.rows.granted,
-            tag=loop.tag,
-            table=loop.table,
-            state=loop.computing_state,
-            kind=StepKind.DECODE,
-            page_size=loop.shape.page_size,
-            context=64,
-        )
-        pool, _ = write_step(pool, batch)
-        granted = loop.rows.granted
-        stopped = loop.rows.seq_len + granted >= stop_at
-        loop = loop.accept().stop(stopped)
-        return (pool, loop, next_token(tokens)), (granted, stopped)
-
-    (pool, loop, _), out = jax.lax.scan(step, (pool, loop, loop.tokens), None, length=loop.shape.steps)
-    return pool, loop, out
-
-
-def prefilled(manager, lengths):
-    requests = [Request(str(i), np.arange(n) % 5 + i, tag=i) for i, n in enumerate(lengths)]
-    for request in requests:
-        assert manager.admit(request) is not None
-        while request.kv_len < request.num_tokens:
-            plan = manager.extend([(request, manager.next_chunk(request, 32))])
-            manager.run(write_step, plan)
-        request.output_ids.append(100 + int(request.rid))
-    return requests
-
-
-def decoded(manager, requests, stop_at):
-    """One loop, from plan to absorbed."""
-    plan = manager.decode_loop(requests, STEPS)
-    absorb(manager, requests, plan, launch(manager, requests, plan, stop_at))
-
-
-def launch(manager, requests, plan, stop_at):
-    padded = np.full(plan.shape.requests, 99, np.int32)
-    padded[: len(requests)] = stop_at
-    return manager.run_loop(loop_step, plan, padded)
-
-
-def absorb(manager, requests, plan, out):
-    accepted, stopped = out
-    replay = plan.replay(np.asarray(accepted), np.asarray(stopped))
-    for request, count in zip(requests, np.asarray(accepted).sum(axis=0).tolist(), strict=False):
-        for _ in range(count):
-            request.output_ids.append(int(next_token(request.key.token_ids[-1])))
-    manager.absorb(replay, read_device=True)
-
-
-def assert_right(manager, *requests):
-    proof = Proof(manager)
-    for request in requests:
-        proof.verify(request, request.kv_len)
-        proof.verify_state(request)
-    assert proof.mismatched == 0
-    manager.check_memory(read_device=True)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

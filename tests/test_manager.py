@@ -729,7 +729,8 @@ def plant_size_counter(manager, request):
 
 def plant_device_entry(manager, request):
     runner = manager.runner
-    runner.table = jax.tree.map(lambda pages: pages.at[request.req_pool_idx, 1].add(1), runner.table)
+    pages = runner.table.pages.at[request.req_pool_idx, 1].add(1)
+    runner.table = dataclasses.replace(runner.table, pages=pages)
 
 
 PLANTS = [value for name, value in sorted(globals().items()) if name.startswith("plant_")]

@@ -1,7 +1,4 @@
-"""Words that a reader of the field has to decode are not used. Files that still use some are listed; the list shrinks.
-
-python -m tests.test_prose    # takes files off the list that have become clean; adds none
-"""
+"""Words that a reader of the field has to decode are not used."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIST = Path(__file__).with_name("prose_debt.txt")
 INSTEAD = {
     r"\bwho(m)?ever\b": "name the role: the caller, a request, another thread",
     r"\b(no|some|every)body('s)?\b": "name the role, or use the passive",
@@ -41,33 +37,13 @@ def findings(text: str) -> list[str]:
     ]
 
 
-def listed() -> list[str]:
-    """Files that still have such words."""
-    return [line for line in LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_words(name: str) -> None:
     found = findings((ROOT / name).read_text(encoding="utf-8"))
-    if name not in listed():
-        assert not found, f"{name}: see docs/concepts.md#glossary for the field's terms"
-
-
-def test_the_list_has_no_file_that_is_clean_or_gone() -> None:
-    assert [name for name in listed() if name not in still()] == [], "python -m tests.test_prose"
-
-
-def still() -> list[str]:
-    """Files of the list that are there and not clean."""
-    return [name for name in listed() if name in FILES and findings((ROOT / name).read_text(encoding="utf-8"))]
+    assert not found, f"{name}: see docs/concepts.md#glossary for the field's terms"
 
 
 def test_each_word_is_found() -> None:
     for line in ("whoever", "Nobody's", "made anew", "gone on from", "was let go", "is no int32", "all the same"):
         assert findings(f"a {line} b"), line
     assert not findings("The list is not an int32 array, and no file is evicted.")
-
-
-if __name__ == "__main__":
-    head = [line for line in LIST.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    LIST.write_text("\n".join([*head, *still()]) + "\n", encoding="utf-8")

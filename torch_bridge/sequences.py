@@ -166,7 +166,7 @@ class Sequences:
     def confirm(self, tokens: np.ndarray) -> None:
         """Tells that the next columns are computed, in every layer, of these `(batch, columns)` tokens.
 
-        What of them is prompt can be shared from now on, and lets go of window pages.
+        What of them is prompt can be shared from now on, and window pages are freed.
         """
         self._given.append(tokens)
         self.confirmed += tokens.shape[1]

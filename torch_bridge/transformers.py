@@ -148,7 +148,7 @@ class JaxPagedCache(Cache):
           input_ids: `(batch, columns)` whole prompts, padded on the left.
           attention_mask: Likewise, 0 for padding. None if there is none: padding is not guessed from token ids.
           extra_key: Namespace, such as the name of an adapter.
-          **options: Any of `generate`'s. Where the model or its configs say `use_cache=False`, it is used all the same.
+          **options: Any of `generate`'s. Where the model or its configs say `use_cache=False`, it is used nevertheless.
 
         Returns:
           What `generate` returns.

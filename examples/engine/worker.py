@@ -61,6 +61,7 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
+        scheduler.memory.hand_over()  # to the thread that is about to drive it
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._jobs: dict[Generation, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)

@@ -8,6 +8,7 @@ from jaxcache.arguments import as_count
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
+from jaxcache.guard import exclusive
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.request import Request
@@ -55,6 +56,7 @@ class SWAChunkCache(SWARadixCache):
     ):
         super().__init__(req_to_token_pool, token_to_kv_pool_allocator, sliding_window_size, page_size, disable=True)
 
+    @exclusive
     def evict_swa(self, req: Request, prelen: int, attention_chunk_size: int) -> None:
         """Frees the window pages of a running request before the chunk that token `prelen` is in.
 

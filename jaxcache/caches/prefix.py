@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from jaxcache.arguments import as_count, as_int32, as_sequence, require_counts, require_kind
 from jaxcache.caches.base import NONE_SPARED, MatchResult
+from jaxcache.caches.check import check_cached
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
-from jaxcache.errors import ArgumentError, BrokenInvariantError
+from jaxcache.errors import ArgumentError
 from jaxcache.events.events import EventQueue, KVCacheEvent
 from jaxcache.events.observer import CacheObserver
-from jaxcache.index.check import check as check_tree
+from jaxcache.guard import Guard, Told, exclusive
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
 from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
@@ -60,7 +62,12 @@ class PrefixCache:
       components: All of them, the full pages first.
       tree: The index, for looking at.
       events: What waits for `take_events`; None unless they are enabled.
-      observer: Notified of lookups, inserts and evictions, such as `CacheMetrics`; or None.
+      observer: Notified of lookups, inserts and evictions, such as `CacheMetrics`; or None. What it raises breaks no
+        call.
+      guard: Who may call, see `jaxcache.guard`. A manager puts its own in the place of it.
+
+    Threads: of one thread, the first that changes something; `guard.hand_over()` moves it. From any other, sizes and
+    `take_events` can be read; everything else raises ThreadError. The tree itself checks no thread.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class PrefixCache:
         )
         self.events = EventQueue(self.tree) if enable_kv_cache_events else None
         self.observer: CacheObserver | None = None
+        self.guard = self._own_guard = Guard(self._audit, "call reset(), and clear the allocators")
 
     # ---- looking up ----------------------------------------------------------------------------------------------
 
@@ -102,9 +110,16 @@ class PrefixCache:
         Receipts given out before are refused from now on, so a request that runs can no longer be ended: end all first.
         `MemoryManager.reset` does all of it, and refuses while requests run.
         """
+        is_own = self.guard is self._own_guard
+        if is_own:
+            self.guard.begin_anew("reset")
+        else:
+            self.guard.require_owner("reset")
         self.tree.reset()
         if self.events is not None:
             self.events.cleared()
+        if is_own:
+            self.guard.mend()
 
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
@@ -114,13 +129,24 @@ class PrefixCache:
         Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
         `RadixKey` that is kept.
         """
+        guard = self.guard
+        if guard.thread != get_ident():
+            guard.look("match_prefix")
         started = time.perf_counter() if self.observer is not None else 0.0
-        key = self._as_key(key)
-        found = self.tree.match(key[:0] if self.disable else key)
+        try:
+            key = self._as_key(key)
+            found = self.tree.match(key[:0] if self.disable else key)
+        except BaseException as error:
+            if not guard.turn & 1:  # else the call that made this one may undo it
+                guard.failed("match_prefix", error)
+            raise
         if self.observer is not None:
-            self.observer.matched(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            with Told(self.observer):
+                self.observer.matched(seconds)
         return MatchResult(found, self.page_size)
 
+    @exclusive
     def inc_lock_ref(self, node: Match | MatchResult) -> Receipt:
         """Protects what a match found from eviction.
 
@@ -129,6 +155,7 @@ class PrefixCache:
         """
         return self.tree.lock(node.last_device_node if isinstance(node, MatchResult) else node)
 
+    @exclusive
     def dec_lock_ref(self, receipt: Receipt) -> int:
         """Takes a receipt back, exactly once; returns the tokens that became evictable.
 
@@ -169,6 +196,7 @@ class PrefixCache:
             pages = first_pages("value", value, key.length // self.page_size, self.page_size)
         return self.insert_pages(key, pages, state)
 
+    @exclusive
     def insert_pages(
         self, key: RadixKey | np.ndarray | Sequence[int], pages: Int32[np.ndarray, " pages"], state: int = 0
     ) -> int:
@@ -224,7 +252,9 @@ class PrefixCache:
             for node in inserted.added:
                 self.events.stored(node, key.namespace)
         if self.observer is not None:
-            self.observer.inserted(inserted.length - inserted.present, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            with Told(self.observer):
+                self.observer.inserted(inserted.length - inserted.present, seconds)
         return inserted
 
     # ---- evicting ------------------------------------------------------------------------------------------------
@@ -238,13 +268,14 @@ class PrefixCache:
         Overshoots by less than one node. Cost: O(evicted).
 
         Raises:
-          ArgumentError: A number is no integer, or negative.
+          ArgumentError: A number is not an integer, or is negative.
         """
         require_counts(num_tokens=num_tokens, swa_num_tokens=swa_num_tokens, mamba_num=mamba_num)
         size = self.page_size
         wanted = {"full": -(-num_tokens // size), "window": -(-swa_num_tokens // size), "state": mamba_num}
         return self.evict_values([wanted.get(component.name, 0) for component in self._in_tree])
 
+    @exclusive
     def evict_values(self, amounts: Sequence[int]) -> int:
         """Frees at least so many values of each component of the tree; returns the tokens freed. See `evict`.
 
@@ -261,7 +292,9 @@ class PrefixCache:
         size = self.page_size
         if self.observer is not None:
             counts = [n * size if part.spans else n for n, part in zip(freed, self.tree.components, strict=True)]
-            self.observer.evicted(counts, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            with Told(self.observer):
+                self.observer.evicted(counts, seconds)
         return freed[0] * size
 
     def _amounts(self, amounts: Sequence[int]) -> Sequence[int]:
@@ -281,7 +314,7 @@ class PrefixCache:
           without_window: Of the pages, those that need no window page.
 
         Raises:
-          ArgumentError: States are asked of a cache that keeps none; or a number is no integer, or negative.
+          ArgumentError: States are asked of a cache that keeps none; or a number is not an integer, or is negative.
 
         Cost: O(evicted).
         """
@@ -301,6 +334,7 @@ class PrefixCache:
         require_kind("spared", spared, Mapping)
         return self.make_room_for({part.name: part.per_page * (num_pages - spared.get(part.name, 0)) for part in parts})
 
+    @exclusive
     def make_room_for(self, amounts: Mapping[str, int]) -> bool:
         """Whether so many values of each component can be taken now, after evicting what was short, only as much.
 
@@ -328,6 +362,7 @@ class PrefixCache:
         if self.events is not None:
             self.events.removed(gone)
 
+    @exclusive
     def drop(self, extra_key: str | bytes | Namespace | None) -> int:
         """Forgets all that is cached in one namespace; returns the tokens freed. O(its nodes).
 
@@ -399,6 +434,7 @@ class PrefixCache:
         """Events since the last call, oldest first; empty unless they were enabled. See `EventQueue.take`."""
         return self.events.take() if self.events is not None else []
 
+    @exclusive
     def explain(self, key: RadixKey | np.ndarray | Sequence[int]) -> Explanation:
         """Why a lookup of `key` stops where it does: `print(cache.explain(key))`. Changes nothing, not even recency.
 
@@ -406,29 +442,22 @@ class PrefixCache:
         """
         return explain(self.tree, self._as_key(key))
 
+    @exclusive
     def draw(self) -> str:
         """The tree as text."""
         return draw_tree(self.tree)
 
+    @exclusive
     def check(self) -> None:
         """Verifies the tree, and that the owners agree on what is the tree's, component by component. O(cached).
 
         Raises:
           BrokenInvariantError: with a drawing of the tree.
         """
-        check_tree(self.tree)
-        nodes = list(self.tree.nodes())
-        pages = joined([node.value for node in nodes])
-        for i, component in enumerate(self._in_tree):
-            values = []
-            for node in nodes:
-                value = node.slot(i).value
-                if value is not None:
-                    values.append(value)
-                elif component.component.spans:
-                    values.append(np.zeros_like(node.value))
-            for problem in component.problems(pages, joined(values)):
-                raise BrokenInvariantError(f"{problem}\n{self.draw()}")
+        self._audit()
+
+    def _audit(self) -> None:
+        check_cached(self.tree, self._in_tree)
 
 
 def _as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:

@@ -18,6 +18,7 @@ from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
 from jaxcache.errors import ArgumentError, BrokenInvariantError
+from jaxcache.guard import exclusive
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Insertion
 from jaxcache.index.policies.registry import Policy
@@ -44,7 +45,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
       followers: What follows the full pages wherever they go.
 
     Attributes:
-      full, components, tree, events, observer: See `PrefixCache`.
+      full, components, tree, events, observer, guard: See `PrefixCache`; for threads, too.
 
     Raises:
       ArgumentError: The page sizes of cache, allocator and table differ.
@@ -86,6 +87,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         self._windows = tuple(part for part in self._further if part.component.spans)
         self._checkpointed = tuple(part for part in self._further if not part.component.spans)
 
+    @exclusive
     def cache_unfinished_req(self, req: Request, chunked: bool = False) -> None:
         """Shares what a running request has computed, up to its last whole page or checkpoint, and locks it for it.
 
@@ -104,6 +106,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
             component.release_checkpoint(_row_of(req))
         self._exchange_lock(req, self.tree.lock(inserted))
 
+    @exclusive
     def cache_finished_req(self, req: Request) -> None:
         """Shares what a request computed, frees the rest of its pages and its row, and releases its lock.
 
@@ -134,6 +137,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
     # ---- what others compute while a request runs ------------------------------------------------------------------
 
+    @exclusive
     def longer_prefix(self, req: Request) -> MatchResult | None:
         """What is cached by now of a running request, if that is more than it has computed; else None.
 
@@ -147,6 +151,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
             return None
         return self.match_prefix(req.key[:limit])
 
+    @exclusive
     def resume_from(self, req: Request, found: MatchResult, lock: Receipt) -> None:
         """A running request resumes from a longer cached prefix: its own pages so far are freed.
 
@@ -166,6 +171,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         for component in self.components:
             component.restart_request(row, found.state)
 
+    @exclusive
     def lock_taken(self, req: Request, length: int) -> None:
         """A step ran in which a request read pages that it computed for another one, which are the tree's by now.
 
@@ -191,6 +197,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if old is not None:
             self.tree.unlock(old)
 
+    @exclusive
     def drop_out_of_window(self, req: Request, keep_checkpoint: bool = True) -> None:
         """Frees the window pages of a running request that no later token attends to, and no later stop needs.
 

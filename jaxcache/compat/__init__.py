@@ -37,6 +37,7 @@ from jaxcache.index.hashing import hash_to_int64 as hash_to_int64
 from jaxcache.index.hashing import hash_token_ids as hash_token_ids
 from jaxcache.index.key import BigramKey as BigramKey
 from jaxcache.index.key import RadixKey as RadixKey
+from jaxcache.index.media import MediaRange as MediaRange
 from jaxcache.index.tree import RadixTree as RadixTree
 from jaxcache.kernels.in_place import assert_in_place as assert_in_place
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator

@@ -5,7 +5,7 @@
     window      window.py   a window page      window           a page each, holes   (comes with each page)
     state       state.py    a whole state      states           at the end of nodes  one to work on, a checkpoint
 
-Everybody else loops over components and asks no kind. Whoever adds one writes a file like these: a `TreeComponent` for
+All others loop over components and ask no kind. To add one, write a file like these: a `TreeComponent` for
 what a prefix cache holds by ids of its own, a `MemoryComponent` for what follows the full pages wherever they go.
 
 A component says which rows of which stacks are concerned; it moves no bytes and decides nothing. So a second place for
@@ -73,7 +73,7 @@ class DeviceMap(Protocol):
 
 
 class MemoryComponent(ABC):
-    """One kind of memory, as everybody else sees it.
+    """One kind of memory, as the other rooms see it.
 
     Attributes:
       name: Short and unique in a cache.
@@ -134,7 +134,7 @@ class MemoryComponent(ABC):
         """
 
     def restart_request(self, row: int, source: int) -> None:
-        """The request in `row` goes on from a cached prefix instead of from what it computed.
+        """The request in `row` resumes from a cached prefix instead of from what it computed.
 
         Args:
           row: Its row in the request table.
@@ -178,7 +178,7 @@ class MemoryComponent(ABC):
           kv_len: Tokens with KV.
           end: Furthest stop.
           num_tokens: Tokens of the request.
-          branching_len: Tokens whose pages are cached, though nobody can continue from there; 0 for none.
+          branching_len: Tokens whose pages are cached, though no request can resume there; 0 for none.
         """
         return end
 

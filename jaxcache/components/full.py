@@ -87,10 +87,13 @@ class FullPages(TreeComponent):
 
     def problems(self, pages: Int32[np.ndarray, " pages"], values: Int32[np.ndarray, " values"]) -> Iterator[str]:
         """See `TreeComponent.problems`."""
-        if self._allocator is not None and not are_all_of(self._allocator, pages):
+        if self._allocator is None:
+            return
+        self._allocator.check()
+        if not are_all_of(self._allocator, pages):
             yield f"the tree holds {len(pages)} pages, the allocator disagrees"
 
-    # ---- all the others ------------------------------------------------------------------------------------------
+    # ---- the other rooms -----------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""

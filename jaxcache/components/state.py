@@ -235,10 +235,11 @@ class RecurrentStates(TreeComponent):
 
     def problems(self, pages: Int32[np.ndarray, " pages"], values: Int32[np.ndarray, " values"]) -> Iterator[str]:
         """See `TreeComponent.problems`."""
+        self._allocator.check()
         if not are_all_of(self._allocator, values):
             yield f"the tree holds {len(values)} states, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- the other rooms ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " states"]:
         """See `MemoryComponent.rows_in_use`."""

@@ -134,9 +134,12 @@ class WindowPages(TreeComponent):
         size = self._page_size
         for node in inserted.healed:
             self._allocator.move_windows(pages[node.start // size : node.end // size], node.value)
-        for node in inserted.added[:-1]:  # starts as a hole: window pages before the last gap are of no use to anybody
-            if self._allocator.full_to_window[node.value].any():
-                self._allocator.free_windows(node.value, PageState.TREE)
+        if len(inserted.added) > 1:  # may start as a hole: window pages before the last gap are of no use to anybody
+            gaps = np.flatnonzero(self._allocator.full_to_window[pages[: inserted.length // size]] == 0)
+            begin = (int(gaps[-1]) + 1) * size if len(gaps) else 0
+            for node in inserted.added:
+                if node.end <= begin and self._allocator.full_to_window[node.value].any():
+                    self._allocator.free_windows(node.value, PageState.TREE)
 
     def free(self, values: Int32[np.ndarray, " values"]) -> None:
         """See `TreeComponent.free`. The full pages stay."""
@@ -148,13 +151,12 @@ class WindowPages(TreeComponent):
 
     def problems(self, pages: Int32[np.ndarray, " pages"], values: Int32[np.ndarray, " values"]) -> Iterator[str]:
         """See `TreeComponent.problems`."""
-        self._allocator.check()
         if not np.array_equal(self._allocator.window_pages(pages), values):
             yield "the tree's window pages are not those that its pages have"
         if not are_all_of(self._allocator.window, values[values > 0]):
             yield f"the tree holds {np.count_nonzero(values)} window pages, the allocator disagrees"
 
-    # ---- everybody else ------------------------------------------------------------------------------------------
+    # ---- the other rooms ------------------------------------------------------------------------------------------
 
     def rows_in_use(self) -> Int32[np.ndarray, " slots"]:
         """See `MemoryComponent.rows_in_use`."""

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Set
 
 from jaxcache.errors import ArgumentError
 from jaxcache.events.events import AllBlocksCleared, BlockStored, EventBatch, StorageMedium
+from jaxcache.index.hashing import hashes_of
 from jaxcache.index.key import RadixKey
-from jaxcache.index.page_hashes import PageHashes
 
 Replay = Callable[[int], Iterable[tuple[int, EventBatch]]]
 """Asks a publisher for what it still has from a sequence number on: numbers and batches, in order."""
@@ -199,12 +199,12 @@ class EventConsumer:
         A cache with windows or states may find less. O(tokens of the key), to hash them.
         """
         blocks = self._blocks[medium]
-        hashes = PageHashes(key.packed[: key.element_bytes * key.length], key.element_bytes * page_size, key.namespace)
         found = 0
-        for name in hashes.names():
-            if name not in blocks:
-                break
-            found += page_size
+        for hashes in hashes_of(key, page_size):
+            for name in hashes.names():
+                if name not in blocks:
+                    return found
+                found += page_size
         return found
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache.errors import ArgumentError
+from jaxcache.index.media import digests_of
 from jaxcache.index.node import Eviction, Node
 from jaxcache.index.page_hashes import PageHashes
 from jaxcache.index.tree import RadixTree
@@ -52,14 +53,17 @@ class BlockStored:
       block_size: Tokens a block.
       namespace: Encoded namespace; empty for the default one.
       medium: Where they are.
+      extra_keys: For each block the digests, in hexadecimal, of the images that start in it, or None; None where no
+        block has any. Names depend on them, on where in the block they start and on their length.
 
     Attributes:
+      extra_keys: As given.
       block_size: As given.
       namespace: As given.
       medium: As given.
     """
 
-    __slots__ = ("_blocks", "_parent", "_tokens", "block_size", "medium", "namespace")
+    __slots__ = ("_blocks", "_parent", "_tokens", "block_size", "extra_keys", "medium", "namespace")
 
     def __init__(
         self,
@@ -69,7 +73,9 @@ class BlockStored:
         block_size: int,
         namespace: bytes = b"",
         medium: StorageMedium = StorageMedium.GPU,
+        extra_keys: Sequence[Sequence[str] | None] | None = None,
     ):
+        self.extra_keys = extra_keys
         self._blocks = block_hashes
         self._parent = parent_block_hash
         self._tokens = token_ids
@@ -111,7 +117,8 @@ class BlockStored:
         return _count(self._blocks)
 
     def _fields(self) -> tuple:
-        return self.block_hashes, self.parent_block_hash, self.token_ids, self.block_size, self.namespace, self.medium
+        names = (self.block_hashes, self.parent_block_hash)
+        return *names, self.token_ids, self.block_size, self.namespace, self.medium, self.extra_keys
 
     def __eq__(self, other: object) -> bool:
         return self._fields() == other._fields() if isinstance(other, BlockStored) else NotImplemented
@@ -250,7 +257,10 @@ class EventQueue:
             self._forget(blocks)
             return
         hashes: Any = node.hashes  # they are there: the tree keeps them
-        self._waiting.append(BlockStored(hashes, node.parent.hashes, node.key, self._block_size, namespace))
+        event = BlockStored(hashes, node.parent.hashes, node.key, self._block_size, namespace)
+        if node.media:
+            event.extra_keys = [[digest.hex() for digest in digests_of(node.media)], *[None] * (blocks - 1)]
+        self._waiting.append(event)
 
     def removed(self, gone: Eviction) -> None:
         """Nodes left the tree. O(nodes)."""

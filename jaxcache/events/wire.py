@@ -2,11 +2,12 @@
 
     [ts, [event, ...], data_parallel_rank]        a batch is an array
     {"type": "BlockStored", "block_hashes": [...], "parent_block_hash": int | nil, "token_ids": [...],
-     "block_size": int, "lora_id": nil, "medium": "GPU", "lora_name": str | nil}
+     "block_size": int, "lora_id": nil, "medium": "GPU", "lora_name": str | nil, "extra_keys": [[str] | nil, ...]}
     {"type": "BlockRemoved", "block_hashes": [...], "medium": "GPU"}
     {"type": "AllBlocksCleared"}
 
-`medium` and `lora_name` are always there, since vLLM's consumers demand them. Names of blocks are chained from their
+`medium` and `lora_name` are always there, since vLLM's consumers demand them; `extra_keys` only where images start in a
+block. Names of blocks are chained from their
 namespace, so a salt or an extra key need not be told, and is not. What older releases publish is read too: events and
 batches as arrays or as maps, names of blocks as bytes.
 
@@ -85,6 +86,7 @@ class _Stored(msgspec.Struct):
     medium: msgspec.Raw = msgspec.Raw()
     lora_name: msgspec.Raw = msgspec.Raw()
     cache_salt: msgspec.Raw = msgspec.Raw()
+    extra_keys: msgspec.Raw = msgspec.Raw()
 
 
 class _StoredArray(_Stored, array_like=True):
@@ -111,6 +113,7 @@ _AS_ARRAY = _decoders(_KindArray, _StoredArray, _RemovedArray)
 _TEXT = msgspec.msgpack.Decoder(str)
 _MAP_HEADS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _ARRAY_HEADS = frozenset((*range(0x91, 0xA0), 0xDC, 0xDD))
+_LIST_HEADS = _ARRAY_HEADS | {0x90}
 _TEXT_HEADS = frozenset((*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB))
 """First bytes of what msgpack writes for a map, for an array that is not empty, and for text."""
 
@@ -124,7 +127,8 @@ def encode_batch(batch: EventBatch, with_token_ids: bool = True, pause: Callable
 
     Args:
       batch: Its `namespace`s are not told, but for a `lora_id` that is text.
-      with_token_ids: False leaves the tokens out, which are what users wrote: consumers that go by names need none.
+      with_token_ids: False leaves the tokens out, which are what users wrote, and the digests of their images:
+        consumers that go by names need neither.
       pause: Called every 20 microseconds or so, for a thread that shall not keep others waiting.
 
     Raises:
@@ -155,7 +159,8 @@ def _encoded(event: KVCacheEvent, with_token_ids: bool, pause: Callable[[], None
     if isinstance(event, BlockRemoved):
         return {"type": "BlockRemoved", "block_hashes": event.block_hashes, "medium": event.medium.value}
     lora_id = Namespace.decode(event.namespace).lora_id
-    return {
+    media = {"extra_keys": event.extra_keys} if event.extra_keys and with_token_ids else {}
+    return media | {
         "type": "BlockStored",
         "block_hashes": event.block_hashes,
         "parent_block_hash": event.parent_block_hash,
@@ -220,7 +225,14 @@ def _decoded(raw: msgspec.Raw) -> KVCacheEvent | None:
     stored = as_stored.decode(raw)
     space = Namespace(lora_id=_text(stored.lora_name), cache_salt=_text(stored.cache_salt)).encode()
     parent, medium = stored.parent_block_hash, _medium(stored.medium)
-    return BlockStored(stored.block_hashes, parent, stored.token_ids, stored.block_size, space, medium)
+    extra = _list(stored.extra_keys)
+    return BlockStored(stored.block_hashes, parent, stored.token_ids, stored.block_size, space, medium, extra)
+
+
+def _list(raw: msgspec.Raw) -> list[Any] | None:
+    """A list, or None for anything else."""
+    view = memoryview(raw)
+    return msgspec.msgpack.decode(view) if len(view) and view[0] in _LIST_HEADS else None
 
 
 def _medium(raw: msgspec.Raw) -> StorageMedium:

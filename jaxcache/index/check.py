@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxcache.errors import BrokenInvariantError
+from jaxcache.index.media import digests_of, with_media
 from jaxcache.index.node import Node, Root
 from jaxcache.index.page_hashes import namespace_seed, page_hashes
 from jaxcache.index.policies.lru import LRU
@@ -57,7 +58,9 @@ def problems(tree: RadixTree) -> Iterator[str]:
 
 def _surplus_problems(tree: RadixTree, i: int, cached: set[Node], unlocked: set[Node]) -> Iterator[str]:
     """Every node whose value is more than the resume points need has to be a candidate for eviction."""
-    name, candidates = tree.components[i].name, tree.resume.live_candidates(i)
+    name, candidates = tree.components[i].name, tree.resume.candidates[i] or {}
+    if not candidates.keys() <= cached:
+        yield f"surplus of {name}: a candidate must be cached"
     if any(node in unlocked or node not in cached for node in tree.resume.waiting[i]):
         yield f"surplus of {name}: what waits must be locked"
     for node in unlocked - candidates.keys():
@@ -72,7 +75,7 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         return
     if not node.key or len(node.key) % page_bytes:
         yield f"{node}: its key has {len(node.key)} bytes, it must be whole pages and not empty"
-    if parent.children.get(node.key[:page_bytes]) is not node:
+    if parent.children.get(node.name(page_bytes)) is not node:
         yield f"{node}: its parent does not list it under its first page"
     if node.start != parent.end or tree.element_bytes * node.tokens != len(node.key):
         yield f"{node}: it must start where its parent ends, at {parent.end}, and be as long as its key"
@@ -81,13 +84,15 @@ def _node_problems(tree: RadixTree, node: Node) -> Iterator[str]:
         yield f"{node}: the first component's value is missing"
     if min(locks) < 0 or locks[0] != max(locks):
         yield f"{node}: locks {locks} must not be negative, and the first component's is the highest"
-    if not node.children:
-        if any(slot.value is None for slot in node.others):
-            yield f"{node}: a leaf must have a value of every component"
-    elif node.locks < sum([child.locks for child in node.children.values()]):
-        yield f"{node}: {node.locks} locks, but its children have more"
+    if not node.children and any(slot.value is None for slot in node.others):
+        yield f"{node}: a leaf must have a value of every component"
+    end_here = node.locks - sum([child.locks for child in node.children.values()])
+    if not 0 <= end_here <= min(locks):
+        yield f"{node}: {end_here} of its locks {locks} end here, which must be locks of every component"
     if node.hashes is not None:
         prior = namespace_seed(parent.namespace) if isinstance(parent, Root) else (parent.hashes or [b""])[-1]
+        if node.media:
+            prior = with_media(prior, node.media)
         if list(node.hashes) != page_hashes(node.key, page_bytes, prior):
             yield f"{node}: its page hashes do not continue its parent's"
 
@@ -132,6 +137,7 @@ def describe(tree: RadixTree, node: Node) -> str:
     tokens = node.token_ids
     shown = " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
     parts = [f"[{node.start}:{node.end}] {shown}"]
+    parts += [f"media={digest.hex()[:8]}" for digest in digests_of(node.media)]
     for i, component in enumerate(tree.components):
         slot = node.slot(i)
         if slot.value is None:

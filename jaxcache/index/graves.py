@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from jaxcache.index.key import TOKEN_BYTES, RadixKey
+from jaxcache.index.media import marks_of
 from jaxcache.index.node import Node, Root
 
 _MOST_BYTES = 1 << 20
@@ -50,25 +51,32 @@ class Graves:
         best: tuple[int, int, bool] | None = None
         page = self._page_bytes
         parents = {node: parent for node, parent, _, _ in self._buried}
+        marks = marks_of(key.media, page // self._element_bytes)
         for node, _, when, is_drop in self._buried:
             begin = self._element_bytes * node.start
             if key.packed[begin : begin + page] != node.key[:page]:
                 continue
-            reached = self._reach(node, key, parents)
+            reached = self._reach(node, key, parents, marks)
             if reached > found and (best is None or (reached, when) > best[:2]):
                 best = (reached, when, is_drop)
         return best
 
-    def _reach(self, node: Node, key: RadixKey, parents: dict[Node, Node]) -> int:
+    def _reach(self, node: Node, key: RadixKey, parents: dict[Node, Node], marks: dict[int, bytes]) -> int:
         """Tokens of `key`, in whole pages, that end in or at `node`; 0 if what is above it is not in `key`."""
         size, page = self._element_bytes, self._page_bytes
-        begin, end = size * node.start, size * node.end
+        inside = [start for start in marks if node.start < start < node.end]
+        if node.media != marks.get(node.start, b""):
+            return 0
+        begin, end = size * node.start, size * min([node.end, *inside])
         same = begin
         while same < end and key.packed[same : same + page] == node.key[same - begin : same - begin + page]:
             same += page
         for ancestor in _ancestors(node, parents):
             if isinstance(ancestor, Root):
                 return same // size if ancestor.namespace == key.namespace else 0
+            has_others = any(ancestor.start < start < ancestor.end for start in marks)
+            if has_others or ancestor.media != marks.get(ancestor.start, b""):
+                break
             if not key.packed.startswith(ancestor.key, size * ancestor.start):
                 break
         return 0

@@ -1,7 +1,8 @@
 """Names of pages and of contents: SHA-256, chained where position matters.
 
-    page 0           page 1           page 2           a digest depends on every token before its end and on the
-    h0 = H(seed t0)  h1 = H(h0 t1)    h2 = H(h1 t2)    namespace (the seed), never on how the tree is cut into nodes
+    page 0           page 1           page 2           a digest depends on every token before its end, on the media
+    h0 = H(seed t0)  h1 = H(h0 t1)    h2 = H(h1 t2)    behind them and on the namespace (the seed), never on how the
+                                                       tree is cut into nodes
 
 Digests of 32 bytes are identities. Their first 64 bits are only the short names that events use.
 """
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxcache.errors import ArgumentError
+from jaxcache.index.key import RadixKey
+from jaxcache.index.media import marks_of
 from jaxcache.index.node import Node, Root
 from jaxcache.index.page_hashes import DIGEST_BYTES, PageHashes
 
@@ -153,9 +157,23 @@ def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:
     return _hashed(node, page_bytes, prior)
 
 
+def hashes_of(key: RadixKey, page_size: int) -> list[PageHashes]:
+    """The digests of a key's whole pages, as a tree names them, in runs that begin where media start.
+
+    Cost: O(ranges); what is looked at is hashed then.
+    """
+    size, end = key.element_bytes, key.length // page_size * page_size
+    marks = marks_of(key.media, page_size)
+    runs: list[PageHashes] = []
+    for start, stop in pairwise([*sorted({0, *[at for at in marks if at < end]}), end] if end else []):
+        prior = runs[-1] if runs else key.namespace
+        runs.append(PageHashes(key.packed[size * start : size * stop], size * page_size, prior, marks.get(start, b"")))
+    return runs
+
+
 def _hashed(node: Node, page_bytes: int, prior: PageHashes | bytes) -> PageHashes:
     if node.hashes is None:
-        node.hashes = PageHashes(node.key, page_bytes, prior)
+        node.hashes = PageHashes(node.key, page_bytes, prior, node.media)
     return node.hashes
 
 

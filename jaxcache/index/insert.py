@@ -15,11 +15,14 @@ import numpy as np
 
 from jaxcache.errors import ArgumentError
 from jaxcache.index.key import RadixKey
+from jaxcache.index.media import marks_of
 from jaxcache.index.node import EMPTY_IDS, Insertion, Node, Root, owned, path_to
 from jaxcache.index.nodes import Nodes
 from jaxcache.index.offer import Offer, as_priority
 from jaxcache.index.page_hashes import PageHashes
 from jaxcache.index.receipt import Receipt, require_live, require_prefix
+
+_NO_MARKS: dict[int, bytes] = {}
 
 
 def insert(
@@ -37,7 +40,7 @@ def insert(
     pages = key.length // page_size
     first, node, path = _start(tree, key, pages, held)
     offer = Offer(tree.components, values, first, pages)
-    present = tree.walk(key.packed, pages * tree.page_bytes, node, first * tree.page_bytes, path) // tree.page_bytes
+    present = tree.walk(key, pages * tree.page_bytes, node, first * tree.page_bytes, path) // tree.page_bytes
     if claim is not None and present < pages:
         claim(values[0][present:pages])
     if path:
@@ -84,21 +87,26 @@ def _raise_priorities(tree: Nodes, node: Node, priority: int) -> None:
 
 
 def _add_leaves(tree: Nodes, key: RadixKey, parent: Node, offer: Offer, page: int, priority: int) -> list[Node]:
-    """Adds the pages of `key` from `page` on: one leaf, cut where the offer of a component starts."""
+    """Adds the pages of `key` from `page` on: one leaf, cut where the offer of a component starts, or media do."""
     added: list[Node] = []
     values, starts, pages = offer.values, offer.starts, offer.pages
     candidates: Any = tree.resume.candidates
-    ends = [pages] if max(starts) <= page else sorted({pages, *[start for start in starts if start > page]})
+    marks = marks_of(key.media, tree.page_size) if key.media else _NO_MARKS
+    ends = [pages]
+    if marks or max(starts) > page:
+        cuts = {*starts, *[start // tree.page_size for start in marks]}
+        ends = sorted({pages, *[cut for cut in cuts if page < cut < pages]})
     for end in ends:
         packed = key.packed[page * tree.page_bytes : end * tree.page_bytes]
-        leaf = Node(packed, page * tree.page_size, end * tree.page_size, parent, tree.new_slots())
+        media = marks.get(page * tree.page_size, b"") if marks else b""
+        leaf = Node(packed, page * tree.page_size, end * tree.page_size, parent, tree.new_slots(), media)
         leaf.priority = priority
         if tree.with_hashes:
             prior = parent.hashes
-            leaf.hashes = PageHashes(packed, tree.page_bytes, key.namespace if prior is None else prior)
+            leaf.hashes = PageHashes(packed, tree.page_bytes, key.namespace if prior is None else prior, media)
         if isinstance(parent, Root):
             tree.roots[parent.namespace] = parent
-        parent.children[packed[: tree.page_bytes]] = leaf
+        parent.children[packed[: tree.page_bytes] + media] = leaf
         added.append(leaf)
         tree.changes += 1
         for i in tree.stops.spanning:
@@ -107,7 +115,7 @@ def _add_leaves(tree: Nodes, key: RadixKey, parent: Node, offer: Offer, page: in
                 tree.evictable[i] += end - page
                 tree.policies[i].add(leaf)
                 if candidates[i] is not None:
-                    candidates[i].append(leaf)
+                    candidates[i][leaf] = None
         if not tree.is_single and len(parent.children) == 1:
             tree.resume.passed(parent)
         parent, page = leaf, end

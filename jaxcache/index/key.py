@@ -6,7 +6,8 @@ found by the bytes of its first page, and no loop runs over tokens.
     RadixKey([5, 6, 7, 8])     5 6 7 8         an element is a token      4 bytes
     BigramKey([5, 6, 7, 8])    56 67 78        an element is a pair       8 bytes
 
-A tree knows elements only, and takes keys of one kind.
+A tree knows elements only, and takes keys of one kind. Images and audio have placeholder tokens; which ones they are is
+said beside them, by position: see `media`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from jaxcache.errors import ArgumentError, shown
+from jaxcache.index.media import MediaRange, as_media, of_pairs, part_of, require_digest
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,7 +43,9 @@ class Namespace:
       extra_key: Free-form separator, as SGLang's `extra_key`.
       lora_id: Adapter, by load generation rather than by name if weights can be reloaded.
       cache_salt: Secret of a tenant.
-      media: Content digests of images or audio behind placeholder tokens, in order.
+      media: Content digests of images or audio, in order, whose place among the tokens is not known; at least 2 bytes
+        each. They separate all of the tokens, the text before them too: where places are known, give a key or a request
+        its `media` ranges instead.
 
     Two namespaces are equal exactly when their encodings are: every field is tagged, typed and length-prefixed, so lora
     "x" is never salt "x".
@@ -56,6 +60,8 @@ class Namespace:
         """The injective encoding that tree, hashes and events share; empty for the default namespace."""
         if not isinstance(self.media, (tuple, list)):
             raise ArgumentError(f"media must be a tuple of digests, got {self.media!r}")
+        for digest in self.media:
+            require_digest("media of a namespace: each", digest)
         fields = [(b"x", self.extra_key), (b"l", self.lora_id), (b"s", self.cache_salt)]
         fields += [(b"m", digest) for digest in self.media]
         return b"".join(tag + _encode_field(value) for tag, value in fields if value is not None)
@@ -96,48 +102,55 @@ class RadixKey:
       token_ids: Tokens as a NumPy integer array, a sequence of ints, or bytes that are packed already (int32 little
         endian). A list costs about 10 ns a token to pack: pack once a request, then slice and extend.
       extra_key: Namespace; a str or bytes is short for `Namespace(extra_key=...)`.
+      media: The ranges of tokens that stand for images or audio, in any order.
 
     Raises:
-      ArgumentError: A token is not an integer in the int32 range, or the array has more than one dimension.
+      ArgumentError: A token is not an integer in the int32 range, or the array has more than one dimension; ranges
+        overlap, or lie outside.
 
     Attributes:
       packed: The elements; there may be more than `length`, which do not belong to the key.
       length: Elements of the key.
       namespace: Encoding of the namespace.
+      media: Ranges of elements, in order of their starts; there may be some beyond `length`.
       element_bytes: Bytes of an element, the same for all keys of a class.
 
     Source: SGLang 0.5.3 radix_cache.py, RadixKey; pymllm base_prefix_cache.
     """
 
-    __slots__ = ("length", "namespace", "packed")
+    __slots__ = ("length", "media", "namespace", "packed")
 
     packed: bytes
     length: int
     namespace: bytes
+    media: tuple[MediaRange, ...]
     element_bytes: ClassVar[int] = TOKEN_BYTES
 
     def __init__(
         self,
         token_ids: bytes | np.ndarray | Sequence[int],
         extra_key: str | bytes | Namespace | None = None,
+        media: Iterable[MediaRange] = (),
     ):
         self.packed = pack(token_ids)
         self.length = len(self.packed) // TOKEN_BYTES
         self.namespace = b"" if extra_key is None else _namespace(extra_key).encode()
+        self.media = as_media(media, self.length) if media != () else ()
 
     @classmethod
-    def _of(cls, packed: bytes, length: int, namespace: bytes) -> Self:
+    def _of(cls, packed: bytes, length: int, namespace: bytes, media: tuple[MediaRange, ...] = ()) -> Self:
         key = cls.__new__(cls)
-        key.packed, key.length, key.namespace = packed, length, namespace
+        key.packed, key.length, key.namespace, key.media = packed, length, namespace, media
         return key
 
     def within(self, namespace: bytes) -> Self:
         """The same elements in the namespace of that encoding. O(1)."""
-        return self._of(self.packed, self.length, namespace)
+        return self._of(self.packed, self.length, namespace, self.media)
 
     def bigrams(self) -> BigramKey:
         """The pairs of neighbouring tokens, as a key in the same namespace. O(length)."""
-        return BigramKey._of(_pairs(self.packed[: TOKEN_BYTES * self.length]), max(self.length - 1, 0), self.namespace)
+        packed = _pairs(self.packed[: TOKEN_BYTES * self.length])
+        return BigramKey._of(packed, max(self.length - 1, 0), self.namespace, of_pairs(self.media))
 
     @property
     def token_ids(self) -> Int32[np.ndarray, " tokens"]:
@@ -167,20 +180,28 @@ class RadixKey:
             start = range(self.length)[index]
             stop = start + 1
         if start == 0:
-            return self._of(self.packed, stop, self.namespace)
-        size = self.element_bytes
-        return self._of(self.packed[size * start : size * stop], stop - start, self.namespace)
+            return self._of(self.packed, stop, self.namespace, self.media)
+        size, media = self.element_bytes, part_of(self.media, start) if self.media else ()
+        return self._of(self.packed[size * start : size * stop], stop - start, self.namespace, media)
 
     def extended(self, token_ids: bytes | np.ndarray | Sequence[int]) -> Self:
-        """This key with more tokens at its end; only the new tokens are converted."""
+        """This key with more tokens of text at its end; only the new tokens are converted."""
         packed = self.packed[: TOKEN_BYTES * self.length] + pack(token_ids)
-        return self._of(packed, len(packed) // TOKEN_BYTES, self.namespace)
+        return self._of(packed, len(packed) // TOKEN_BYTES, self.namespace, self.media_within)
+
+    @property
+    def media_within(self) -> tuple[MediaRange, ...]:
+        """The ranges that begin in the key."""
+        if not self.media or self.media[-1].start < self.length:
+            return self.media
+        return tuple([each for each in self.media if each.start < self.length])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RadixKey):
             return NotImplemented
         end = self.element_bytes * self.length
         same = self.length == other.length and self.namespace == other.namespace
+        same = same and self.media_within == other.media_within
         return same and self.element_bytes == other.element_bytes and self.packed[:end] == other.packed[:end]
 
     def __hash__(self) -> int:
@@ -189,6 +210,7 @@ class RadixKey:
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self[:10])) + (", ..." if self.length > 10 else "")
         space = f", namespace={self.namespace!r}" if self.namespace else ""
+        space += f", media={list(self.media_within)}" if self.media_within else ""
         return f"{type(self).__name__}([{shown}], length={self.length}{space})"
 
 
@@ -201,6 +223,7 @@ class BigramKey(RadixKey):
     Args:
       token_ids: The tokens, not the pairs; in any form that `RadixKey` takes. O(tokens).
       extra_key: See `RadixKey`.
+      media: Ranges of tokens; see `RadixKey`.
 
     Raises:
       ArgumentError: See `RadixKey`.
@@ -216,10 +239,13 @@ class BigramKey(RadixKey):
         self,
         token_ids: bytes | np.ndarray | Sequence[int],
         extra_key: str | bytes | Namespace | None = None,
+        media: Iterable[MediaRange] = (),
     ):
-        self.packed = _pairs(pack(token_ids))
+        packed = pack(token_ids)
+        self.packed = _pairs(packed)
         self.length = len(self.packed) // BIGRAM_BYTES
         self.namespace = b"" if extra_key is None else _namespace(extra_key).encode()
+        self.media = of_pairs(as_media(media, len(packed) // TOKEN_BYTES)) if media != () else ()
 
     @property
     def pairs(self) -> Int32[np.ndarray, "pairs 2"]:
@@ -248,7 +274,7 @@ class BigramKey(RadixKey):
             raise ArgumentError("token_ids: an empty key of pairs cannot be extended: make one of all the tokens")
         end = BIGRAM_BYTES * self.length
         packed = self.packed[:end] + _pairs(self.packed[end - TOKEN_BYTES : end] + pack(token_ids))
-        return self._of(packed, len(packed) // BIGRAM_BYTES, self.namespace)
+        return self._of(packed, len(packed) // BIGRAM_BYTES, self.namespace, self.media_within)
 
 
 def _pairs(packed: bytes) -> bytes:

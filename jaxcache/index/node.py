@@ -68,15 +68,19 @@ class Node(Slot):
       start: Tokens before this run.
       end: Tokens from the start of the sequence to the end of this run.
       parent: None for a root and for a node that has left the tree.
-      children: By the bytes of their first page.
+      children: By their names: the bytes of their first page, and of the media that start there.
       others: Slots of the tree's further components.
       priority: Highest priority of the requests inserted through this node.
       hashes: Chained digest of each page, kept only when the tree was asked to, or `compute_node_hash`.
+      media: What `marks_of` has for its first page; empty where no image starts there. None starts in a later page: the
+        node would begin with that one.
     """
 
-    __slots__ = ("children", "end", "hashes", "key", "others", "parent", "priority", "start")
+    __slots__ = ("children", "end", "hashes", "key", "media", "others", "parent", "priority", "start")
 
-    def __init__(self, key: bytes, start: int, end: int, parent: Node | None, others: tuple[Slot, ...]):
+    def __init__(
+        self, key: bytes, start: int, end: int, parent: Node | None, others: tuple[Slot, ...], media: bytes = b""
+    ):
         self.value = None
         self.locks = 0
         self.key = key
@@ -87,6 +91,11 @@ class Node(Slot):
         self.others = others
         self.priority = 0
         self.hashes: PageHashes | None = None
+        self.media = media
+
+    def name(self, page_bytes: int) -> bytes:
+        """What its parent lists it under: its first page, of so many bytes, and the media that start there."""
+        return self.key[:page_bytes] + self.media
 
     @property
     def tokens(self) -> int:
@@ -189,7 +198,8 @@ class Insertion:
       length: Tokens of the key that are in the tree now (the key, cut to whole pages).
       present: Tokens of them that were in the tree before.
       spare: For each component, the offered ids the tree did not take, without zeros: the caller still owns them.
-      added: The nodes that were added, parents first: none, one, or two where a component was offered for the end only.
+      added: The nodes that were added, parents first: none, one, or several where a component was offered for the end
+        only, or media start.
       healed: Nodes that were in the tree with a hole of a further spanning component, which the offer filled.
     """
 

@@ -16,6 +16,7 @@ from jaxcache.index.arguments import require_tree
 from jaxcache.index.component import Component
 from jaxcache.index.graves import Graves
 from jaxcache.index.key import RadixKey, first_mismatch
+from jaxcache.index.media import marks_of
 from jaxcache.index.node import Node, Root, Slot, below, joined, owned
 from jaxcache.index.policies.base import EvictionPolicy
 from jaxcache.index.policies.registry import Policy
@@ -112,15 +113,37 @@ class Nodes:
         if root is None:
             return path, 0, 0
         end = key.length // self.page_size * self.page_bytes
-        found = self.walk(key.packed, end, root, 0, path) // self.element_bytes
+        found = self.walk(key, end, root, 0, path) // self.element_bytes
         return path, found, found if self.is_single else self.stops.usable(path, found)
 
-    def walk(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
-        """Descends from `node`, which ends at byte `offset`, along `packed[offset:end]`.
+    def walk(self, key: RadixKey, end: int, node: Node, offset: int, path: list[Node]) -> int:
+        """Descends from `node`, which ends at byte `offset`, along `key.packed[offset:end]`.
 
         Appends every node entered to `path`; only the last can be entered in part. Returns the bytes matched, in whole
         pages.
         """
+        if not key.media:
+            return self._walk_tokens(key.packed, end, node, offset, path)
+        packed, size, page_bytes = key.packed, self.element_bytes, self.page_bytes
+        marks = [(size * start, mark) for start, mark in marks_of(key.media, self.page_size).items()]
+        marks = [(at, mark) for at, mark in marks if offset <= at < end]
+        stops = [*[at for at, _ in marks], end]
+        offset = self._walk_tokens(packed, stops[0], node, offset, path)
+        for (at, mark), stop in zip(marks, stops[1:], strict=True):
+            node = path[-1] if path else node
+            if offset != at or size * node.end != at:  # nothing else may be cached there, even of the same tokens
+                return offset
+            child = node.children.get(packed[at : at + page_bytes] + mark)
+            if child is None:
+                return offset
+            path.append(child)
+            offset += first_mismatch(child.key, packed, at, min(len(child.key), stop - at)) // page_bytes * page_bytes
+            if offset == size * child.end:
+                offset = self._walk_tokens(packed, stop, child, offset, path)
+        return offset
+
+    def _walk_tokens(self, packed: bytes, end: int, node: Node, offset: int, path: list[Node]) -> int:
+        """`walk` where no media start."""
         page_bytes = self.page_bytes
         while offset < end:
             child = node.children.get(packed[offset : offset + page_bytes])
@@ -172,7 +195,7 @@ class Nodes:
             self.policies[i].add(node)
         candidates = self.resume.candidates[i]
         if candidates is not None:
-            candidates.append(node)
+            candidates[node] = None
 
     def split(self, lower: Node, position: int, is_found: bool = True) -> Node:
         """Cuts `lower` at token `position`; returns the new upper half.
@@ -185,10 +208,10 @@ class Nodes:
         pages = (position - lower.start) // self.page_size
         cut = pages * self.page_bytes
         parent = lower.parent
-        upper = Node(lower.key[:cut], lower.start, position, parent, self.new_slots())
+        upper = Node(lower.key[:cut], lower.start, position, parent, self.new_slots(), lower.media)
         upper.priority = lower.priority
-        parent.children[lower.key[: self.page_bytes]] = upper
-        lower.key = lower.key[cut:]
+        parent.children[upper.name(self.page_bytes)] = upper
+        lower.key, lower.media = lower.key[cut:], b""
         if lower.hashes is not None:
             upper.hashes, lower.hashes = lower.hashes.split(upper.key, lower.key)
         lower.start = position
@@ -204,6 +227,6 @@ class Nodes:
                 if not top.locks:
                     policy.add(upper)
         if not self.is_single:
-            self.resume.split(upper)
+            self.resume.split(upper, lower)
         self.changes += 1
         return upper

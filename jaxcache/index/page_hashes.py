@@ -8,6 +8,8 @@ from typing import overload
 
 import numpy as np
 
+from jaxcache.index.media import with_media
+
 DIGEST_BYTES = 32
 PAGES_AT_ONCE = 32
 """Between two pauses of `PageHashes.work_out`: some 20 microseconds."""
@@ -49,11 +51,13 @@ class PageHashes(Sequence[bytes]):
       packed: Packed tokens of whole pages.
       page_bytes: Bytes of a page of tokens.
       prior: The pages right before the first one, or the encoded namespace where there are none.
+      media: What `marks_of` has for the first page; none may start in a later one.
     """
 
-    __slots__ = ("_done", "_packed", "_page_bytes", "_pages", "_prior")
+    __slots__ = ("_done", "_media", "_packed", "_page_bytes", "_pages", "_prior")
 
-    def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes = b""):
+    def __init__(self, packed: bytes, page_bytes: int, prior: PageHashes | bytes = b"", media: bytes = b""):
+        self._media = media
         self._packed = packed
         self._page_bytes = page_bytes
         self._prior = prior
@@ -80,7 +84,8 @@ class PageHashes(Sequence[bytes]):
 
     def split(self, upper: bytes, lower: bytes) -> tuple[PageHashes, PageHashes]:
         """Two runs, given the tokens of each; what was worked out for the whole is worked out for them."""
-        first = PageHashes(upper, self._page_bytes, self._prior)  # before asking whether it is done: see `_digests`
+        # before asking whether it is done: see `_digests`
+        first = PageHashes(upper, self._page_bytes, self._prior, self._media)
         second = PageHashes(lower, self._page_bytes, first)
         if not self._packed:
             cut = DIGEST_BYTES * first._pages
@@ -106,6 +111,8 @@ class PageHashes(Sequence[bytes]):
             run = prior
         for run, packed, prior in reversed(todo):
             digests = [namespace_seed(prior) if isinstance(prior, bytes) else prior[-1]]
+            if run._media:
+                digests = [with_media(digests[0], run._media)]
             at_once = len(packed) if pause is None else PAGES_AT_ONCE * run._page_bytes
             for start in range(0, len(packed), at_once):
                 digests += page_hashes(packed[start : start + at_once], run._page_bytes, digests[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxcache.errors import ArgumentError, ReceiptError
 from jaxcache.index.key import RadixKey
+from jaxcache.index.media import marks_of
 from jaxcache.index.node import Node, Root
 from jaxcache.index.nodes import Nodes
 
@@ -65,9 +66,16 @@ def require_prefix(held: Receipt, key: RadixKey) -> None:
       ArgumentError: The lock is not on a prefix of `key`.
     """
     node = held.node
+    media: dict[int, bytes] = {}
     while node is not None and node.parent is not None:
         if not key.packed.startswith(node.key, key.element_bytes * node.start):
             raise ArgumentError("held: the lock is on other tokens than those of the key: give this key's receipt")
+        if node.media:
+            media[node.start] = node.media
         node = node.parent
+    if media or key.media:
+        marks = marks_of(key.media, held.tree.page_size)
+        if media != {start: mark for start, mark in marks.items() if start < held.length}:
+            raise ArgumentError("held: the lock is on other media than those of the key: give this key's receipt")
     if isinstance(node, Root) and node.namespace != key.namespace:
         raise ArgumentError("held: the lock is in another namespace than the key: give this key's receipt")

@@ -13,7 +13,7 @@ the middle, and where there are no requests, the policy alone decides.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,7 +22,6 @@ from jaxcache.index.node import Node
 from jaxcache.index.stops import Stops
 from jaxcache.state_dict import Columns, StateDict
 
-_FEW = 1024
 _MEMORY = 1 << 20
 """Tokens of lookups that are remembered, half of them when there are more."""
 
@@ -39,9 +38,8 @@ class ResumePoints:
       page_size: Of the tree.
 
     Attributes:
-      candidates: For each component, the nodes to examine, in the order in which they became candidates, some of them
-        more than once or gone since; None for the first component and for those of infinite reach, which have no
-        surplus. The tree adds nodes itself.
+      candidates: For each component, the nodes to examine, in the order in which they became candidates; None for the
+        first component and for those of infinite reach, which have no surplus. The tree adds and removes nodes itself.
       waiting: For each component, the locked nodes that were examined.
       has_requests: Whether a lookup was ever locked.
       ends: Tokens that requests found up to the end of a leaf.
@@ -49,7 +47,7 @@ class ResumePoints:
     """
 
     __slots__ = (
-        *("_most", "_page_size", "_reach", "_reaches", "_state", "_windows"),
+        *("_page_size", "_reach", "_reaches", "_state", "_windows"),
         *("candidates", "elsewhere", "ends", "has_requests", "waiting"),
     )
 
@@ -59,9 +57,8 @@ class ResumePoints:
         self._state = stops.state
         self._page_size = page_size
         self._windows = [i for i in stops.windows if i in self._reach]
-        self._most = _FEW
-        self.candidates: list[deque[Node] | None] = [
-            deque() if i in self._reach else None for i in range(len(stops.reaches))
+        self.candidates: list[OrderedDict[Node, None] | None] = [
+            OrderedDict() if i in self._reach else None for i in range(len(stops.reaches))
         ]
         self.waiting: list[dict[Node, None]] = [{} for _ in stops.reaches]
         self.has_requests = False
@@ -90,17 +87,19 @@ class ResumePoints:
     def passed(self, node: Node) -> None:
         """`node` was a resume point and has one child now: what only it needed is surplus. O(nodes in reach)."""
         for i, reach in self._reaches:
-            candidates: deque[Node] = self.candidates[i]  # pyright: ignore[reportAssignmentType]
+            candidates: OrderedDict[Node, None] = self.candidates[i]  # pyright: ignore[reportAssignmentType]
             begin, step = node.end - reach, node
             while step.end > begin and step.parent is not None:
                 if step.others[i - 1].value is not None:
-                    candidates.append(step)
+                    candidates[step] = None
                 step = step.parent
 
-    def split(self, upper: Node) -> None:
-        """`upper` was cut off the front of a node, which may be a candidate."""
+    def split(self, upper: Node, lower: Node) -> None:
+        """`upper` was cut off the front of `lower`."""
         for i in self._windows:
-            self.candidates[i].append(upper)  # pyright: ignore[reportOptionalMemberAccess]
+            for nodes in (self.candidates[i], self.waiting[i]):
+                if nodes and lower in nodes:
+                    nodes[upper] = None
 
     def released(self, i: int, nodes: Sequence[Node]) -> None:
         """Component `i` of these nodes is no longer locked."""
@@ -108,18 +107,7 @@ class ResumePoints:
         for node in nodes:
             if node in waiting and candidates is not None:
                 del waiting[node]
-                candidates.append(node)
-
-    def tidy(self) -> None:
-        """Forgets what is gone or there twice, once that may be half of it. O(1), amortised."""
-        if any(candidates and len(candidates) > self._most for candidates in self.candidates):
-            for i in self._reach:
-                self.candidates[i] = deque(self.live_candidates(i))
-            self._most = max(_FEW, *[2 * len(candidates) for candidates in self.candidates if candidates is not None])
-
-    def live_candidates(self, i: int) -> dict[Node, None]:
-        """The candidates that have a value of component `i`, each once, in order. O(candidates)."""
-        return dict.fromkeys([node for node in self.candidates[i] or () if node.others[i - 1].value is not None])
+                candidates[node] = None
 
     # ---- what is surplus -------------------------------------------------------------------------------------------
 
@@ -130,12 +118,10 @@ class ResumePoints:
         """
         candidates = self.candidates[i]
         while candidates:
-            node = candidates.popleft()
-            slot = node.others[i - 1]
-            if slot.locks:
-                self.waiting[i][node] = None
-            elif slot.value is not None:
+            node, _ = candidates.popitem(last=False)
+            if not node.others[i - 1].locks:
                 return node
+            self.waiting[i][node] = None
         return None
 
     def needed_from(self, i: int, node: Node) -> int:
@@ -161,7 +147,7 @@ class ResumePoints:
         """All that it knows, with numbers for nodes. O(candidates)."""
         books: StateDict = {"lookups": np.array([self.ends, self.elsewhere, self.has_requests], np.int64)}
         for i in self._reach:
-            books[f"candidates.{i}"] = np.array([number[node] for node in self.live_candidates(i)], np.int64)
+            books[f"candidates.{i}"] = np.array([number[node] for node in self.candidates[i] or ()], np.int64)
         return books
 
     def load_state_dict(self, books: Columns, nodes: Sequence[Node]) -> None:
@@ -174,4 +160,4 @@ class ResumePoints:
         self.has_requests = bool(has_requests)
         for i in self._reach:
             numbers = books.distinct(f"candidates.{i}", len(nodes) - 1).tolist()
-            self.candidates[i] = deque([nodes[n] for n in numbers])
+            self.candidates[i] = OrderedDict((nodes[n], None) for n in numbers)

@@ -6,7 +6,7 @@
     pages.0      1 ........ 2 ........ 1 ........ 1                      a value is as long as the run, or 0: a hole
     state.1      0          0          1          1
 
-Locks are not kept, as whoever held one is gone; nor is what was let go lately (`explain`'s graves).
+Locks are not kept, as their holders are gone; nor is what was evicted lately (`explain`'s graves).
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def saved_tree(tree: RadixTree) -> StateDict:
         "parent": np.array([number[node.parent] for node in nodes], np.int64),
         "tokens": np.array([node.tokens for node in nodes], np.int64),
         "keys": joined_bytes([node.key for node in nodes]),
+        "media": joined_bytes([node.media for node in nodes]),
+        "media_bytes": np.array([len(node.media) for node in nodes], np.int64),
         "priority": np.array([node.priority for node in nodes], np.int64),
     }
     if not tree.is_single:
@@ -144,21 +146,22 @@ def _nodes(tree: RadixTree, roots: list[Root], books: Columns) -> list[Node]:
     if (parents >= np.arange(count)).any() or (tokens % page_size).any():
         raise SnapshotError(f"parent, tokens: a parent must come before its children, and have pages of {page_size}")
     keys = books.strings("keys", tokens * tree.element_bytes)
+    media = books.strings("media", books.ints("media_bytes", count))
     priorities = books.ints("priority", count, low=-_MOST_PRIORITY)
     page_bytes = tree.element_bytes * page_size
     nodes: list[Node] = []
-    for parent_number, size, key, priority in zip(
-        parents.tolist(), tokens.tolist(), keys, priorities.tolist(), strict=True
+    for parent_number, size, key, mark, priority in zip(
+        parents.tolist(), tokens.tolist(), keys, media, priorities.tolist(), strict=True
     ):
         parent = nodes[parent_number] if parent_number >= 0 else roots[-1 - parent_number]
         others = tuple(Slot() for _ in tree.components[1:])
-        node = Node(key, parent.end, parent.end + size, parent, others)
+        node = Node(key, parent.end, parent.end + size, parent, others, mark)
         node.priority = priority
         if tree.with_hashes:
             prior = parent.namespace if isinstance(parent, Root) else parent.hashes
-            node.hashes = PageHashes(key, page_bytes, prior or b"")
-        if key[:page_bytes] in parent.children:
+            node.hashes = PageHashes(key, page_bytes, prior or b"", mark)
+        if node.name(page_bytes) in parent.children:
             raise SnapshotError("keys: two nodes with one parent begin with the same page")
-        parent.children[key[:page_bytes]] = node
+        parent.children[node.name(page_bytes)] = node
         nodes.append(node)
     return nodes

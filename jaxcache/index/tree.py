@@ -47,6 +47,8 @@ class RadixTree(Nodes):
       with_hashes: Keep a chained digest of each page in the nodes (what events need), computed on first access.
       element_bytes: That of the class of its keys.
 
+    Not thread-safe and not guarded: its cache's thread owns it.
+
     Raises:
       ArgumentError: page_size < 1, no policy, no such keys, or components that do not go together.
 
@@ -79,7 +81,7 @@ class RadixTree(Nodes):
         root = self.roots.get(key.namespace)
         if root is None:
             return Match(key, 0, 0, EMPTY_IDS, path, self.changes)
-        reached = self.walk(key.packed, key.length // self.page_size * self.page_bytes, root, 0, path)
+        reached = self.walk(key, key.length // self.page_size * self.page_bytes, root, 0, path)
         found = length = reached // self.element_bytes
         state = 0
         if not self.is_single:
@@ -126,7 +128,7 @@ class RadixTree(Nodes):
 
         Raises:
           ArgumentError: Too few values for the key; nothing is offered at its end, which could then never be found; the
-            element size is not the tree's; `held` is longer than the key or on another; `priority` is no integer.
+            element size is not the tree's; `held` is longer than the key or on another; `priority` is not an integer.
           ReceiptError: `held` is not a live receipt of this tree.
         """
         return insert(self, key, values, held, priority, claim)
@@ -154,7 +156,6 @@ class RadixTree(Nodes):
                 self.changes += 1
             else:
                 self._remove(node, freed, nodes)
-        self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _evict_surplus(self, component: int, target: int, freed: list[list[np.ndarray]]) -> None:
@@ -190,7 +191,6 @@ class RadixTree(Nodes):
             for node in reversed(list(below([root]))):
                 self._unlink(node, freed, nodes, is_drop=True)
             del self.roots[namespace]
-            self.resume.tidy()
         return Eviction(tuple([joined(part) for part in freed]), nodes)
 
     def _remove(self, node: Node, freed: list[list[np.ndarray]], nodes: list[Node]) -> None:
@@ -217,7 +217,7 @@ class RadixTree(Nodes):
         """Takes a childless, unlocked node out of the tree."""
         self._take_out(node, range(len(freed)), freed)
         parent = node.parent
-        del parent.children[node.key[: self.page_bytes]]
+        del parent.children[node.name(self.page_bytes)]
         self.graves.bury(node, parent, self.changes, is_drop)
         node.parent = None
         nodes.append(node)
@@ -233,6 +233,9 @@ class RadixTree(Nodes):
                 self.evictable[i] -= len(value)
                 slot.value = None
                 self.policies[i].remove(node)
+                candidates = self.resume.candidates[i]
+                if candidates:
+                    candidates.pop(node, None)
 
     # ---- protection ----------------------------------------------------------------------------------------------
 

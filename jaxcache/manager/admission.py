@@ -15,6 +15,7 @@ from jaxcache.caches.base import MatchResult
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import MemoryComponent
 from jaxcache.errors import RequestStateError
+from jaxcache.guard import Told
 from jaxcache.index.receipt import Receipt
 from jaxcache.manager.room import RoomSearch
 from jaxcache.manager.swap import KeptCopy
@@ -66,7 +67,7 @@ class Admission:
         self._reserving = tuple(component for component in cache.components if component.per_request)
 
     def admit(self, request: Request) -> Entry | None:
-        """`MemoryManager.admit` has the contract. The request is running afterwards, but in nobody's list yet."""
+        """`MemoryManager.admit` has the contract. `start` makes the request a running one."""
         self._room.require_possible(request)
         if request.pending:
             raise RequestStateError(
@@ -82,7 +83,6 @@ class Admission:
             if entry is None:
                 return None
             undo.pop_all()
-        self._start(request, entry)
         return entry
 
     def _take(self, request: Request, undo: contextlib.ExitStack) -> Entry | None:
@@ -105,8 +105,8 @@ class Admission:
         self._table.write_pages(row, len(found.pages), fresh)
         reservations.pop_all()  # they are the row's from now on
         for component, value in reserved:
-            component.start_request(row, value, found.state if kept is None else None)
             undo.callback(component.release_request, row, _NO_PAGES)
+            component.start_request(row, value, found.state if kept is None else None)
         if kept is not None:
             self._runner.send_changes()  # so that what is loaded can be read before the request's first step
             components = self._cache.components
@@ -146,7 +146,8 @@ class Admission:
         self._planner.make_room(num_pages, spared)
         return self._cache.full.alloc_pages(num_pages, spared)
 
-    def _start(self, request: Request, entry: Entry) -> None:
+    def start(self, request: Request, entry: Entry) -> None:
+        """The request runs with what `admit` took for it."""
         is_first = request.state is RequestState.WAITING
         request.enter(self._table, entry.row)
         request.kv_len, request.num_pages = entry.kv_len, len(entry.found.pages) + len(entry.fresh)
@@ -165,6 +166,8 @@ class Admission:
         request.loaded_tokens += loaded
         observer = self._cache.observer
         if observer is not None and is_first:
-            observer.admitted(request.num_tokens, found)
+            with Told(observer):
+                observer.admitted(request.num_tokens, found)
         if observer is not None and (loaded or not is_first):
-            observer.resumed(resumed, loaded)
+            with Told(observer):
+                observer.resumed(resumed, loaded)

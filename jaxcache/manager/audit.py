@@ -13,6 +13,7 @@ import numpy as np
 from jaxcache.components.base import MemoryComponent
 from jaxcache.device.placing import on_host
 from jaxcache.errors import BrokenInvariantError
+from jaxcache.index.media import marks_of
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.request import Request
@@ -45,6 +46,8 @@ def check_owners(
     """
     private = [np.empty(0, np.int32)]
     for row, request in running.items():
+        if request.req_pool_idx != row:
+            raise BrokenInvariantError(f"row {row} is that of request {request.rid}, which has {request.req_pool_idx}")
         pages = table.row_pages(row, 0, request.num_pages)
         private.append(pages[request.protected_len // table.page_size :])
         _check_shared(request, pages[: request.protected_len // table.page_size])
@@ -96,11 +99,17 @@ def _check_shared(request: Request, pages: np.ndarray) -> None:
     if request.lock is not None and request.lock.tree.element_bytes != key.element_bytes:
         key = key.bigrams()
     node = request.lock.node if request.lock is not None else None
+    media: dict[int, bytes] = {}
     while node is not None and node.parent is not None:
         values.insert(1, node.value)
         keys.insert(0, node.key)
+        if node.media:
+            media[node.start] = node.media
         node = node.parent
     is_same = np.array_equal(np.concatenate(values), pages)
+    if request.lock is not None:
+        marks = marks_of(key.media, request.lock.tree.page_size)
+        is_same = is_same and media == {at: mark for at, mark in marks.items() if at < request.protected_len}
     if not is_same or b"".join(keys) != key.packed[: key.element_bytes * request.protected_len]:
         raise BrokenInvariantError(
             f"row {request.req_pool_idx} of request {request.rid}: "

@@ -111,7 +111,7 @@ class MemoryConfig:
 
     @property
     def num_values(self) -> int:
-        """Pages and states that there are, whoever has them; window pages go with theirs."""
+        """Pages and states in all, free or not; window pages go with theirs."""
         states = 0 if self.states is None else self.states.num_states
         return self.kv.size // self.kv.page_size + states
 

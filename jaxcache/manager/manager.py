@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxcache.arguments import as_flag, as_sequence, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import RequestStateError
+from jaxcache.guard import exclusive, exclusive_on_device
 from jaxcache.manager.admission import Admission
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.forking import Forking
@@ -69,6 +70,10 @@ class MemoryManager(SteppedMemory):
     Attributes:
       config, req_to_token_pool, allocator, cache, runner, running, page_size: See `ManagedMemory`.
       planner: See `SteppedMemory`.
+
+    Threads: of one thread, the first that changes something; `hand_over` moves it. `get_token_info`,
+    `get_swa_token_info` and the events are for any thread; everything else raises ThreadError there.
+    A call that is cut short: see `jaxcache.guard`; after an interrupt, `reset(force=True)`.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class MemoryManager(SteppedMemory):
         self._admission = Admission(self._room, cache, req_to_token_pool, self.planner, self.runner)
         self._forking = Forking(cache, req_to_token_pool, self.planner, self.runner)
 
+    @exclusive
     def room_for(self, request: Request, reserve: int = 0) -> Room:
         """Whether a waiting request fits, with room for `reserve` tokens more: see `RoomSearch.room_for`."""
         return self._room.room_for(request, reserve, self.req_to_token_pool.available_size())
@@ -93,6 +99,7 @@ class MemoryManager(SteppedMemory):
             self.planner.require_running(request)
         return cheapest_victim(requests, tokens)
 
+    @exclusive
     def admit(self, request: Request) -> int | None:
         """Starts or resumes a request: finds and locks its cached prefix and gives it a row.
 
@@ -111,12 +118,14 @@ class MemoryManager(SteppedMemory):
         entry = self._admission.admit(request)
         if entry is None:
             return None
-        self.running[entry.row] = request
+        self.running[entry.row] = request  # first: a reset ends whatever has a row
+        self._admission.start(request, entry)
         self.planner.forget_batch()
         if entry.kept is not None:
             self.cache.cache_unfinished_req(request)
         return entry.kv_len
 
+    @exclusive_on_device
     def fork(self, request: Request, n: int) -> list[Request] | None:
         """`n` more running requests, as far as this one: for samples of one prompt, or beams.
 
@@ -146,6 +155,7 @@ class MemoryManager(SteppedMemory):
         self.planner.forget_batch()
         return forks
 
+    @exclusive
     def finish(self, request: Request) -> None:
         """Ends a request and leaves what it computed to others. Afterwards it owns nothing.
 
@@ -154,6 +164,7 @@ class MemoryManager(SteppedMemory):
         """
         self._release(request, RequestState.DONE)
 
+    @exclusive
     def abort(self, request: Request) -> None:
         """Ends a request, waiting, running or retracted; whatever it computed is valid KV and stays for others.
 
@@ -166,6 +177,7 @@ class MemoryManager(SteppedMemory):
         request.cpu_copy = None
         request.state = RequestState.DONE
 
+    @exclusive
     def retract(self, request: Request, offload: bool = False) -> None:
         """Takes a running request's memory to make room; `admit` resumes it.
 
@@ -202,6 +214,6 @@ class MemoryManager(SteppedMemory):
         row = self.planner.require_running(request)
         self.planner.withdraw(row)
         self.cache.cache_finished_req(request)
+        request.state = state
         del self.running[row]
         self.planner.forget_batch()
-        request.state = state

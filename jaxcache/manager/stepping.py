@@ -18,6 +18,7 @@ import numpy as np
 from jaxcache.arguments import as_count, require_callable, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
+from jaxcache.guard import exclusive, exclusive_on_device
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.memory import ManagedMemory
 from jaxcache.manager.room import RoomSearch
@@ -67,6 +68,15 @@ class SteppedMemory(ManagedMemory):
             tuple(device_map.name for device_map in self.runner.maps),
         )
 
+    def _audit(self) -> None:
+        super()._audit()
+        self._loops.check()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._loops.clear()
+        self.planner.clear()
+
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """Static shapes of steps; the planner's."""
@@ -104,6 +114,7 @@ class SteppedMemory(ManagedMemory):
         """The recurrent state that a running request's steps update; 0 without states."""
         return sum(self.req_to_token_pool.states_of(np.array([_row_of(request)])).tolist())
 
+    @exclusive
     def extend(self, work: Sequence[tuple[Request, int]], *, share_in_step: bool = True) -> StepPlan | None:
         """Plans a step that computes the next `n` prompt (or recomputed) tokens of each request, at most.
 
@@ -127,6 +138,7 @@ class SteppedMemory(ManagedMemory):
         """
         return self.planner.extend(work, share_in_step)
 
+    @exclusive
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """Plans a step that computes the last sampled token of each request, pending or not. None if memory is short.
 
@@ -138,6 +150,7 @@ class SteppedMemory(ManagedMemory):
         """
         return self.planner.decode(requests)
 
+    @exclusive_on_device
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Any:
         """Dispatches a step on the pools and commits what it computes.
 
@@ -159,15 +172,27 @@ class SteppedMemory(ManagedMemory):
         """
         require_callable("step", step)
         self._before(plan)
-        outcome = self.runner.run(step, plan, *args)
+        outcome = self._dispatched(self.runner.run, step, plan, *args)
         self._commit(plan, outcome.has_sampled)
         return outcome.out
 
+    def _dispatched(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Runs a step. Others may read sizes meanwhile; where nothing was dispatched, the step can be run again."""
+        try:
+            with self.guard.paused:
+                return run(*args)
+        except BaseException:
+            if self.runner.is_undone:
+                self.guard.excuse()
+            raise
+
+    @exclusive_on_device
     def host_batch(self, plan: StepPlan) -> HostBatch:
         """A plan as arrays, for a step of the engine's own: see `jaxcache.steps.host_batch`. Raises: as `run`."""
         self._before(plan)
         return host_batch(plan, self.req_to_token_pool)
 
+    @exclusive_on_device
     def commit(self, plan: StepPlan, sampled: bool = False) -> None:
         """Commits, in place of `run`, what the engine's own step over `host_batch(plan)` computes. Raises: as `run`.
 
@@ -198,6 +223,7 @@ class SteppedMemory(ManagedMemory):
                     self.cache.lock_taken(request, start)
                 self.cache.cache_unfinished_req(request, chunked=True)
 
+    @exclusive
     def cancel(self, plan: StepPlan) -> None:
         """Gives the pages of a plan back, which can no longer run; RequestStateError if all its requests have ended.
 
@@ -224,6 +250,7 @@ class SteppedMemory(ManagedMemory):
           threads: That compile; by default as many as there are processors, up to 8.
           progress: Called after each executable, such as `jaxcache.steps.warm_up.show_progress`.
         """
+        self.guard.require_owner("warm_up")
         buckets = self.planner.buckets_of(kinds)
         self.runner.compile_ahead(step, buckets, args, threads, progress)
         for bucket in buckets:
@@ -232,6 +259,7 @@ class SteppedMemory(ManagedMemory):
 
     # ---- loops of decode steps: jaxcache.steps.loop ---------------------------------------------------------------
 
+    @exclusive
     def decode_loop(
         self,
         requests: Sequence[Request],
@@ -258,6 +286,7 @@ class SteppedMemory(ManagedMemory):
         """
         return self.planner.decode_loop(requests, steps, width, limits, pages)
 
+    @exclusive_on_device
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> Any:
         """Dispatches a loop on the pools.
 
@@ -274,10 +303,11 @@ class SteppedMemory(ManagedMemory):
         self._loops.require_planned(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
-        left_behind, out = self.runner.run_loop(step, plan, *args)
+        left_behind, out = self._dispatched(self.runner.run_loop, step, plan, *args)
         self._loops.launched(plan, left_behind)
         return out
 
+    @exclusive
     def absorb(self, replay: LoopReplay, *, read_device: bool = False) -> None:
         """Commits what a loop did, and ends it. Pages without accepted tokens go back. Waits for nothing.
 
@@ -293,6 +323,7 @@ class SteppedMemory(ManagedMemory):
         """
         self._loops.absorb(replay, self.table if read_device else None)
 
+    @exclusive
     def cancel_loop(self, plan: LoopPlan) -> None:
         """Gives the pages of a loop back, launched or not. Its requests are where they were when it was planned.
 
@@ -303,6 +334,7 @@ class SteppedMemory(ManagedMemory):
 
     def warm_up_loop(self, step: Callable, steps: int, width: int = 1, *args: Any) -> None:
         """Compiles a loop of that many steps for every batch size, in threads, and runs each with padding."""
+        self.guard.require_owner("warm_up_loop")
         shapes = [LoopShape(size, steps, width, self.page_size) for size in self.planner.loop_sizes]
         self.runner.compile_ahead(step, shapes, args)
         for shape in shapes:

@@ -28,7 +28,7 @@ def fingerprint(memory: MemoryManager) -> str:
             numbers[node] = len(numbers)
             slots = [node.slot(i) for i in range(len(tree.components))]
             held = [(slot.locks, None if slot.value is None else slot.value.tolist()) for slot in slots]
-            add(node.start, node.key, node.priority, held)
+            add(node.start, node.key, node.media, node.priority, held)
             todo += sorted(node.children.values(), key=_key, reverse=True)
     for policy in tree.policies:
         add([numbers[node] for node in policy])
@@ -40,5 +40,5 @@ def fingerprint(memory: MemoryManager) -> str:
     return digest.hexdigest()
 
 
-def _key(node: Any) -> bytes:
-    return node.key
+def _key(node: Any) -> tuple[bytes, bytes]:
+    return node.key, node.media

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcache.arguments import as_count
 from jaxcache.index.key import Namespace
+from jaxcache.index.media import MediaRange
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.request import Request
 from jaxcache.steps.loop_plan import LoopPlan, LoopReplay
@@ -60,19 +61,21 @@ class NewRequest:
     priority: int
     tag: int
     logprob_start_len: int | None
+    media: tuple[MediaRange, ...] = ()
 
     @classmethod
     def of(cls, request: Request) -> NewRequest:
         """That of a request."""
         key = request.key[: request.prompt_len]
         packed = key.packed[: key.element_bytes * key.length]
-        return cls(request.rid, packed, key.namespace, request.priority, request.tag, request.logprob_start_len)
+        fixed = (request.rid, packed, key.namespace, request.priority, request.tag, request.logprob_start_len)
+        return cls(*fixed, key.media)
 
     def request(self) -> Request:
         """A request like it."""
         tokens = np.frombuffer(self.tokens, "<i4")
         space = Namespace.decode(self.namespace)
-        return Request(self.rid, tokens, space, self.priority, self.tag, self.logprob_start_len)
+        return Request(self.rid, tokens, space, self.priority, self.tag, self.logprob_start_len, media=self.media)
 
 
 @dataclass(frozen=True)

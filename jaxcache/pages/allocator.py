@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxcache.arguments import as_int32
-from jaxcache.errors import ArgumentError, DoubleFreeError, OwnershipError, SnapshotError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
 from jaxcache.pages.batch import batch_last_loc
 from jaxcache.pages.free_list import FreeList, concatenated
@@ -182,6 +182,17 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
         self._page_owners.assign(rows_of(taken), PageState.FREE)
         self._num_available += len(taken)
         self._free.rewind(position)
+
+    def check(self) -> None:
+        free = np.concatenate([self.free_pages, self.release_pages])
+        pending = concatenated(self._pending)
+        for what, pages, state in (("free", free, PageState.FREE), ("pending", pending, PageState.PENDING)):
+            expected = np.flatnonzero(self.states == state)
+            if not np.array_equal(np.sort(pages), expected):
+                odd = np.setxor1d(pages, expected)[:5]
+                raise BrokenInvariantError(f"{len(pages)} pages are listed as {what}, {len(expected)} are; see {odd}")
+        if self._num_available != (found := len(free) + len(pending)):
+            raise BrokenInvariantError(f"{self._num_available} pages are counted as free, {found} are")
 
     # What a snapshot of the whole cache keeps.
 

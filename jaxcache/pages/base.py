@@ -122,6 +122,16 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         counts = ", ".join(f"{self.count(state)} {state.name.lower()}" for state in PageState)
         return f"{type(self).__name__}: {self.num_pages} pages of {self.page_size}: {counts}"
 
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Verifies that each free page is once in the list of free ones, and counted.
+
+        Raises:
+          BrokenInvariantError: names what is not.
+
+        Cost: O(num_pages log num_pages).
+        """
+
     # Pages.
 
     def alloc_pages(self, n: int) -> Int32[np.ndarray, " n"] | None:

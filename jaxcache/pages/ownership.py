@@ -111,7 +111,7 @@ class PageOwners:
         if runs is None:
             return self._require_index(name, pages, owner, repeated, in_order)
         for start, stop in runs:
-            # The sink is nobody's, a negative page starts before it, and beyond the last one nothing is found.
+            # The sink has no owner, a negative page starts before it, and beyond the last one nothing is found.
             if start < 0 or not starts_with(byte * (stop - start), start):
                 self._refuse(name, pages, owner)
         if runs_ascend(runs):
@@ -158,7 +158,7 @@ class PageOwners:
 
 
 def require_owner(name: str, state: PageState) -> None:
-    """Raises ArgumentError unless `state` is one in which somebody owns a page."""
+    """Raises ArgumentError unless `state` is one in which a page has an owner."""
     if not isinstance(state, PageState) or not _IS_OWNER[state]:
         owners = ", ".join(owner.name for owner in _OWNERS)
         raise ArgumentError(f"{name} must be a PageState out of {owners}, got {state!r}")

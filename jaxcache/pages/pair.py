@@ -142,13 +142,9 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         return f"{super().debug_print()}; window: {self.window.debug_print()}"
 
     def check(self) -> None:
-        """Checks the map against both sides: each window page in use belongs to one full page, of the same owner.
-
-        Raises:
-          BrokenInvariantError: says what does not agree.
-
-        Cost: O(num_pages) of both sides.
-        """
+        """Verifies both sides, and that each window page in use belongs to one full page, of the same owner."""
+        self.full.check()
+        self.window.check()
         self._map.check(self.states, self.window.states)
 
     # The map.
@@ -162,7 +158,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """The window page of each full page, 0 where there is none (and of page 0, the sink). O(n).
 
         Raises:
-          ArgumentError: if `full_pages` is no list of integers.
+          ArgumentError: if `full_pages` is not a list of integers.
           OwnershipError: if a page is no page of this allocator.
         """
         pages = as_int32("full_pages", full_pages)
@@ -173,7 +169,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         """The window slot of each full slot; 0, the sink, where there is none. O(n).
 
         Raises:
-          ArgumentError: if `kv_indices` is no list of integers.
+          ArgumentError: if `kv_indices` is not a list of integers.
           OwnershipError: if a slot lies in no page of this allocator.
         """
         slots = as_int32("kv_indices", kv_indices)
@@ -184,10 +180,10 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         return np.where(windows > 0, windows * np.int32(self.page_size) + offsets, np.int32(0))
 
     def require_window_slots(self, name: str, slots: ArrayLike) -> Int32[np.ndarray, " n"]:
-        """`translate_loc_from_full_to_swa` for whoever reads what is there: 0, the sink, for the sink alone. O(n).
+        """`translate_loc_from_full_to_swa` for a reader of what is there: 0, the sink, for the sink alone. O(n).
 
         Raises:
-          ArgumentError: if a token's window page is gone, and page 0 would be read; or `slots` is no list of integers.
+          ArgumentError: if a token's window page is gone, as page 0 would be read; or `slots` are not integers.
           OwnershipError: if a slot lies in no page of this allocator.
         """
         slots = as_int32(name, slots)
@@ -279,7 +275,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         Raises:
           DoubleFreeError: if a full page is free (or pending), or named twice.
           OwnershipError: if another owner has a full page, or it is the sink or no page of this allocator.
-          ArgumentError: if `full_pages` is no list of integers, or `owner` cannot own pages.
+          ArgumentError: if `full_pages` is not a list of integers, or `owner` cannot own pages.
 
         Cost: O(n), as `release`.
         """
@@ -297,12 +293,12 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self._free_windows("free_index", pages[first_mention], PageState.PRIVATE)
 
     def release_window_pages(self, window_pages: ArrayLike, owner: PageState) -> None:
-        """`free_windows` for whoever knows window pages: frees these, whose full pages `owner` holds and keeps.
+        """`free_windows` for a caller that knows window pages: frees these, whose full pages `owner` holds and keeps.
 
         Raises:
           DoubleFreeError: if a window page is free (or pending) already, or named twice.
           OwnershipError: if another owner has it, or it is no window page.
-          ArgumentError: if `window_pages` is no list of integers, or `owner` cannot own pages.
+          ArgumentError: if `window_pages` is not a list of integers, or `owner` cannot own pages.
 
         Cost: O(n), as `release`.
         """
@@ -311,7 +307,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self._map.unpair(self._map.pages_of(windows), windows)
 
     def move_swa(self, source: ArrayLike, target: ArrayLike) -> None:
-        """`move_windows` for whoever knows slots, of whole pages, and where the targets are PRIVATE too.
+        """`move_windows` for a caller that knows slots, of whole pages, where the targets are PRIVATE too.
 
         Raises:
           OwnershipError, ArgumentError: as `move_windows`; or if slots are not whole pages.
@@ -322,7 +318,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     def move_windows(self, source: ArrayLike, target: ArrayLike, owner: PageState = PageState.TREE) -> None:
         """Gives the window pages of a request's full pages to the tree's full pages for the same tokens.
 
-        So a tree page that had lost its window page is whole again, and stays where whoever reads it expects it.
+        So a tree page that had lost its window page is whole again, and stays where its readers expect it.
 
         Args:
           source: Distinct PRIVATE full pages that have a window page each. They keep none.

@@ -56,20 +56,21 @@ class WindowMap:
 
     def pair(self, pages: Int32[np.ndarray, " n"], windows: Int32[np.ndarray, " n"]) -> None:
         """Pairs full with window pages. O(n)."""
+        self.changes.mark(pages.copy())  # The caller may write to its own array. First, so that none is ever missing.
         self._full_to_window[pages.astype(INDEX)] = windows
         self._window_to_full[windows.astype(INDEX)] = pages
-        self.changes.mark(pages.copy())  # The caller may write to its own array.
 
     def unpair(self, pages: Int32[np.ndarray, " n"], windows: Int32[np.ndarray, " n"]) -> None:
         """Forgets pairs of full and window pages. O(n)."""
+        self.changes.mark(pages.copy())
         self._full_to_window[pages.astype(INDEX)] = 0
         self._window_to_full[windows.astype(INDEX)] = 0
-        self.changes.mark(pages.copy())
 
     def clear(self) -> None:
         """Forgets all pairs. O(num_pages)."""
-        pages = self.paired()
-        self.unpair(pages, self._full_to_window[pages])
+        self.changes.mark(self.paired())
+        self._full_to_window[:] = 0
+        self._window_to_full[:] = 0
 
     def send_all(self) -> None:
         """The device's copy of the map is a new one, of zeros: every entry waits that is not."""

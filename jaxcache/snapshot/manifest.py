@@ -22,7 +22,7 @@ from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.identity import described
 from jaxcache.snapshot.parts import Part, open_file
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "jaxcache-snapshot.json"
 FOLDER = re.compile(r"data-[0-9a-f]{16}")
 _MAX_BYTES = 64 << 20

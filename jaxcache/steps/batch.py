@@ -40,7 +40,7 @@ class Batch:
       seq_len: Tokens that it has afterwards; 0 for padding.
       tag: A number of the engine's own, such as its adapter; 0 for padding.
       table: The request table, this step's changes included.
-      state: Recurrent state that each request goes on from and leaves behind; 0, which no write reaches, for padding.
+      state: Recurrent state that each request reads and overwrites; 0, which no write reaches, for padding.
         None without states.
       kind: What the step does: a static choice, made when it is compiled. A batch whose shape is that of a decode step
         may still be an extend.

@@ -77,6 +77,7 @@ class HostRunner:
     """
 
     maps: tuple[DeviceMap, ...] = ()
+    is_undone = False
 
     def __init__(self, pool: EnginePool):
         self.pool = pool
@@ -89,6 +90,9 @@ class HostRunner:
 
     def require_resumed(self) -> None:
         """Nothing can be released."""
+
+    def revive(self, new_pool: Any) -> None:
+        """There is no pool that a step could have consumed."""
 
     def send_changes(self, room: int = 0, map_room: int = 0) -> None:
         """There is no device copy of the tables."""

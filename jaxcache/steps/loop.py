@@ -103,7 +103,7 @@ class DecodeRows:
 
         Returns:
           The rows, and how many of the `available` pages each one takes for it, row after row. If those are short in
-          all, nobody is granted anything, in this step and every later one.
+          all, no row is granted anything, in this step and every later one.
         """
         xp = _namespace(self.seq_len)
         granted = xp.where(self.active, xp.clip(self.limit - self.seq_len, 0, width), 0)
@@ -119,7 +119,7 @@ class DecodeRows:
         return dataclasses.replace(self, seq_len=self.seq_len + kept, granted=xp.zeros_like(self.granted))
 
     def stopped(self, mask: Bool[Any, " rows"]) -> DecodeRows:
-        """Ends rows. What a step samples after pages ran short means nothing, so then nobody stops."""
+        """Ends rows. What a step samples after pages ran short is ignored (`ok` is False), so no row stops."""
         return dataclasses.replace(self, active=self.active & ~(mask & self.ok))
 
 
@@ -152,7 +152,7 @@ class DecodeLoop:
 
     @property
     def positions(self) -> Int32[Array, "rows width"]:
-        """Position, in its request, of each token of the present step. Those that got no slot have one all the same."""
+        """Position, in its request, of each token of the present step. Those that got no slot have one, too."""
         return self.rows.seq_len[:, None] + jnp.arange(self.shape.width, dtype=jnp.int32)[None]
 
     @property

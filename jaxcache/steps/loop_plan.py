@@ -195,6 +195,9 @@ def loop_limits(
     return limit
 
 
+_NO_PAGES = np.empty(0, np.int32)
+
+
 class PageLoan:
     """Pages out of the allocator's hands: IN_FLIGHT until `settle`.
 
@@ -241,7 +244,7 @@ class _Flight:
 
 
 class DecodeLoops:
-    """The loops of one manager that are not over yet.
+    """The loops of one manager that are not over yet. Not thread-safe: the manager's thread owns them.
 
     Args:
       allocator: Lends pages to them.
@@ -307,6 +310,25 @@ class DecodeLoops:
             )
         flight.loan.settle(0)
         self._end(plan)
+
+    def check(self) -> None:
+        """Verifies that loops hold the pages and rows that are lent to them, and no others are.
+
+        Raises:
+          BrokenInvariantError: says what differs.
+        """
+        lent = np.sort(np.concatenate([_NO_PAGES, *[flight.loan.pages for flight in self._flights.values()]]))
+        in_flight = np.flatnonzero(self._allocator.states == PageState.IN_FLIGHT)
+        if not np.array_equal(lent, in_flight):
+            raise BrokenInvariantError(f"decode loops hold {len(lent)} pages, {len(in_flight)} are in flight")
+        rows = np.sort(np.concatenate([_NO_PAGES, *[plan.row for plan in self._flights]]))
+        if not np.array_equal(rows, np.flatnonzero(self._held)):
+            raise BrokenInvariantError(f"decode loops hold rows {rows}, marked are {np.flatnonzero(self._held)}")
+
+    def clear(self) -> None:
+        """Forgets all loops, without a page going back."""
+        self._flights.clear()
+        self._held[:] = False
 
     def _end(self, plan: LoopPlan) -> None:
         del self._flights[plan]

@@ -136,7 +136,7 @@ class StepPlanner:
         return self._allocator.alloc_pages(num_pages)
 
     def forget_batch(self) -> None:
-        """Requests came or went: the next batch is looked at anew."""
+        """Requests came or went: the next batch is looked at again."""
         self._last_batch = self._cursor = None
 
     # ---- plans ---------------------------------------------------------------------------------------------------
@@ -307,6 +307,11 @@ class StepPlanner:
             state=batch.state,
             stamp=self._table.stamp(batch.row),
         )
+
+    def clear(self) -> None:
+        """Forgets what was planned, without a page going back."""
+        self._shared.clear()
+        self.forget_batch()
 
     # ---- plans that were made ------------------------------------------------------------------------------------
 

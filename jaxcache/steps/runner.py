@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxcache.components.base import MemoryComponent
 from jaxcache.device.donation import DonatingStep, donating, is_update
@@ -39,7 +39,7 @@ TABLE_PATCH_ENTRIES = 8192
 
 
 class StepRunner:
-    """Pool and request table on the device, and what runs on them.
+    """Pool and request table on the device, and what runs on them. Not thread-safe: its manager's thread owns it.
 
     Args:
       pool: The KV pool; the runner's from now on.
@@ -50,10 +50,13 @@ class StepRunner:
       maps: Those maps.
       table: Device twin of the request table; likewise replaced.
       compiled: The jitted steps. Managers of equal sizes may share them.
+      is_undone: The step that failed last has changed nothing.
     """
 
     def __init__(self, pool: MemoryPool, host_table: ReqToTokenPool, components: Sequence[MemoryComponent] = ()):
         self._pool: Any = pool
+        self._mesh = pool.mesh
+        self.is_undone = False
         self._released: ReleasedPool | None = None
         self.table: RequestTable = host_table.device_table(pool.mesh)
         self._everywhere: Sharding
@@ -62,7 +65,7 @@ class StepRunner:
             self._everywhere = SingleDeviceSharding(device)
             # Arrays that are bound to no device compile apart from those that are, as uploads must be.
             self.table = jax.device_put(self.table, device)
-            if not pool.is_shared:  # this makes another pool of the same memory, of which nobody's view would know
+            if not pool.is_shared:  # this makes another pool of the same memory, of which no view would know
                 self._pool = jax.device_put(pool, device)
         else:
             self._everywhere = NamedSharding(pool.mesh, PartitionSpec())
@@ -117,9 +120,22 @@ class StepRunner:
         for device_map in self.maps:
             device_map.send_all()
 
+    def revive(self, new_pool: Callable[[Mesh | None], MemoryPool]) -> None:
+        """Replaces a pool or table that a step consumed without returning another, and sends every map again."""
+        self._uploads.clear()
+        if self._released is None and self._pool.is_stale:
+            self._pool = new_pool(self._mesh)
+            for device_map in self.maps:
+                device_map.send_all()
+        if self.table.is_stale:
+            self.table = self._host_table.device_table(self._mesh)
+        if self._mesh is None and self._released is None and not self._pool.is_shared:
+            self._pool, self.table = jax.device_put((self._pool, self.table), self._everywhere)
+
     def run(self, step: Callable, plan: StepPlan, *args: Any) -> Outcome:
         """Dispatches a step and returns its `Outcome`. If it fails, its table changes wait again."""
-        bucket = plan.bucket
+        self.is_undone = False
+        bucket, pool = plan.bucket, self._pool
         jitted = self._jitted(step, bucket)
         map_room = bucket.changes if bucket.maps else 0
         self.send_changes(bucket.changes, map_room)
@@ -132,14 +148,21 @@ class StepRunner:
             self._host_table.give_back(changes)
             for device_map in self.maps:
                 device_map.give_back(map_changes[device_map.name])
+            self.is_undone = self._pool is pool
             raise
         return out
 
     def run_loop(self, step: Callable, plan: LoopPlan, *args: Any) -> tuple[Any, Any]:
         """Dispatches a decode loop. Returns its final rows and allocator, for a debug check, and its `out`."""
+        self.is_undone = False
         jitted = self._jitted(step, plan.shape)
         self.send_changes()
-        return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)
+        pool = self._pool
+        try:
+            return self._dispatch(jitted, plan.shape.packing.size, plan.pack, args)
+        except BaseException:
+            self.is_undone = self._pool is pool
+            raise
 
     def _dispatch(
         self, jitted: DonatingStep, size: int, pack: Callable[[np.ndarray], Any], args: tuple[Any, ...]
@@ -184,7 +207,7 @@ class StepRunner:
     def _lowered(self, jitted: DonatingStep, size: int, args: tuple[Any, ...]) -> jax.stages.Lowered:
         uploads = self._uploads_of(size)
         slot = uploads.take()
-        uploads.give_back(slot, slot.array)  # nobody is to read it
+        uploads.give_back(slot, slot.array)  # no step reads it
         return jitted.lower(self.pool, self.table, slot.array, *args)
 
     def send_changes(self, room: int = 0, map_room: int = 0) -> None:

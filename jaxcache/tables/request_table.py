@@ -52,7 +52,8 @@ class ReqToTokenPool:
       max_context_len: Longest request, in tokens.
       page_size: Tokens an entry. With 1 it is SGLang's table of one slot a token.
 
-    Rows are handed out first in, first out. A freed row keeps its old entries; nobody may read them.
+    Rows are handed out first in, first out. A freed row keeps its old entries, which are not to be read. Not
+    thread-safe: its manager's thread owns it.
 
     Attributes:
       kv_len: int32 (size,), tokens of the request in each row whose KV is in the pool.
@@ -177,11 +178,11 @@ class ReqToTokenPool:
                 f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len"
             )
         if len(pages):
-            self._pages[row, first:stop] = pages
-            self.touch(row)
-            if not on_device:
+            if not on_device:  # first, so that none is ever missing
                 base = row * self.max_pages
                 self._changes.mark(np.arange(base + first, base + stop, dtype=np.int32))
+            self._pages[row, first:stop] = pages
+            self.touch(row)
 
     def _require_in_use(self, row: int) -> None:
         if not 0 <= row < self.size or self._is_free[row]:
@@ -205,11 +206,11 @@ class ReqToTokenPool:
         held = self.num_pages[rows]
         first = rows * self.max_pages + held
         index = (first if counts is None else _runs(first, counts)).astype(np.int32)
+        if not on_device:
+            self._changes.mark(index)
         self._flat[index] = pages
         self.num_pages[rows] = held + (1 if counts is None else counts)
         self.touch(rows)
-        if not on_device:
-            self._changes.mark(index)
 
     def cut_spare_pages(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
         """Takes the pages behind those of the tokens with KV from distinct rows; the caller frees them.
@@ -236,7 +237,7 @@ class ReqToTokenPool:
     def touch(self, rows: int | slice | Sequence[int] | np.ndarray) -> None:
         """The owner, the length or the pages of these rows changed: stamps of before are no longer current.
 
-        Called wherever the table changes; whoever writes to `kv_len` or `num_pages` calls it.
+        Called wherever the table changes; so does a caller that writes to `kv_len` or `num_pages`.
         """
         self._clock += 1
         self._changed_at[rows] = self._clock

@@ -136,7 +136,7 @@ def test_pretty_print_shows_tokens_pages_and_locks(capsys):
 
 def test_namespaces_share_nothing():
     cache = make_cache(page_size=2)
-    spaces = [None, "a", Namespace(lora_id="a"), Namespace(cache_salt="a"), Namespace(media=(b"a",))]
+    spaces = [None, "a", Namespace(lora_id="a"), Namespace(cache_salt="a"), Namespace(media=(b"aa",))]
     for space in spaces:
         key = RadixKey([1, 2], space)
         assert cache.match_prefix(key).prefix_len == 0

@@ -130,6 +130,16 @@ def test_secrets_and_on_demand_tokens_stay_at_home():
         assert secret not in payload
 
 
+def test_digests_of_media_are_told_with_the_tokens():
+    told = BlockStored([1, 2], None, [3, 4, 5, 6], 2, extra_keys=[["ab12", "cd"], None])
+    batch = EventBatch(1.0, [told, BlockStored([3], 2, [7, 8], 2)], None)
+    fields = msgspec.msgpack.decode(encode_batch(batch))[1]
+    assert fields[0]["extra_keys"] == [["ab12", "cd"], None]
+    assert "extra_keys" not in fields[1]  # nor for consumers that do not know it
+    assert decode_batch(encode_batch(batch)) == batch
+    assert b"ab12" not in encode_batch(batch, with_token_ids=False)
+
+
 @pytest.mark.parametrize("kind", [SGLangBatch, VLLMBatch])
 def test_what_the_engines_publish_is_read(kind):
     stored, removed, cleared = kind.__annotations__["events"].split("[")[1].rstrip("]").split(" | ")

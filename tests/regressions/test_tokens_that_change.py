@@ -217,7 +217,8 @@ def test_a_tag_is_fixed_while_its_request_runs():
 
 def test_what_the_managers_is_is_no_argument():
     arguments = list(inspect.signature(Request).parameters)
-    assert arguments == ["rid", "origin_input_ids", "extra_key", "priority", "tag", "logprob_start_len", "output_ids"]
+    wanted = ["rid", "origin_input_ids", "extra_key", "priority", "tag", "logprob_start_len", "output_ids", "media"]
+    assert arguments == wanted
     for field in dataclasses.fields(Request):
         if field.name not in arguments:
             with pytest.raises(TypeError, match="unexpected keyword"):

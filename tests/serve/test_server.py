@@ -64,6 +64,7 @@ def serving(scheduler: Scheduler) -> Iterator[Served]:
     finally:
         server.should_exit = True
         thread.join()
+        scheduler.memory.check_memory(read_device=True)  # the thread that drove it has ended
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,6 @@ def test_clients_that_go_away_cancel_their_requests(served: Served, monkeypatch)
 
     asyncio.run(go())
     assert len(reached) == 5 and max(reached) < 240
-    served.scheduler.memory.check_memory(read_device=True)
 
 
 def test_many_clients_at_once(served: Served, alone: Scheduler) -> None:
@@ -224,7 +224,6 @@ def test_many_clients_at_once(served: Served, alone: Scheduler) -> None:
             return await asyncio.gather(*(ask(client, i) for i in range(24)))
 
     assert asyncio.run(go()) == [text_of(alone, *pair) for pair in zip(prompts, params, strict=True)]
-    served.scheduler.memory.check_memory(read_device=True)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

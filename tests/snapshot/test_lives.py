@@ -118,7 +118,7 @@ def test_pools_of_every_dtype_and_layout(kind, layout, dtype, tmp_path):
 def test_namespaces_hashes_priorities_and_pairs_come_back(tmp_path):
     config = make_config(policy=Policy.PRIORITY, is_eagle=True, enable_kv_cache_events=True)
     memory = init_memory_pool_and_cache(config)
-    spaces = [None, "a", Namespace(lora_id=b"x", cache_salt="secret", media=(b"m" * 32, b"n"))]
+    spaces = [None, "a", Namespace(lora_id=b"x", cache_salt="secret", media=(b"m" * 32, b"nn"))]
 
     def nothing(pool, batch):
         return pool, None

@@ -41,7 +41,7 @@ class EvictionPolicy(ABC):
         """`node`, which was added, may not be evicted: it was locked. What is known of it stays known."""
 
     def remove(self, node: Node) -> None:
-        """`node`, which was added, was let go. Its key and its parent are still what they were."""
+        """`node`, which was added, was evicted or dropped. Its key and its parent are still what they were."""
         self.discard(node)
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Policies that give every node a rank, lowest first: priority, LFU, FIFO, FILO, MRU; and what the others build on.
 
-A policy remembers a `Record` of every node it was ever given, from then until the node is let go, locked or not. Hits
+A policy remembers a `Record` of every node it was ever given, until the node leaves the tree, locked or not. Hits
 are counted there, so a lock loses none of them, and neither does a split.
 """
 
@@ -257,7 +257,7 @@ class Priority(Ranked):
 
 
 class LFU(Ranked):
-    """Least often found first, then least recently used. Every lookup counts, whoever made it.
+    """Least often found first, then least recently used. Every lookup counts.
 
     Source: SGLang evict_policy.py (LFUStrategy), where a plain RadixCache counts no hits.
     """
