@@ -117,8 +117,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row = _row_of(req)
         for component in self._checkpointed:
             self.cache_unfinished_req(req)
-            if req.kv_len <= req.num_tokens:  # else it stands for a token that is not known
-                component.checkpoint_working(row, req.kv_len)
+            component.checkpoint_working(row, req.kv_len)
         inserted = self._share(req)
         shared = req.protected_len if inserted is None else inserted.length
         own_pages = table.row_pages(row, shared // self.page_size, req.num_pages)
@@ -164,7 +163,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row, first = _row_of(req), req.protected_len // self.page_size
         allocator.release(table.row_pages(row, first, req.num_pages).copy(), PageState.PRIVATE)
         table.write_pages(row, first, found.pages[first:])
-        req.cached_tokens += found.prefix_len - req.kv_len
+        req.count_found(found.prefix_len - req.kv_len)
         req.kv_len, req.num_pages = found.prefix_len, len(found.pages)
         req.branching_len = found.mamba_branching_seqlen or 0
         self._exchange_lock(req, lock)
@@ -189,7 +188,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if found.length != length:
             raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
         table.write_pages(_row_of(req), first, found.pages[first:])
-        req.cached_tokens += length - req.protected_len
+        req.count_found(length - req.protected_len)
         self._exchange_lock(req, self.tree.lock(found))
 
     def _exchange_lock(self, req: Request, lock: Receipt) -> None:
