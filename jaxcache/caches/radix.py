@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxcache.arguments import require_kind
 from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
@@ -130,6 +131,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
     def key_of(self, req: Request, length: int) -> RadixKey:
         """The first `length` tokens of a request as the tree has them: as pairs, where it keeps those."""
+        require_kind("req", req, Request)
         return self._as_key(req.key[:length])
 
     # ---- what others compute while a request runs ------------------------------------------------------------------
@@ -140,6 +142,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
         It leaves a token to compute. Counts as a use only if there is something. Cost: a lookup.
         """
+        require_kind("req", req, Request)
         limit = req.matchable_len
         if self.disable or limit // self.page_size * self.page_size <= req.kv_len:
             return None
@@ -178,6 +181,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         Raises:
           BrokenInvariantError: They are not the tree's.
         """
+        require_kind("req", req, Request)
         table, _ = self._parts()
         first = req.protected_len // self.page_size
         found = self.tree.match(self._as_key(req.computed_key)[:length])
@@ -207,6 +211,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         """
         if not self._windows:
             return
+        require_kind("req", req, Request)
         stop = max(req.kv_len - self.is_eagle, 0) // self.page_size * self.page_size
         for component in self._checkpointed:
             stop = component.keep_stop(_row_of(req), stop, keep_checkpoint)
@@ -259,6 +264,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
 
 def _row_of(req: Request) -> int:
+    require_kind("req", req, Request)
     if req.req_pool_idx is None:
         raise ArgumentError(f"request {req.rid} has no row in the request table: it is {req.state.value}")
     return req.req_pool_idx
