@@ -227,10 +227,8 @@ def launches_of(case: Case, implementation: Implementation = Implementation.TRIT
     return heads_launches(n, case.heads, group, 2 * case.dim, itemsize, capability, implementation)
 
 
-def attend(
-    problem: Problem, implementation: Implementation, launches: Launches, shares: bool, op: Any = None
-) -> Callable[..., Any]:
-    """The jitted step: a plan, and the op, or `op`, in each layer, which waits for the one before."""
+def attend(problem: Problem, implementation: Implementation, launches: Launches, shares: bool) -> Callable[..., Any]:
+    """The jitted step: a plan, and the op in each layer, which waits for the one before."""
     case, masking = problem.case, problem.masking
     ops: dict[tuple[bool, bool], Any] = {
         (True, False): paged_decode,
@@ -238,7 +236,7 @@ def attend(
         (False, False): mla_decode,
         (False, True): mla_extend,
     }
-    op = op or partial(ops[case.heads > 0, case.is_extend], implementation=implementation)
+    op = partial(ops[case.heads > 0, case.is_extend], implementation=implementation)
 
     def step(q: jax.Array, kv: Any, sequences: Sequences, layers: int) -> jax.Array:
         shared = None
@@ -319,12 +317,10 @@ def is_for_wgmma(case: Case) -> bool:
     return wgmma_latents(case.rank, case.dim - case.rank, case.q_heads, dtype, order, case.window) is None
 
 
-def measure(
-    problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any, op: Any = None
-) -> dict:
+def measure(problem: Problem, implementation: Any, launches: Launches, shares: bool, want: Any, limit: Any) -> dict:
     """What one implementation takes for a layer, and its error."""
     case = problem.case
-    step = attend(problem, implementation, launches, shares, op)
+    step = attend(problem, implementation, launches, shares)
     error = attention_peers.relative_error(step(*arguments(problem), 1), want)
     took = time_jax(step, *arguments(problem), case.steps, repeats=case.steps)
     if current_target().platform == "gpu":

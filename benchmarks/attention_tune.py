@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from benchmarks.attention_cases import (
     arguments,
     attend,
     build,
-    is_for_wgmma,
     launch_name,
     launches_of,
     measure,
@@ -25,7 +23,7 @@ from jaxcache.kernels.dispatch import Implementation
 TUNED = frozenset(
     {
         *("8 x 1k", "8 x 8k", "64 x 1k", "64 x 8k", "64 x 8k e4m3", "64 x 8k int8 row scales"),
-        *("64 x 8k 16 heads", "8 x 8k 16 heads", "64 x 8k 128 heads", "64 x 8k 16 heads e4m3", "64 x 8704 8k shared"),
+        *("64 x 8k 16 heads", "8 x 8k 16 heads", "64 x 8k 16 heads e4m3", "64 x 8704 8k shared"),
     }
 )
 """Cases whose launches are tried out."""
@@ -64,9 +62,6 @@ def tune_case(case: Case, limit: float | None) -> Iterator[dict[str, Any]]:
     if case.shared:
         yield from tune_shared(case, limit)
         return
-    if is_for_wgmma(case) and not case.heads:
-        yield from tune_wgmma(case, limit)
-        return
     problem, want = build(case), None
     for candidate in launches(launches_of(case), case):
         if want is None:
@@ -97,18 +92,3 @@ def tune_shared(case: Case, limit: float | None) -> Iterator[dict[str, Any]]:
             yield row | measure(problem, Implementation.TRITON, candidate, True, want, limit)
         except Exception as error:  # noqa: BLE001  a launch may not fit, whatever it raises
             yield row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-
-
-def tune_wgmma(case: Case, limit: float | None) -> Iterator[dict[str, Any]]:
-    """The ways in which the warpgroups of the Mosaic kernel of `mla_decode` may work together."""
-    from jaxcache.kernels.attention import mla_mosaic
-
-    problem = build(case)
-    want = np.asarray(
-        attend(problem, Implementation.TRITON, launches_of(case), False)(*arguments(problem), 1), np.float32
-    )
-    planned = launches_of(case, Implementation.MOSAIC)
-    for takes_turns in (False, True):
-        op = partial(mla_mosaic.mla_decode, takes_turns=takes_turns)
-        row = {"case": case.name, "implementation": f"jaxcache-mosaic{' in turns' if takes_turns else ''}"}
-        yield row | measure(problem, Implementation.MOSAIC, planned, False, want, limit, op)

@@ -20,12 +20,14 @@ ENGINES = sorted(path.parent.name for path in ROOT.glob("integrations/*/compare.
 
 def python312() -> str:
     """An interpreter that the engines run on."""
-    if sys.version_info[:2] == (3, 12):
-        return sys.executable
-    pyenv = sorted(Path.home().glob(".pyenv/versions/3.12.*/bin/python"))
-    found = os.environ.get("PYTHON312") or shutil.which("python3.12") or (str(pyenv[-1]) if pyenv else None)
-    assert found, "the engines need Python 3.12: set PYTHON312=/path/to/python3.12"
-    return found
+    pyenv = sorted(map(str, Path.home().glob(".pyenv/versions/3.12.*/bin/python")), reverse=True)
+    given = [os.environ[name] for name in ("PYTHON312",) if name in os.environ]
+    is_312 = ["-c", "import sys; sys.exit(sys.version_info[:2] != (3, 12))"]
+    for candidate in [*given, sys.executable, "python3.12", *pyenv]:  # a name on the path may be a shim of another one
+        found = shutil.which(candidate)
+        if found and subprocess.run([found, *is_312], stderr=subprocess.DEVNULL).returncode == 0:
+            return found
+    pytest.fail("the engines need Python 3.12: set PYTHON312=/path/to/python3.12")
 
 
 def environment(engine: str) -> Path:

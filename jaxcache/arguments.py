@@ -7,12 +7,13 @@ argument. They run on every call, so each is a few vectorised operations. Operan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -36,6 +37,40 @@ def as_count(name: str, value: int) -> int:
     return int(value)
 
 
+def as_flag(name: str, value: Any) -> bool:
+    """`value`, which must be a bool: an array or a number is more likely a mistake.
+
+    Raises:
+      ArgumentError: if it is something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be a bool, got {type(value).__name__}: pass True or False")
+    return bool(value)
+
+
+def as_sequence(name: str, value: Any) -> Sequence[Any]:
+    """`value`, which must be a list, a tuple or another sequence: a generator is read only once.
+
+    Raises:
+      ArgumentError: if it is something else, or text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray, memoryview)):
+        raise ArgumentError(f"{name} must be a list or tuple, got {type(value).__name__}: convert it with list()")
+    return value
+
+
+def require_kind(name: str, value: Any, kind: type) -> None:
+    """Raises ArgumentError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def require_callable(name: str, value: Any) -> None:
+    """Raises ArgumentError unless `value` can be called."""
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a function, got {type(value).__name__}")
+
+
 def require_counts(**values: int) -> None:
     """Raises ArgumentError unless each is an integer that is not negative."""
     for name, value in values.items():
@@ -45,7 +80,7 @@ def require_counts(**values: int) -> None:
 def as_integer(name: str, value: Any, bits: int) -> int:
     """`value` as a Python int. Raises ArgumentError unless it is an integer that fits so many bits, with its sign."""
     if not isinstance(value, (int, np.integer)):
-        raise ArgumentError(f"{name} must be an integer, got {value!r}")
+        raise ArgumentError(f"{name} must be an integer, got {shown(value)}")
     number = int(value)
     if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
         raise ArgumentError(f"{name} must fit int{bits}, got {number}")
@@ -64,8 +99,10 @@ def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
         return values
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError) as error:  # Ragged lists; tracers.
-        raise ArgumentError(f"{name} must be a one-dimensional integer array, got {type(values).__name__}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # Ragged lists; tracers; deleted arrays.
+        raise ArgumentError(
+            f"{name} must be a one-dimensional integer array, got {type(values).__name__}: {error}"
+        ) from error
     if array.ndim != 1:
         raise ArgumentError(f"{name} must be one-dimensional, got shape {array.shape}: ravel it")
     if array.dtype == _INT32_DTYPE:

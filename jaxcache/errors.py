@@ -3,9 +3,28 @@
 Wrong use raises before anything has changed, and the message names the argument, the rule, the value and the remedy.
 """
 
+_MAX_MESSAGE = 1000
+
 
 class CacheError(Exception):
-    """Base of everything jaxcache raises on purpose."""
+    """Base of everything jaxcache raises on purpose. Its message is bounded, whatever value it names."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(_bounded(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _bounded(message: str) -> str:
+    """The beginning and the end of a long message: its end has the rule or the remedy."""
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def shown(value: object) -> str:
+    """A value for a message: its `repr`, or its type where it has none, as a deleted array."""
+    try:
+        return repr(value)
+    except RuntimeError:
+        return f"a {type(value).__name__} that cannot be read"
 
 
 class ArgumentError(CacheError, ValueError):

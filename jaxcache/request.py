@@ -77,8 +77,9 @@ class Request:
         So a token that is not known yet has no placeholder here: append it once it is.
       req_pool_idx: Row in the request table; None unless running, and only then. Set by `enter` and `leave`.
       lock: Receipt for the prefix that belongs to the tree.
-      cached_tokens: Tokens found in the cache when it was first admitted: what is billed. No resumption changes it.
-      resumed_tokens: Tokens that its later admissions, after a retraction, found in the cache, in sum.
+      cached_tokens: Tokens found in the cache when it was first admitted, and then when its steps were planned, instead
+        of being computed: what is billed. No resumption changes it.
+      resumed_tokens: Tokens that were found in the cache after a retraction, in sum.
       loaded_tokens: Tokens that its admissions loaded from a host copy, in sum.
       branching_len: Tokens that were cached then, but without a recurrent state to resume from; 0 for none. A state
         saved there serves later requests with the same prefix.
@@ -139,6 +140,13 @@ class Request:
         self._lengths = self.req_pool_idx = None
         self._without_row = RequestState.DONE
         self.evicted_seqlen_local = 0
+
+    def count_found(self, tokens: int) -> None:
+        """So many tokens were found when a step was planned: they need not be computed."""
+        if self._without_row is RequestState.RETRACTED:
+            self.resumed_tokens += tokens
+        else:
+            self.cached_tokens += tokens
 
     @property
     def state(self) -> RequestState:

@@ -84,6 +84,17 @@ def test_no_shape_depends_on_the_batch_before():
     assert not compilations(lambda: manager.run(sampling_step, manager.decode(requests[1:])))
 
 
+def test_padding_leaves_the_registers_alone():
+    """A padded batch: the row that padding is one past, the last, keeps its token."""
+    manager = small_manager(4, 40)
+    requests, sampled = started(manager, *[[i, i] for i in range(4)])
+    others = [request for request in requests if request.req_pool_idx != 3]
+    (last,) = [request for request in requests if request.req_pool_idx == 3]
+    manager.run(sampling_step, manager.decode(others))
+    arrived(requests, sampled)
+    assert int(manager.table.next_token[3]) == last.output_ids[-1] == 1
+
+
 def test_who_has_stopped_leaves_one_slot_that_is_never_inserted():
     """The token that was computed too many is not known: neither the tree nor an event has its page."""
     manager = small_manager(4, 20, enable_kv_cache_events=True)
@@ -157,10 +168,10 @@ def test_an_extend_step_takes_pending_tokens_with_it():
 def test_what_the_host_knows_goes_before_what_the_device_has():
     """An engine may append other tokens than were sampled, as long as no step has computed these."""
     manager = small_manager(4, 30)
-    (request,), _ = started(manager, range(7))
+    (request, other), _ = started(manager, range(7), range(20, 24))
     request.output_ids.append(77)
-    plan = manager.decode([request])
-    assert plan.tokens.tolist() == [77]
+    plan = manager.decode([request, other])
+    assert plan.tokens.tolist() == [77, PENDING_TOKEN]
     manager.run(write_step, plan)
     assert_contents(manager, [request])
 

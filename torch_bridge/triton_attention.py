@@ -81,11 +81,12 @@ class PlannedTriton:
         order, dtype = page_order(config), np.dtype(config.dtype)
         layer = torch.full((1,), int(config.layer_index(layer_id)), dtype=torch.int32, device=q.device)
         buffers: Any = self.kv.buffers
+        kv: Any
         if isinstance(config, MLAConfig):
-            kv: Any = PagedLatent(buffers[0], None, order, dtype, config.kv_lora_rank)
+            kv = PagedLatent(buffers[0], None, order, dtype, config.kv_lora_rank)
             op = ops.mla_decode if self.is_decode else ops.mla_extend
         else:
-            kv = PagedKV(*buffers, None, None, order, dtype)
+            kv = PagedKV(buffers[0], buffers[1], None, None, order, dtype)
             op = ops.paged_decode if self.is_decode else ops.paged_extend
         out, _ = op(q.contiguous(), kv, layer, self.plan, self.masking)
         return out[: len(q)]

@@ -148,31 +148,26 @@ class Sampler:
         return output
 
     def _run(self, prompts: Any, params: Any, adapters: Sequence[int], scores: bool) -> list[Generation]:
-        """The first sample of each prompt computes it; the others follow once it is there."""
-        groups: dict[Any, list[int]] = {}
-        for i, group in enumerate(zip(adapters, prompts, strict=True)):
-            groups.setdefault(group, []).append(i)
-        found: dict[int, Generation] = {}
-
-        def submit(i: int, score: bool) -> Generation:
-            asked, key = params[i], Namespace(lora_id=str(adapters[i]))
-            limits = asked.max_tokens, asked.temperature, max(asked.top_k, 0), asked.top_p
-            own = SamplingParams(*limits, asked.seed, tuple(asked.stop_tokens or ()), prompt_logprobs=score)
-            found[i] = self._scheduler.submit(prompts[i], own, extra_key=key, tag=adapters[i])
-            return found[i]
-
+        """Samples of one prompt are planned together, so that one of them computes it, and alone is scored."""
+        first = {group: i for i, group in reversed([*enumerate(zip(adapters, prompts, strict=True))])}
+        found: list[Generation] = []
         try:
-            waiting = {submit(first, scores): rest for first, *rest in groups.values()}
+            for i, group in enumerate(zip(adapters, prompts, strict=True)):
+                asked, key = params[i], Namespace(lora_id=str(adapters[i]))
+                limits = asked.max_tokens, asked.temperature, max(asked.top_k, 0), asked.top_p
+                is_scored, stops = scores and first[group] == i, tuple(asked.stop_tokens or ())
+                own = SamplingParams(*limits, asked.seed, stops, prompt_logprobs=is_scored)
+                found.append(self._scheduler.submit(prompts[i], own, extra_key=key, tag=adapters[i]))
             while self._scheduler.has_work:
-                for output in self._scheduler.step():
-                    for i in waiting.pop(output.generation, ()):
-                        submit(i, False).prompt_logprobs = output.generation.prompt_logprobs
+                self._scheduler.step()
         finally:
-            for each in found.values():
+            for each in found:
                 self._scheduler.cancel(each)  # a no-op for those that have ended
+        for each, group in zip(found, zip(adapters, prompts, strict=True), strict=True):
+            each.prompt_logprobs = found[first[group]].prompt_logprobs
         self.prompt_tokens += sum(map(len, prompts))
-        self.cached_tokens += sum(each.cached_tokens or 0 for each in found.values())
-        return [found[i] for i in range(len(prompts))]
+        self.cached_tokens += sum(each.cached_tokens or 0 for each in found)
+        return found
 
 
 def switch_on(**sizes: Any) -> list[Sampler]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from jaxcache.arguments import require_counts
+from jaxcache.arguments import as_count, as_int32, as_sequence, require_counts, require_kind
 from jaxcache.caches.base import NONE_SPARED, MatchResult
 from jaxcache.caches.check import check_cached
 from jaxcache.components.base import MemoryComponent, TreeComponent
@@ -207,7 +207,7 @@ class PrefixCache:
         key, pages, state = offer
         if self.disable:
             return 0
-        key = self._as_key(key)
+        key, pages = self._as_key(key), as_int32("pages", pages)
         values: Sequence[int] = ()
         if state or self._further:
             values = self._values_with(state)
@@ -285,6 +285,7 @@ class PrefixCache:
 
         Values of further components that go with a leaf count.
         """
+        amounts = self._amounts(amounts)
         started = time.perf_counter() if self.observer is not None else 0.0
         freed = [0] * len(amounts)
         for i, amount in enumerate(amounts):
@@ -299,6 +300,12 @@ class PrefixCache:
             with Told(self.observer):
                 self.observer.evicted(counts, seconds)
         return freed[0] * size
+
+    def _amounts(self, amounts: Sequence[int]) -> Sequence[int]:
+        if len(as_sequence("amounts", amounts)) != len(self._in_tree):
+            names = [part.name for part in self._in_tree]
+            raise ArgumentError(f"amounts must be one number for each of {names}, got {len(amounts)}")
+        return [as_count("amounts", amount) for amount in amounts]
 
     def make_room(self, pages: int, states: int = 0, *, without_window: int = 0) -> bool:
         """Whether so many pages and states can be taken now, after evicting what was short, of each only as much.
@@ -327,7 +334,8 @@ class PrefixCache:
           num_pages: To be taken.
           spared: By component, how many of them need nothing of it.
         """
-        parts = self._in_tree
+        parts, num_pages = self._in_tree, as_count("num_pages", num_pages)
+        require_kind("spared", spared, Mapping)
         return self.make_room_for({part.name: part.per_page * (num_pages - spared.get(part.name, 0)) for part in parts})
 
     @exclusive
@@ -339,6 +347,7 @@ class PrefixCache:
         Args:
           amounts: By name of a component; of others 0.
         """
+        require_kind("amounts", amounts, Mapping)
         short = [amounts.get(component.name, 0) - component.available() for component in self._in_tree]
         if max(short) <= 0:
             return True
@@ -411,6 +420,7 @@ class PrefixCache:
         Raises:
           ArgumentError: There is no such component.
         """
+        require_kind("name", name, str)
         for component, evictable in zip(self._in_tree, self.tree.evictable, strict=True):
             if component.name == name:
                 return component.size(), component.available(), evictable

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxcache.arguments import require_kind
 from jaxcache.caches.base import BasePrefixCache, MatchResult
 from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
@@ -116,8 +117,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row = _row_of(req)
         for component in self._checkpointed:
             self.cache_unfinished_req(req)
-            if req.kv_len <= req.num_tokens:  # else it stands for a token that is not known
-                component.checkpoint_working(row, req.kv_len)
+            component.checkpoint_working(row, req.kv_len)
         inserted = self._share(req)
         shared = req.protected_len if inserted is None else inserted.length
         own_pages = table.row_pages(row, shared // self.page_size, req.num_pages)
@@ -131,6 +131,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
     def key_of(self, req: Request, length: int) -> RadixKey:
         """The first `length` tokens of a request as the tree has them: as pairs, where it keeps those."""
+        require_kind("req", req, Request)
         return self._as_key(req.key[:length])
 
     # ---- what others compute while a request runs ------------------------------------------------------------------
@@ -141,6 +142,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
         It leaves a token to compute. Counts as a use only if there is something. Cost: a lookup.
         """
+        require_kind("req", req, Request)
         limit = req.matchable_len
         if self.disable or limit // self.page_size * self.page_size <= req.kv_len:
             return None
@@ -161,7 +163,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row, first = _row_of(req), req.protected_len // self.page_size
         allocator.release(table.row_pages(row, first, req.num_pages).copy(), PageState.PRIVATE)
         table.write_pages(row, first, found.pages[first:])
-        req.cached_tokens += found.prefix_len - req.kv_len
+        req.count_found(found.prefix_len - req.kv_len)
         req.kv_len, req.num_pages = found.prefix_len, len(found.pages)
         req.branching_len = found.mamba_branching_seqlen or 0
         self._exchange_lock(req, lock)
@@ -179,13 +181,14 @@ class RadixCache(PrefixCache, BasePrefixCache):
         Raises:
           BrokenInvariantError: They are not the tree's.
         """
+        require_kind("req", req, Request)
         table, _ = self._parts()
         first = req.protected_len // self.page_size
         found = self.tree.match(self._as_key(req.computed_key)[:length])
         if found.length != length:
             raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
         table.write_pages(_row_of(req), first, found.pages[first:])
-        req.cached_tokens += length - req.protected_len
+        req.count_found(length - req.protected_len)
         self._exchange_lock(req, self.tree.lock(found))
 
     def _exchange_lock(self, req: Request, lock: Receipt) -> None:
@@ -208,6 +211,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         """
         if not self._windows:
             return
+        require_kind("req", req, Request)
         stop = max(req.kv_len - self.is_eagle, 0) // self.page_size * self.page_size
         for component in self._checkpointed:
             stop = component.keep_stop(_row_of(req), stop, keep_checkpoint)
@@ -260,6 +264,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
 
 
 def _row_of(req: Request) -> int:
+    require_kind("req", req, Request)
     if req.req_pool_idx is None:
         raise ArgumentError(f"request {req.rid} has no row in the request table: it is {req.state.value}")
     return req.req_pool_idx

@@ -12,6 +12,7 @@ Source: jaxcache's own; SGLang mutates tensors in place and needs none of this.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -19,6 +20,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import jax
 from jax.core import Tracer
 
+from jaxcache.device.placing import host_arrays_placed, on_device
 from jaxcache.device.pool import DevicePool, _is_deleted, _views_of
 from jaxcache.errors import ArgumentError, BorrowedError
 
@@ -81,6 +83,7 @@ def reading(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) 
     def with_done(*args: P.args, **kwargs: P.kwargs) -> tuple[R, jax.Array]:
         return step(*args, **kwargs), jax.numpy.zeros((), bool)  # what a program returns is ready when all of it is
 
+    static = _static_places(step, names)
     jitted = jax.jit(with_done, static_argnames=names)
     waiting = jax.jit(_waiting(with_done), static_argnames=names, keep_unused=True)
 
@@ -91,9 +94,10 @@ def reading(step: Callable[P, R], *, static_argnames: str | Iterable[str] = ()) 
             return step(*args, **kwargs)
         for part in parts:
             part.require_live()
+        args, kwargs = host_arrays_placed(args, kwargs, parts[0].buffers[0] if parts else None, static)
         views = _views_of(parts)
         if views:
-            result, done = waiting(*args, **kwargs, _wait_for=[view.before_step() for view in views])
+            result, done = waiting(*args, **kwargs, _wait_for=[on_device(view.before_step()) for view in views])
         else:
             result, done = jitted(*args, **kwargs)
         for part in parts:
@@ -120,6 +124,7 @@ class DonatingStep(Generic[P, R]):
         self._step = step
         self._name = vars(self).get("__qualname__", repr(step))
         self._static_argnames = tuple(static_argnames)
+        self._static = _static_places(step, self._static_argnames)
         self._jitted: dict[tuple[tuple[int, ...], bool], Any] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -133,7 +138,9 @@ class DonatingStep(Generic[P, R]):
         views, positions = _views_of(parts), tuple(by_position)
         if not views:
             return self._dispatch(positions, args, kwargs)
-        result = self._dispatch(positions, args, kwargs | {"_wait_for": [view.before_step() for view in views]})
+        result = self._dispatch(
+            positions, args, kwargs | {"_wait_for": [on_device(view.before_step()) for view in views]}
+        )
         returned = _pools_in(result)
         for view in views:
             view.after_step(self._name, returned)
@@ -159,6 +166,8 @@ class DonatingStep(Generic[P, R]):
         return self._jit(tuple(_pools_by_position(args, kwargs))).lower(*args, **kwargs)
 
     def _dispatch(self, positions: tuple[int, ...], args: Any, kwargs: Any) -> R:
+        first = jax.tree_util.tree_leaves(args[positions[0]])[0]
+        args, kwargs = host_arrays_placed(args, kwargs, first, self._static)
         try:
             return self._jit(positions, "_wait_for" in kwargs)(*args, **kwargs)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -187,6 +196,16 @@ class DonatingStep(Generic[P, R]):
             )
             self._jitted[positions, waits] = jitted
         return jitted
+
+
+def _static_places(step: Callable, names: Sequence[str]) -> frozenset[int | str]:
+    """Names of static arguments, and where they stand when they are passed by position."""
+    if not names:
+        return frozenset()
+    parameters = inspect.signature(step).parameters.values()
+    return frozenset(names) | {
+        i for i, one in enumerate(parameters) if one.name in names and one.kind is not one.KEYWORD_ONLY
+    }
 
 
 def _waiting(step: Callable[..., R]) -> Callable[..., R]:

@@ -5,6 +5,7 @@
     7     5          a repetition: ignored
     7     9, then 8  a gap: both are kept, and what is missing is asked for
     7     7          applied, and 8 and 9 after it
+    10    3          a repetition if 3 was applied and says the same time; else a publisher that restarted
 
 What cannot be had any more makes the consumer forget all it knew: from then on it knows less than there is, never more,
 and `is_complete` is False until the publisher has listed everything again.
@@ -12,14 +13,57 @@ and `is_complete` is False until the publisher has listed everything again.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Set
 
+from jaxcache.errors import ArgumentError
 from jaxcache.events.events import AllBlocksCleared, BlockStored, EventBatch, StorageMedium
 from jaxcache.index.hashing import hashes_of
 from jaxcache.index.key import RadixKey
 
 Replay = Callable[[int], Iterable[tuple[int, EventBatch]]]
 """Asks a publisher for what it still has from a sequence number on: numbers and batches, in order."""
+
+MAX_SEQ = 2**64 - 2
+"""The number above it ends a replay."""
+_REMEMBERED = 10_000  # batches of a life, as many as a publisher keeps
+_LIVES = 4
+
+
+class _Life:
+    """Numbers and times of what was applied of one life of a publisher. In a life, both only grow."""
+
+    def __init__(self) -> None:
+        self._seqs: list[int] = []
+        self._times: list[float] = []
+        self._until = float("inf")
+
+    @property
+    def last_ts(self) -> float:
+        return self._times[-1] if self._times else float("-inf")
+
+    def applied(self, seq: int, ts: float) -> None:
+        self._seqs.append(seq)
+        self._times.append(max(ts, self.last_ts))
+        if len(self._seqs) > 2 * _REMEMBERED:
+            del self._seqs[:_REMEMBERED], self._times[:_REMEMBERED]
+
+    def ended(self, ts: float) -> None:
+        """The next life began at that time, by whatever clock it has."""
+        self._until = ts
+
+    def has(self, seq: int, ts: float) -> bool:
+        """Whether this batch was applied."""
+        i = bisect_left(self._seqs, seq)
+        return i < len(self._seqs) and (self._seqs[i], self._times[i]) == (seq, ts)
+
+    def explains(self, seq: int, ts: float) -> bool:
+        """Whether this batch was applied, or can be one that was missing between or after those that were."""
+        i = bisect_left(self._seqs, seq)
+        if i < len(self._seqs) and self._seqs[i] == seq:
+            return self._times[i] == ts
+        return i > 0 and self._times[i - 1] <= ts <= (self._times[i] if i < len(self._times) else self._until)
 
 
 class EventConsumer:
@@ -35,7 +79,7 @@ class EventConsumer:
       gaps: How often something was missing.
       losses: How often it could not be had, so that everything was forgotten.
       repeated: Batches that arrived though they had been applied or kept, or had become void.
-      restarts: How often the publisher restarted with a lower number.
+      restarts: How often the publisher restarted with a lower number or an earlier time.
     """
 
     def __init__(self, replay: Replay | None = None, max_pending: int = 64):
@@ -43,7 +87,7 @@ class EventConsumer:
         self._max_pending = max_pending
         self._pending: dict[int, EventBatch] = {}
         self._blocks: dict[StorageMedium, set[int]] = {medium: set() for medium in StorageMedium}
-        self._last_ts = float("-inf")
+        self._lives = deque([_Life()], maxlen=_LIVES)
         self.next_seq = 0
         self.is_complete = True
         self.gaps = self.losses = self.repeated = self.restarts = 0
@@ -53,16 +97,27 @@ class EventConsumer:
     def receive(self, seq: int, batch: EventBatch) -> None:
         """Takes a batch, in whatever order they arrive and however often.
 
-        A lower number with a later time than all that was applied is a publisher that restarted. One that restarted
-        and is ahead of the old one already looks like a gap; so `ZmqEventPublisher` never begins with a lower number.
+        Numbers and times of one publisher only grow. So a lower number with a later time, or a lower number or an
+        earlier time that none of what was applied explains, is of a publisher that restarted, whose clock may have
+        been set back: all is forgotten, and asked for. One that restarted and is ahead of the old one in both looks
+        like a gap; so `ZmqEventPublisher` never begins with a lower number unless its clock does.
+
+        Raises:
+          ArgumentError: `seq` is no sequence number.
         """
-        if seq < self.next_seq and batch.ts > self._last_ts:
-            self.restarts += 1
-            self._pending.clear()
-            self._forget(0)
-            self.is_complete = True  # it knows all of a cache that begins empty
-        if seq < self.next_seq or seq in self._pending or batch.ts < self._last_ts:
-            self.repeated += 1  # or a straggler from before the publisher restarted: times never go back
+        _require_seq(seq)
+        life = self._lives[-1]
+        is_known = seq in self._pending or any(past.has(seq, batch.ts) for past in self._lives)
+        is_old = seq < self.next_seq or batch.ts < life.last_ts
+        if (
+            is_old
+            and not is_known
+            and (batch.ts > life.last_ts or not any(past.explains(seq, batch.ts) for past in self._lives))
+        ):
+            self._restart(batch.ts)
+            is_old = False
+        if is_old or is_known:
+            self.repeated += 1  # or a straggler of an earlier life
         elif seq == self.next_seq or _says_all(batch):
             self._apply(seq, batch)
         else:
@@ -74,11 +129,25 @@ class EventConsumer:
             if len(self._pending) > self._max_pending:
                 self._give_up()
 
+    def _restart(self, ts: float) -> None:
+        """A publisher that restarted begins at that time."""
+        self.restarts += 1
+        self._lives[-1].ended(ts)
+        self._lives.append(_Life())
+        self._pending.clear()
+        self._forget(0)
+        self.is_complete = True  # it knows all of a cache that begins empty
+
     def catch_up(self) -> None:
-        """Asks for everything from `next_seq` on: at a start, and when nothing has arrived for long."""
+        """Asks for everything from `next_seq` on: at a start, and when nothing has arrived for long.
+
+        Raises:
+          ArgumentError: The answer has something else than a sequence number; what came before it is applied.
+        """
         if self._replay is None:
             return
         for seq, batch in self._replay(self.next_seq):
+            _require_seq(seq)
             if seq > self.next_seq and not _says_all(batch):  # the publisher has no longer what comes before
                 self._pending[seq] = batch
                 self._give_up()
@@ -99,7 +168,7 @@ class EventConsumer:
                     self._blocks[event.medium].update(event.block_hashes)
                 else:
                     self._blocks[event.medium].difference_update(event.block_hashes)
-            self._last_ts = max(self._last_ts, following.ts)
+            self._lives[-1].applied(seq, following.ts)
             seq += 1
             following = self._pending.pop(seq, None)
         self.next_seq = seq
@@ -137,6 +206,11 @@ class EventConsumer:
                     return found
                 found += page_size
         return found
+
+
+def _require_seq(seq: int) -> None:
+    if not 0 <= seq <= MAX_SEQ:
+        raise ArgumentError(f"seq must be in [0, 2**64 - 2], got {seq}: the number above that ends a replay")
 
 
 def _says_all(batch: EventBatch) -> bool:

@@ -10,23 +10,31 @@ leaves a gap in the numbers that consumers see.
 Needs msgspec and pyzmq, extra `events`. Nothing listens until a publisher is made, and then on loopback unless told
 otherwise: events hold what users wrote.
 
+A Unix socket (ipc://) can be opened by its owner only (0600). Any user of the machine can connect to loopback, and to
+an abstract ipc://@ address.
+
 Source: SGLang 0.5.23 disaggregation/kv_events.py, ZmqEventPublisher; vLLM 0.33 distributed/kv_events.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from jaxcache.arguments import as_count
 from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.events.answers import Answers, ReplayBuffer, prepare_router
 from jaxcache.events.events import AllBlocksCleared, EventBatch, EventQueue, KVCacheEvent
-from jaxcache.events.wire import encode_batch
+from jaxcache.events.wire import MAX_EVENTS, encode_batch
 
 try:
     import zmq
@@ -34,12 +42,11 @@ except ImportError as error:
     raise UnsupportedError("publishing events needs pyzmq: pip install 'jaxcache[events]'") from error
 
 GATHER_S, AWAKE_S, ASLEEP_S = 1e-3, 1e-4, 1e-3
+ANSWER_S = 5e-4
 """Once there is something to publish, the thread waits for so long: to wake it costs the engine's thread a microsecond.
 Then it works for so long at a time, and lets others run for so long in between: only one of them holds the interpreter.
+Sending answers leaves it to others most of the time, and goes on for as long as the last number says.
 """
-
-END_SEQ = (-1).to_bytes(8, "big", signed=True)
-"""Sequence number after the last batch of a replay."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class KVEventsConfig:
       max_queue_blocks: Blocks whose events may wait for the publisher's thread.
       buffer_steps: Batches kept for replay.
       buffer_bytes: Bytes of them.
-      hwm: Messages kept for a consumer that is slow, before ZeroMQ drops some.
+      hwm: Batches kept in memory for a consumer that does not read, before it misses some.
       with_token_ids: Whether to publish tokens. Consumers that go by names of blocks need none.
 
     Raises:
@@ -69,7 +76,7 @@ class KVEventsConfig:
     max_queue_blocks: int = 1 << 20
     buffer_steps: int = 10_000
     buffer_bytes: int = 64 << 20
-    hwm: int = 10_000
+    hwm: int = 1_000
     with_token_ids: bool = True
 
     def __post_init__(self):
@@ -92,21 +99,19 @@ class ZmqEventPublisher:
       config: See `KVEventsConfig`.
       data_parallel_rank: Which cache of several.
 
-    Attributes:
-      dropped: Batches that found no room.
-
     Raises:
       ArgumentError: An address cannot be used.
     """
 
     def __init__(self, config: KVEventsConfig | None = None, data_parallel_rank: int = 0):
-        self._sender = _Sender(config or KVEventsConfig(), data_parallel_rank)
+        rank = as_count("data_parallel_rank", data_parallel_rank)
+        self._sender = _Sender(config or KVEventsConfig(), rank)
         self._lock = threading.Lock()
         self._next_seq = time.time_ns() // 1000
         self._last_ts = 0.0
-        self._is_behind = True  # it does not know yet what is cached
+        self._is_behind = True  # consumers do not know yet what is cached
         self._pid = os.getpid()
-        self.dropped = 0
+        self._refused = self._made_up_for = 0
         self.publish([AllBlocksCleared()])
         self._thread = threading.Thread(target=self._sender.run, name="jaxcache-events", daemon=True)
         self._thread.start()
@@ -150,9 +155,14 @@ class ZmqEventPublisher:
             seq, self._next_seq = self._next_seq, self._next_seq + 1
             if self._sender.accept(seq, self._last_ts, events, blocks or 1):
                 return True
-            self.dropped += 1
+            self._refused += 1
             self._is_behind = True
             return False
+
+    @property
+    def dropped(self) -> int:
+        """Batches that found no room, or that could not be encoded."""
+        return self._refused + self._sender.unencodable
 
     def publish_from(self, queue: EventQueue) -> bool:
         """Publishes what waits in a cache's queue (`RadixCache.events`): call it once a step.
@@ -166,13 +176,16 @@ class ZmqEventPublisher:
           UnsupportedError: See `publish`.
         """
         blocks, events = queue.num_blocks, queue.take()
-        if self._is_behind:
+        if self._is_behind or self._sender.unencodable > self._made_up_for:
             if self.dropped and self._sender.is_busy:
                 return False
-            self._is_behind = False
+            self._is_behind, self._made_up_for = False, self._sender.unencodable
             events = queue.snapshot()
             blocks = sum(map(len, events))
-        return self._publish(events, blocks)
+        if len(events) <= MAX_EVENTS:
+            return self._publish(events, blocks)
+        parts = [events[start : start + MAX_EVENTS] for start in range(0, len(events), MAX_EVENTS)]
+        return all(self.publish(part) for part in parts)  # once one is dropped, everything is listed again
 
     def shutdown(self) -> None:
         """Sends what waits, for at most a second, and ends. The thread is joined and the addresses are free."""
@@ -197,37 +210,46 @@ class _Sender:
         self._waiting: deque[tuple[int, float, Sequence[KVCacheEvent], int]] = deque()
         self._waiting_blocks = 0
         self._lock = threading.Lock()
-        self._buffer: deque[tuple[int, bytes]] = deque()
-        self._buffer_bytes = 0
+        self._buffer = ReplayBuffer(config.buffer_steps, config.buffer_bytes)
+        self._answers: Answers | None = None
+        self.unencodable = 0
         self._closed_at: float | None = None
         self._awake_since = 0.0
         with contextlib.ExitStack() as undo:
             self._context = zmq.Context()
             undo.callback(self._context.destroy, linger=0)
-            self._pub = self._socket(zmq.PUB, config.hwm, "endpoint", config.endpoint, rank, config.bind)
-            self.endpoint = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._pub = self._context.socket(zmq.PUB)
+            self._pub.set_hwm(config.hwm)
+            self.endpoint = self._open(undo, self._pub, "endpoint", config.endpoint, rank, config.bind)
             self._router: zmq.Socket | None = None
             self.replay_endpoint: str | None = None
             if config.replay_endpoint is not None:
-                # Room for a whole replay: a ROUTER drops what does not fit, in the middle.
-                room = config.buffer_steps + 1
-                self._router = self._socket(zmq.ROUTER, room, "replay_endpoint", config.replay_endpoint, rank, True)
-                self.replay_endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-            undo.pop_all()
+                self._router = self._context.socket(zmq.ROUTER)
+                prepare_router(self._router)
+                self._answers = Answers(self._router, self._topic, self._buffer)
+                self.replay_endpoint = self._open(
+                    undo, self._router, "replay_endpoint", config.replay_endpoint, rank, True
+                )
+            self._undo = undo.pop_all()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
 
-    def _socket(self, kind: int, hwm: int, name: str, endpoint: str, rank: int, bind: bool) -> zmq.Socket:
-        socket = self._context.socket(kind)
-        socket.set_hwm(hwm)
-        socket.linger = self.LINGER_MS
+    def _open(
+        self, undo: contextlib.ExitStack, zmq_socket: zmq.Socket, name: str, endpoint: str, rank: int, bind: bool
+    ) -> str:
+        """Binds or connects a socket. Returns its address, with the port that was taken."""
+        zmq_socket.linger = self.LINGER_MS
         address = _of_rank(endpoint, rank)
+        path = address.removeprefix("ipc://")
         try:
-            (socket.bind if bind else socket.connect)(address)
-        except zmq.ZMQError as error:
+            if bind and path != address and path != "*" and not path.startswith("@"):
+                zmq_socket.setsockopt(zmq.USE_FD, _listening(path))
+                undo.callback(Path(path).unlink, missing_ok=True)
+            (zmq_socket.bind if bind else zmq_socket.connect)(address)
+        except (zmq.ZMQError, OSError) as error:
             raise ArgumentError(f"{name}: {address} cannot be used: {error}") from error
-        return socket
+        return zmq_socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     # ---- called by the engine's thread -----------------------------------------------------------------------------
 
@@ -270,32 +292,49 @@ class _Sender:
             if self._router is not None:
                 poller.register(self._router, zmq.POLLIN)
             while self._closed_at is None:
-                poller.poll()
+                poller.poll(self._wait_ms())
                 with contextlib.suppress(BlockingIOError):  # it was the other one
                     os.read(self._wake_reader, 4096)
-                self._answer()
-                if self._closed_at is None:
+                if self._waiting and self._closed_at is None:
                     time.sleep(GATHER_S)
                 self._send_waiting()
+                self._answer()
         finally:
             with self._lock:
                 self._closed_at = self._closed_at or time.monotonic()
             self._context.destroy(linger=self.LINGER_MS)
+            self._undo.close()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
+
+    def _wait_ms(self) -> int | None:
+        """How long to wait for something to do; None for as long as it takes."""
+        return round(1e3 * ASLEEP_S) if self._answers is not None and self._answers.are_under_way else None
+
+    def _answer(self) -> None:
+        if self._answers is not None:
+            self._answers.go_on(ANSWER_S)
+            self._let_others_run()
 
     def _send_waiting(self) -> None:
         while self._waiting and (self._closed_at is None or time.monotonic() < self._closed_at + self.LINGER_MS / 1e3):
             seq, ts, events, blocks = self._waiting[0]
-            batch = EventBatch(ts, events, self._rank)
-            payload = encode_batch(batch, self._config.with_token_ids, self._let_others_run)
-            self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload))
-            self._keep(seq, payload)
+            self._send(seq, EventBatch(ts, events, self._rank))
             with self._lock:
                 self._waiting.popleft()
                 self._waiting_blocks -= blocks
             self._answer()
             self._let_others_run()
+
+    def _send(self, seq: int, batch: EventBatch) -> None:
+        """Sends and keeps a batch. One that cannot be encoded is a gap; then `publish_from` lists everything again."""
+        try:
+            payload = encode_batch(batch, self._config.with_token_ids, self._let_others_run)
+        except ArgumentError:
+            self.unencodable += 1
+            return
+        self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload))
+        self._buffer.keep(seq, payload)
 
     def _let_others_run(self) -> None:
         """Sleeps, if it was awake for long: who works holds the interpreter, and the engine waits for it."""
@@ -303,28 +342,25 @@ class _Sender:
             time.sleep(ASLEEP_S)
             self._awake_since = time.perf_counter()
 
-    def _keep(self, seq: int, payload: bytes) -> None:
-        self._buffer.append((seq, payload))
-        self._buffer_bytes += len(payload)
-        while len(self._buffer) > self._config.buffer_steps or self._buffer_bytes > self._config.buffer_bytes:
-            self._buffer_bytes -= len(self._buffer.popleft()[1])
-
-    def _answer(self) -> None:
-        """Answers requests that have come: [client, "", start] -> [client, "", topic, seq, batch] ... and the end."""
-        while self._router is not None and self._router.poll(0):
-            request = self._router.recv_multipart()
-            if len(request) != 3 or len(request[2]) != 8:
-                continue  # not a request of this protocol: it gets no answer
-            client, start = request[0], int.from_bytes(request[2], "big")
-            for seq, payload in self._buffer:
-                if seq >= start:
-                    self._router.send_multipart((client, b"", self._topic, seq.to_bytes(8, "big"), payload))
-            self._router.send_multipart((client, b"", b"", END_SEQ, b""))
-
 
 def _close(sender: _Sender, thread: threading.Thread) -> None:
     sender.close()
     thread.join()
+
+
+def _listening(path: str) -> int:
+    """File descriptor of a listening Unix socket that only its owner can open: the mode is set before it has a name.
+
+    Raises:
+      OSError: It cannot be made, or the path exists and is not the socket of a process that has ended.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.fchmod(listener.fileno(), 0o600)
+        if Path(path).is_socket() and listener.connect_ex(path) == errno.ECONNREFUSED:
+            Path(path).unlink()  # of a process that was killed
+        listener.bind(path)
+        listener.listen()
+        return listener.detach()
 
 
 def _of_rank(endpoint: str, rank: int) -> str:

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 
 from jaxcache.errors import ArgumentError, UnsupportedError
+from jaxcache.events.answers import END_SEQ
 from jaxcache.events.events import EventBatch
-from jaxcache.events.publisher import END_SEQ
 from jaxcache.events.wire import decode_batch
 
 try:
@@ -105,7 +105,7 @@ class ZmqEventSubscriber:
     def _message(self, frames: list[bytes]) -> Message | None:
         """Live [topic, seq, payload], replayed ["", topic, seq, payload], of older releases ["", seq, payload]."""
         try:
-            if len(frames) < 2 or len(frames[-2]) != 8:
+            if len(frames) < 2 or len(frames[-2]) != 8 or frames[-2] == END_SEQ:
                 raise ArgumentError("frames: the last two are a sequence number of 8 bytes and a batch")
             return int.from_bytes(frames[-2], "big"), decode_batch(frames[-1])
         except ArgumentError:

@@ -18,8 +18,11 @@ Source: SGLang 0.5.23 disaggregation/kv_events.py; vLLM 0.33 distributed/kv_even
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
 
 from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.events.events import (
@@ -46,18 +49,73 @@ _MEDIA = {medium.value: medium for medium in StorageMedium} | {
 TOKENS_AT_ONCE = 2048
 """Between two pauses of `encode_batch`: some 20 microseconds."""
 
-_STORED = (
-    "block_hashes",
-    "parent_block_hash",
-    "token_ids",
-    "block_size",
-    "lora_id",
-    "medium",
-    "lora_name",
-    "cache_salt",
-    "extra_keys",
-)
-_REMOVED = ("block_hashes", "medium")
+MAX_EVENTS = 1 << 20
+"""Events of one batch; the length of the list is compared before any of it is read."""
+
+
+class _Batch(msgspec.Struct, array_like=True):
+    """What a batch must be; events are read one by one, since those of unknown kinds are left out."""
+
+    ts: float
+    events: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_EVENTS)]
+    data_parallel_rank: int | None = None
+
+
+class _BatchMap(msgspec.Struct):
+    ts: float
+    events: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_EVENTS)]
+    data_parallel_rank: int | None = None
+    attn_dp_rank: int | None = None
+
+
+class _Kind(msgspec.Struct):
+    type: msgspec.Raw = msgspec.Raw()
+
+
+class _KindArray(_Kind, array_like=True):
+    pass
+
+
+class _Stored(msgspec.Struct):
+    type: str
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: msgspec.Raw = msgspec.Raw()
+    medium: msgspec.Raw = msgspec.Raw()
+    lora_name: msgspec.Raw = msgspec.Raw()
+    cache_salt: msgspec.Raw = msgspec.Raw()
+    extra_keys: msgspec.Raw = msgspec.Raw()
+
+
+class _StoredArray(_Stored, array_like=True):
+    pass
+
+
+class _Removed(msgspec.Struct):
+    type: str
+    block_hashes: list[int | bytes]
+    medium: msgspec.Raw = msgspec.Raw()
+
+
+class _RemovedArray(_Removed, array_like=True):
+    pass
+
+
+def _decoders(*types: Any) -> tuple[msgspec.msgpack.Decoder, ...]:
+    return tuple(msgspec.msgpack.Decoder(kind) for kind in types)
+
+
+_BATCH, _BATCH_MAP = _decoders(_Batch, _BatchMap)
+_AS_MAP = _decoders(_Kind, _Stored, _Removed)
+_AS_ARRAY = _decoders(_KindArray, _StoredArray, _RemovedArray)
+_TEXT = msgspec.msgpack.Decoder(str)
+_MAP_HEADS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+_ARRAY_HEADS = frozenset((*range(0x91, 0xA0), 0xDC, 0xDD))
+_LIST_HEADS = _ARRAY_HEADS | {0x90}
+_TEXT_HEADS = frozenset((*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB))
+"""First bytes of what msgpack writes for a map, for an array that is not empty, and for text."""
 
 
 def _never() -> None:
@@ -72,9 +130,26 @@ def encode_batch(batch: EventBatch, with_token_ids: bool = True, pause: Callable
       with_token_ids: False leaves the tokens out, which are what users wrote, and the digests of their images:
         consumers that go by names need neither.
       pause: Called every 20 microseconds or so, for a thread that shall not keep others waiting.
+
+    Raises:
+      ArgumentError: A field is of another type than its event wants, or does not fit 64 bits.
     """
-    events = [msgspec.Raw(msgspec.msgpack.encode(_encoded(event, with_token_ids, pause))) for event in batch.events]
-    return msgspec.msgpack.encode([batch.ts, events, batch.data_parallel_rank])
+    try:
+        events = [msgspec.Raw(_encode(_encoded(event, with_token_ids, pause))) for event in batch.events]
+        return _encode([batch.ts, events, batch.data_parallel_rank])
+    except (TypeError, OverflowError, UnicodeError) as error:
+        raise ArgumentError(f"batch: a field of an event cannot be encoded: {error}") from error
+
+
+def _encode(value: Any) -> bytes:
+    return msgspec.msgpack.encode(value, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as those of Python."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} must be an integer, text or bytes")
 
 
 def _encoded(event: KVCacheEvent, with_token_ids: bool, pause: Callable[[], None]) -> dict[str, Any]:
@@ -102,7 +177,7 @@ def _packed_tokens(event: BlockStored, pause: Callable[[], None]) -> msgspec.Raw
     count, pieces = 0, []
     for tokens in event.token_pieces(TOKENS_AT_ONCE):
         count += len(tokens)
-        pieces.append(msgspec.msgpack.encode(tokens)[1 if len(tokens) < 16 else 3 :])  # without the length of the piece
+        pieces.append(_encode(tokens)[1 if len(tokens) < 16 else 3 :])  # without the length of the piece
         pause()
     return msgspec.Raw(b"".join([b"\xdd", count.to_bytes(4, "big"), *pieces]))
 
@@ -110,57 +185,61 @@ def _packed_tokens(event: BlockStored, pause: Callable[[], None]) -> msgspec.Raw
 def decode_batch(payload: bytes) -> EventBatch:
     """The batch of these bytes. Kinds of events that are not known are left out.
 
+    Cost: in the size of the payload. What is no batch is refused where it first is none: nothing is made of the rest.
+
     Raises:
-      ArgumentError: They are not a batch of events.
+      ArgumentError: They are not a batch of events, or one of more than `MAX_EVENTS`.
     """
     try:
-        batch = msgspec.msgpack.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError) as error:
-        raise ArgumentError(f"payload: it is no msgpack: {error}") from error
-    if isinstance(batch, dict):
-        rank = batch.get("data_parallel_rank", batch.get("attn_dp_rank"))
-        batch = [batch.get("ts"), batch.get("events"), rank]
-    ts, events, rank = (*batch, None, None, None)[:3] if isinstance(batch, list) else (None, None, None)
-    if not isinstance(ts, (int, float)) or not isinstance(events, list) or not isinstance(rank, (int, type(None))):
-        raise ArgumentError("payload: a batch is [ts, events, rank]; this is something else")
-    decoded = [_decoded(event) for event in events]
-    return EventBatch(float(ts), [event for event in decoded if event is not None], rank)
+        if payload[:1] and payload[0] in _MAP_HEADS:
+            as_map = _BATCH_MAP.decode(payload)
+            rank = as_map.attn_dp_rank if as_map.data_parallel_rank is None else as_map.data_parallel_rank
+            batch = _Batch(as_map.ts, as_map.events, rank)
+        else:
+            batch = _BATCH.decode(payload)
+        events = [event for event in map(_decoded, batch.events) if event is not None]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArgumentError(f"payload: a batch is [ts, events, rank]; this is something else: {error}") from error
+    if not math.isfinite(batch.ts):
+        raise ArgumentError(f"payload: the time of a batch must be finite, got {batch.ts}")
+    return EventBatch(batch.ts, events, batch.data_parallel_rank)
 
 
-def _decoded(event: Any) -> KVCacheEvent | None:
+def _decoded(raw: msgspec.Raw) -> KVCacheEvent | None:
     """An event; None for a kind that is not known."""
-    kind: Any = event
-    fields: dict[Any, Any] = {}
-    if isinstance(event, dict):
-        kind, fields = event.get("type"), event
-    elif isinstance(event, list) and event:
-        kind = event[0]
-        fields = dict(zip(_REMOVED if kind == "BlockRemoved" else _STORED, event[1:], strict=False))
+    head = memoryview(raw)[0]
+    if head in _MAP_HEADS:
+        as_kind, as_stored, as_removed = _AS_MAP
+    elif head in _ARRAY_HEADS:
+        as_kind, as_stored, as_removed = _AS_ARRAY
+    else:
+        return None
+    kind = _text(as_kind.decode(raw).type)
     if kind == "AllBlocksCleared":
         return AllBlocksCleared()
     if kind == "BlockRemoved":
-        return BlockRemoved(_names(fields.get("block_hashes")), _medium(fields))
+        removed = as_removed.decode(raw)
+        return BlockRemoved(removed.block_hashes, _medium(removed.medium))
     if kind != "BlockStored":
         return None
-    names, parent = _names(fields.get("block_hashes")), fields.get("parent_block_hash")
-    tokens, size = fields.get("token_ids"), fields.get("block_size")
-    if not isinstance(tokens, list) or not isinstance(size, int) or not isinstance(parent, (int, bytes, type(None))):
-        raise ArgumentError("payload: a field of a BlockStored is missing or of a wrong type")
-    space = Namespace(lora_id=_text(fields.get("lora_name")), cache_salt=_text(fields.get("cache_salt")))
-    extra = fields.get("extra_keys")
-    extra = extra if isinstance(extra, list) else None
-    return BlockStored(names, parent, tokens, size, space.encode(), _medium(fields), extra)  # type: ignore[arg-type]
+    stored = as_stored.decode(raw)
+    space = Namespace(lora_id=_text(stored.lora_name), cache_salt=_text(stored.cache_salt)).encode()
+    parent, medium = stored.parent_block_hash, _medium(stored.medium)
+    extra = _list(stored.extra_keys)
+    return BlockStored(stored.block_hashes, parent, stored.token_ids, stored.block_size, space, medium, extra)
 
 
-def _names(names: Any) -> Sequence[int]:
-    if not isinstance(names, list) or not all(isinstance(name, (int, bytes)) for name in names):
-        raise ArgumentError("payload: block_hashes must be integers or bytes")
-    return names
+def _list(raw: msgspec.Raw) -> list[Any] | None:
+    """A list, or None for anything else."""
+    view = memoryview(raw)
+    return msgspec.msgpack.decode(view) if len(view) and view[0] in _LIST_HEADS else None
 
 
-def _medium(fields: dict[Any, Any]) -> StorageMedium:
-    return _MEDIA.get(_text(fields.get("medium")), StorageMedium.EXTERNAL)
+def _medium(raw: msgspec.Raw) -> StorageMedium:
+    return _MEDIA.get(_text(raw), StorageMedium.EXTERNAL)
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _text(raw: msgspec.Raw) -> str | None:
+    """Text, or None for anything else: other releases have other things there."""
+    view = memoryview(raw)
+    return _TEXT.decode(view) if len(view) and view[0] in _TEXT_HEADS else None

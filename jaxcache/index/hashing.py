@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from jaxcache.index.key import RadixKey
 from jaxcache.index.media import marks_of
 from jaxcache.index.node import Node, Root
 from jaxcache.index.page_hashes import DIGEST_BYTES, PageHashes
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """An array of any framework that NumPy can read."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
 
 
 def hash_token_ids(
@@ -73,13 +81,17 @@ def hash_bytes(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def content_digest(*parts: bytes | str | np.ndarray) -> bytes:
+def content_digest(*parts: Any) -> bytes:
     """SHA-256 of contents, such as an image, or the digests of all images of a request in order.
 
     Each part is hashed with its kind, shape and length, so that different parts never run together into the same bytes.
 
+    Args:
+      *parts: bytes (bytearray and memoryview alike), str, or arrays of NumPy, of JAX (which are read back) or of torch
+        (on the host, and not bfloat16). Arrays of equal dtype, shape and numbers have equal digests.
+
     Raises:
-      ArgumentError: There is no part, or one is neither bytes, str nor an array of numbers.
+      ArgumentError: There is no part, or one is none of those.
     """
     if not parts:
         raise ArgumentError("parts: there is nothing to hash: pass at least one")
@@ -91,15 +103,27 @@ def content_digest(*parts: bytes | str | np.ndarray) -> bytes:
     return digest.digest()
 
 
-def _content(part: bytes | str | np.ndarray) -> tuple[bytes, bytes]:
-    if isinstance(part, bytes):
-        return b"bytes", part
+def _content(part: Any) -> tuple[bytes, bytes]:
+    if isinstance(part, (bytes, bytearray, memoryview)):
+        return b"bytes", bytes(part)
     if isinstance(part, str):
         return b"text", part.encode("utf-8", "surrogatepass")
-    if not isinstance(part, np.ndarray) or part.dtype.hasobject:
-        raise ArgumentError(f"parts: expected bytes, str or a NumPy array of numbers, got {type(part).__name__}")
+    part = _numbers(part)
     little = part.astype(part.dtype.newbyteorder("<"), copy=False)
     return f"{part.dtype.name}{part.shape}".encode(), little.tobytes()
+
+
+def _numbers(part: Any) -> np.ndarray:
+    try:
+        array = np.asarray(part) if isinstance(part, _Array) else np.empty(0, object)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"parts: a {type(part).__name__} cannot be read by NumPy ({str(error)[:200]}): pass it as an array of the "
+            "host; one of torch as part.detach().cpu(), in bfloat16 as .view(torch.uint16)"
+        ) from error
+    if array.dtype.hasobject:
+        raise ArgumentError(f"parts: expected bytes, str or an array of numbers, got {type(part).__name__}")
+    return array
 
 
 def compute_node_hash(node: Node, page_bytes: int) -> PageHashes:

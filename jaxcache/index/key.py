@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 from jaxcache.index.media import MediaRange, as_media, of_pairs, part_of, require_digest
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _encode_field(value: str | bytes) -> bytes:
     elif isinstance(value, bytes):
         kind, data = b"b", value
     else:
-        raise ArgumentError(f"a namespace field must be str or bytes, got {value!r}: convert it first")
+        raise ArgumentError(f"a namespace field must be str or bytes, got {shown(value)}: convert it first")
     return kind + len(data).to_bytes(4, "little") + data
 
 
@@ -308,7 +308,7 @@ def pack(token_ids: bytes | np.ndarray | Iterable[int]) -> bytes:
         raise ArgumentError("token_ids: a RadixKey is packed already and has a namespace: use it as it is")
     try:
         packed = array("i", token_ids)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of a deleted array of a device
         raise ArgumentError(f"token_ids: every token must be an integer in the int32 range ({error})") from error
     if not _LITTLE_ENDIAN:
         packed.byteswap()

@@ -19,6 +19,7 @@ from jaxcache.errors import ArgumentError, LockedError, SnapshotError
 from jaxcache.index.key import Namespace
 from jaxcache.index.node import Node, Root, Slot, owned
 from jaxcache.index.page_hashes import PageHashes
+from jaxcache.index.policies.base import EvictionPolicy
 from jaxcache.index.tree import RadixTree
 from jaxcache.state_dict import Columns, StateDict, joined_bytes, prefixed
 
@@ -35,11 +36,7 @@ def saved_tree(tree: RadixTree) -> StateDict:
     if any(tree.protected):
         raise LockedError(f"tree: locks cover {tree.protected[0]} of its pages: give every receipt back first")
     roots = list(tree.roots.values())
-    nodes: list[Node] = []
-    todo: list[Node] = list(roots)
-    for node in todo:  # grows while it is walked: parents first, children in their order
-        todo.extend(node.children.values())
-    nodes = todo[len(roots) :]
+    nodes = _in_saved_order(tree)
     number = {node: i for i, node in enumerate(nodes)} | {root: -1 - i for i, root in enumerate(roots)}
     if any(abs(node.priority) > _MOST_PRIORITY for node in nodes):
         raise SnapshotError("tree: a priority does not fit 64 bits: use smaller ones for requests")
@@ -72,6 +69,15 @@ def restore_tree(tree: RadixTree, books: Columns) -> None:
       SnapshotError: These are no books of a tree with these components, this page size and this policy. The tree is of
         no use then.
     """
+    nodes = _restored_nodes(tree, books)
+    if not tree.is_single:
+        tree.resume.load_state_dict(books.part("resume"), nodes)
+    for i, policy in enumerate(tree.policies):
+        policy.load_state_dict(books.part(f"policy.{i}"), nodes)
+
+
+def _restored_nodes(tree: RadixTree, books: Columns) -> list[Node]:
+    """The nodes with their values, in the tree, which no policy knows yet."""
     nodes = _nodes(tree, _roots(books), books)
     for i in range(len(tree.components)):
         counts = books.ints(f"count.{i}", len(nodes))
@@ -82,10 +88,42 @@ def restore_tree(tree: RadixTree, books: Columns) -> None:
                 node.slot(i).value = owned(values[start:end])
     roots = [node.parent for node in nodes if isinstance(node.parent, Root)]
     tree.adopt({root.namespace: root for root in roots})
-    if not tree.is_single:
-        tree.resume.load_state_dict(books.part("resume"), nodes)
-    for i, policy in enumerate(tree.policies):
-        policy.load_state_dict(books.part(f"policy.{i}"), nodes)
+    return nodes
+
+
+def with_policy(tree: RadixTree, other: RadixTree) -> StateDict:
+    """The saved form of a tree under the policy of `other`, an empty tree: as if used in its order of eviction.
+
+    The policies of `tree` are used up. O(nodes and their values).
+    """
+    number = {node: i for i, node in enumerate(_in_saved_order(tree))}
+    nodes = _restored_nodes(other, Columns(saved_tree(tree)))
+    for mine, theirs in zip(tree.policies, other.policies, strict=True):
+        for node in _drained(mine):
+            theirs.add(nodes[number[node]])
+    return saved_tree(other)
+
+
+def _drained(policy: EvictionPolicy) -> list[Node]:
+    """The nodes of a policy in the order in which it would evict them."""
+    order: list[Node] = []
+    left: dict[Node, int] = {}
+    while (node := policy.victim()) is not None:
+        policy.remove(node)
+        order.append(node)
+        parent = node.parent
+        left[parent] = left.get(parent, len(parent.children)) - 1
+        if policy.leaves_only and not left[parent] and parent in policy:
+            policy.exposed(parent)
+    return order
+
+
+def _in_saved_order(tree: RadixTree) -> list[Node]:
+    """The nodes, parents first, children in their order."""
+    todo: list[Node] = list(tree.roots.values())
+    for node in todo:  # grows while it is walked
+        todo.extend(node.children.values())
+    return todo[len(tree.roots) :]
 
 
 def _roots(books: Columns) -> list[Root]:

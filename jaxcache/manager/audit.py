@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcache.components.base import MemoryComponent
+from jaxcache.device.placing import on_host
 from jaxcache.errors import BrokenInvariantError
 from jaxcache.index.media import marks_of
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, PageState
@@ -122,7 +123,7 @@ def check_device_table(running: Mapping[int, Request], table: ReqToTokenPool, de
     Raises:
       BrokenInvariantError: names the row that differs.
     """
-    device = np.asarray(device_table.pages)
+    device = on_host(device_table.pages)
     for row, request in running.items():
         if not np.array_equal(device[row, : request.num_pages], table.row_pages(row, 0, request.num_pages)):
             raise BrokenInvariantError(f"row {row} of request {request.rid}: the device table differs from the host's")

@@ -54,8 +54,8 @@ class Forking:
 
     def fork(self, request: Request, n: int) -> list[Request] | None:
         """`MemoryManager.fork` has the contract. The forks have rows; the caller adds them to those that run."""
-        row = self._planner.require_settled(request)
-        if as_count("n", n) < 1:
+        row, n = self._planner.require_settled(request), as_count("n", n)
+        if n < 1:
             raise ArgumentError("n must be at least 1: that many requests are made")
         if request.pending or request.kv_len > request.num_tokens:
             raise RequestStateError(f"request {request.rid} has tokens pending: append what was sampled first")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import as_flag, as_sequence, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import RequestStateError
 from jaxcache.guard import exclusive, exclusive_on_device
@@ -94,7 +95,7 @@ class MemoryManager(SteppedMemory):
 
     def victim(self, requests: Sequence[Request], tokens: int = 0) -> Request | None:
         """Whom of these running requests to retract, as `tokens` are short: see `cheapest_victim`."""
-        for request in requests:
+        for request in as_sequence("requests", requests):
             self.planner.require_running(request)
         return cheapest_victim(requests, tokens)
 
@@ -165,7 +166,12 @@ class MemoryManager(SteppedMemory):
 
     @exclusive
     def abort(self, request: Request) -> None:
-        """Ends a request in any state; whatever it computed is valid KV and stays for others."""
+        """Ends a request, waiting, running or retracted; whatever it computed is valid KV and stays for others.
+
+        Raises:
+          RequestStateError: It is in a decode loop, whose steps use its pages: `absorb` or `cancel_loop` first.
+        """
+        require_kind("request", request, Request)
         if request.state is RequestState.RUNNING:
             self._release(request, RequestState.DONE)
         request.cpu_copy = None
@@ -187,6 +193,7 @@ class MemoryManager(SteppedMemory):
           RequestStateError: It is not running, or is to be offloaded and has KV of a token that is not known yet.
         """
         self.planner.require_running(request)
+        offload = as_flag("offload", offload)
         if offload and request.kv_len > request.num_tokens:
             raise RequestStateError(
                 f"offload: request {request.rid} has KV of tokens that are not in output_ids: append what was sampled"

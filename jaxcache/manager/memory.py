@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxcache.arguments import as_flag
 from jaxcache.caches.check import check_cached
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
@@ -157,7 +158,7 @@ class ManagedMemory(abc.ABC):
         Cost: waits for the steps in flight; then what is kept, over the host link.
         Source: SGLang 0.5.2 scheduler, release_memory_occupation.
         """
-        if keep:
+        if as_flag("keep", keep):
             self.runner.release(self.cache.rows_in_use())
             return
         self._require_idle()
@@ -184,6 +185,19 @@ class ManagedMemory(abc.ABC):
         Source: SGLang 0.5.2 scheduler, _get_token_info.
         """
         return self.guard.between_calls(lambda: self._usage("full"))
+
+    def get_state_info(self) -> tuple[int, float, int, int]:
+        """(used, usage, available, evictable) of the recurrent states: as `get_token_info`, in states.
+
+        Raises:
+          ArgumentError: This memory caches no recurrent states.
+        """
+        try:
+            size, available, evictable = self.cache.usage("state")
+        except ArgumentError as error:
+            raise ArgumentError("get_state_info: this memory caches no recurrent states; see get_token_info") from error
+        used = size - available - evictable
+        return used, used / size, available, evictable
 
     def get_swa_token_info(self) -> tuple[int, int, float, float, int, int, int, int]:
         """Tokens of the full and the window side.
@@ -229,6 +243,7 @@ class ManagedMemory(abc.ABC):
 
         Cost: O(cached pages + pages of running requests). It checks identity, not counts: leaks that cancel out show.
         """
+        read_device = as_flag("read_device", read_device)
         self._audit()
         if read_device:
             self.runner.send_changes()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.index.node import Node
@@ -218,5 +218,6 @@ def cheapest_victim(requests: Sequence[Request], tokens: int = 0) -> Request | N
 
 
 def _require_waiting(request: Request) -> None:
+    require_kind("request", request, Request)
     if request.state not in (RequestState.WAITING, RequestState.RETRACTED):
         raise RequestStateError(f"request {request.rid} is {request.state.value}: only a waiting one can be admitted")

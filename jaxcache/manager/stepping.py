@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, require_callable, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
 from jaxcache.guard import exclusive, exclusive_on_device
@@ -170,6 +170,7 @@ class SteppedMemory(ManagedMemory):
             request was retracted, or has other pages by now. Nothing has changed.
           ArgumentError: The step returns neither `(pool, out)` nor `(pool, out, sampled)`.
         """
+        require_callable("step", step)
         self._before(plan)
         outcome = self._dispatched(self.runner.run, step, plan, *args)
         self._commit(plan, outcome.has_sampled)
@@ -229,6 +230,7 @@ class SteppedMemory(ManagedMemory):
         Its requests are where they were, but for what the plan found in the cache. Where they share pages, it is also
         what happens when one of them ends before the plan has run.
         """
+        require_kind("plan", plan, StepPlan)
         self.planner.cancel(plan)
 
     def warm_up(
@@ -297,6 +299,7 @@ class SteppedMemory(ManagedMemory):
         Raises:
           RequestStateError: The loop was launched already, or is over. Nothing has changed.
         """
+        require_callable("step", step)
         self._loops.require_planned(plan)
         for component in self._stepping:
             component.before_step(plan.row, self.runner)
@@ -339,6 +342,7 @@ class SteppedMemory(ManagedMemory):
 
 
 def _row_of(request: Request) -> int:
+    require_kind("request", request, Request)
     if request.req_pool_idx is None:
         raise RequestStateError(f"request {request.rid} has no row: it is {request.state.value}")
     return request.req_pool_idx

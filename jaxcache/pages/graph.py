@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcache.device.placing import on_device
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels import alloc_pages
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, FreeOrder
@@ -167,10 +169,12 @@ def state_of(allocator: BaseTokenToKVPoolAllocator) -> PageAllocatorState:
         pending = allocator.pending_size()
         raise ArgumentError(f"allocator must have no pending pages, got {pending} slots of them: end the free group")
     free = allocator.free_pages
+    ring = np.zeros(allocator.num_pages, np.int32)
+    ring[: len(free)] = free
     return PageAllocatorState(
-        ring=jnp.zeros(allocator.num_pages, jnp.int32).at[: len(free)].set(free),
-        head=jnp.int32(0),
-        count=jnp.int32(len(free)),
+        ring=on_device(ring),
+        head=on_device(np.int32(0)),
+        count=on_device(np.int32(len(free))),
         page_size=allocator.page_size,
         free_order=allocator.free_order,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 from jaxcache.kernels.float8 import FLOAT8_DTYPES, float8_bits
 from jaxcache.pools.layout import LayerMajor, Layout, PageMajor
 
@@ -236,7 +236,7 @@ def pool_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     try:
         known = np.dtype(dtype)
     except TypeError as error:
-        raise ArgumentError(f"{name} {rule}; got {dtype!r}") from error
+        raise ArgumentError(f"{name} {rule}; got {shown(dtype)}") from error
     require(known in _POOL_DTYPES, name, rule, known)
     return known
 
@@ -251,7 +251,7 @@ def require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
 def require(condition: bool, name: str, rule: str, value: Any) -> None:
     """Raises ArgumentError with the argument, its rule and its value unless `condition` holds."""
     if not condition:
-        raise ArgumentError(f"{name} {rule}; got {value}")
+        raise ArgumentError(f"{name} {rule}; got {value if isinstance(value, str) else shown(value)}")
 
 
 def require_positive(config: PoolConfig, *names: str) -> None:

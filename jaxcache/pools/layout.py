@@ -95,7 +95,7 @@ class PageMajor(LayerMajor):
 
     def locate_all(self, loc: Any) -> Any:
         every_layer = np.arange(self.layers, dtype=np.int32)
-        return self.locate(every_layer[:, None], loc)[1].reshape(-1)
+        return self.locate(every_layer[:, None], loc[None])[1].reshape(-1)
 
     def first_page(self, layer: Any, page_size: int) -> tuple[Any, int]:
         return layer, self.layers

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.device.donation import donating, reading
+from jaxcache.device.placing import on_host, zeros
 from jaxcache.device.pool import DevicePool
 from jaxcache.errors import ArgumentError
 from jaxcache.kernels.arguments import require_array
@@ -171,8 +172,8 @@ class LayerStack(MemoryPool):
             return cls(config, *zeros_on(mesh, config))
         is_one = not isinstance(device, Sharding) or device.num_devices == 1
         require(is_one, "device", "must be one device; for several, pass mesh and set config.axis_name", device)
-        platform = next(iter(jnp.zeros((), device=device).devices())).platform
-        return cls(config, *(jnp.zeros(b.shape, b.dtype, device=device) for b in config.abstract_buffers(platform)))
+        platform = next(iter(zeros((), bool, device).devices())).platform
+        return cls(config, *(zeros(b.shape, b.dtype, device) for b in config.abstract_buffers(platform)))
 
     @classmethod
     def abstract(cls, config: PoolConfig, *, platform: str, mesh: Mesh | None = None) -> Self:
@@ -220,7 +221,7 @@ class LayerStack(MemoryPool):
         )
         for start, chunk in self._chunks(slots):
             for copy, rows in zip(copies, _read(self, pad_to(chunk, self.rows_per_copy), mesh=mesh), strict=True):
-                copy[:, start : start + len(chunk)] = np.asarray(rows)[:, : len(chunk)]
+                copy[:, start : start + len(chunk)] = on_host(rows)[:, : len(chunk)]
         return CpuCopy(self.config, copies)
 
     def load_cpu_copy(self, copy: CpuCopy, indices: Int32[ArrayLike, " n"]) -> Self:
@@ -249,7 +250,7 @@ class LayerStack(MemoryPool):
         pool, mesh = self, self.mesh
         for start, chunk in self._chunks(slots):
             rows = (
-                pad_to(np.asarray(stored)[:, start : start + len(chunk)].view(buffer.dtype), self.rows_per_copy, axis=1)
+                pad_to(on_host(stored)[:, start : start + len(chunk)].view(buffer.dtype), self.rows_per_copy, axis=1)
                 for stored, buffer in zip(copy.buffers, pool.buffers, strict=True)
             )
             if mesh is not None:  # a mesh of explicit axes wants them cut beforehand
@@ -328,7 +329,7 @@ class LayerStack(MemoryPool):
         if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
-        slots = np.asarray(loc)
+        slots = _read_back(name, loc)
         is_list = slots.ndim == 1 and (slots.size == 0 or np.issubdtype(slots.dtype, np.integer))
         require(is_list, name, "must be a one-dimensional list of integers", f"{slots.dtype}{list(slots.shape)}")
         outside = (slots < 0) | (slots >= self.config.rows)
@@ -351,7 +352,7 @@ class LayerStack(MemoryPool):
         """`checked_loc` of rows that are read back from the device if they are there."""
         if isinstance(indices, Tracer):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
-        return self.checked_loc(name, np.asarray(indices))
+        return self.checked_loc(name, _read_back(name, indices))
 
     def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
         """Rows in storage dtype, of all layers or of the layer with this index."""
@@ -395,6 +396,13 @@ def check_rows(name: str, rows: Any, shape: tuple[int, ...], dtype: np.dtype) ->
         require(jnp.issubdtype(rows.dtype, jnp.floating), name, f"must be floats, for a {dtype} pool", rows.dtype)
     else:
         require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
+
+
+def _read_back(name: str, values: Any) -> np.ndarray:
+    try:
+        return on_host(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged lists; deleted arrays
+        raise ArgumentError(f"{name} must be a one-dimensional list of integers: {error}") from error
 
 
 def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:

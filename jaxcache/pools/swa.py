@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from jaxcache.device.donation import donating
+from jaxcache.device.placing import zeros
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require, require_layers
@@ -210,7 +211,7 @@ class SWAKVPool(MemoryPool):
             side.pool_type.create(side, device=device, mesh=mesh) for side in (config.full, config.window)
         ]
         where = device if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return cls(config, sides[0], sides[1], jnp.zeros(config.num_pages + 1, jnp.int32, device=where))
+        return cls(config, sides[0], sides[1], zeros((config.num_pages + 1,), jnp.int32, where))
 
     @classmethod
     def abstract(cls, config: SWAConfig, *, platform: str, mesh: Mesh | None = None) -> Self:

@@ -131,7 +131,7 @@ class AttentionProof:
         return running
 
     def _nothing(self) -> Running:
-        shape = self._config.row_shapes[-1]
+        shape: Any = self._config.row_shapes[-1]
         heads = GROUP * (shape[0] if len(shape) > 1 else 1)
         width = self._config.kv_lora_rank if isinstance(self._config, MLAConfig) else shape[-1]
         host = np.full(heads, -np.inf, np.float32), np.zeros(heads, np.float32), np.zeros((heads, width), np.float32)

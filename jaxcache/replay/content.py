@@ -114,7 +114,7 @@ def state_content(
     mixed = _mix(digest)
     conv = row_content(mixed, layer, _CONV, config.conv_shape, config.conv_dtype)
     temporal = row_content(mixed, layer, _TEMPORAL, config.temporal_shape, config.temporal_dtype)
-    parts = (digest[:, None] >> (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32))) & jnp.uint32(0xFF)
+    parts = (digest[:, None] >> (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32))[None]) & jnp.uint32(0xFF)
     flat = temporal.reshape(digest.shape[0], -1).at[:, :DIGEST_LANES].set(parts.astype(temporal.dtype))
     return conv, flat.reshape(temporal.shape)
 
@@ -122,7 +122,7 @@ def state_content(
 def _digest_in(temporal: Shaped[Array, " states *temporal"]) -> Shaped[Array, " states"]:
     """The sum that a temporal state holds."""
     lanes = temporal.reshape(temporal.shape[0], -1)[:, :DIGEST_LANES].astype(jnp.uint32)
-    return jnp.sum(lanes << (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32)), axis=1, dtype=jnp.uint32)
+    return jnp.sum(lanes << (8 * jnp.arange(DIGEST_LANES, dtype=jnp.uint32))[None], axis=1, dtype=jnp.uint32)
 
 
 def _advance(pool: MambaPool, states: Any, sums: jax.Array) -> MambaPool:

@@ -52,7 +52,8 @@ class Generation:
       logprobs: Log-probability of each sampled token.
       top_logprobs: For each sampled token the `params.logprobs` most likely ones and theirs.
       prompt_logprobs: float32 (prompt tokens,), if asked for; the first token has none, which is NaN.
-      cached_tokens: Prompt tokens found in the cache when it first ran; None before.
+      cached_tokens: Prompt tokens that it did not compute, as they were cached, or computed by another request of the
+        same step; None before its first token.
       retractions: How often it gave way to others.
       finish_reason: None until it ends.
     """
@@ -241,8 +242,6 @@ class Scheduler:
         request = generation.request
         if self.memory.admit(request) is None or request.req_pool_idx is None:
             return False
-        if generation.cached_tokens is None:
-            generation.cached_tokens = request.cached_tokens
         self.waiting.remove(generation)
         bisect.insort(self.running, generation, key=lambda each: each.urgency)
         self._rows.set(request.req_pool_idx, generation.params, request.prompt_len)
@@ -332,6 +331,8 @@ class Scheduler:
 
     def _append(self, generation: Generation, sampled: SampledTokens, i: int) -> None:
         request, params, token = generation.request, generation.params, int(sampled.token[i])
+        if generation.cached_tokens is None:
+            generation.cached_tokens = min(request.cached_tokens, request.prompt_len)
         request.output_ids.append(token)
         generation.logprobs.append(float(sampled.logprob[i]))
         if params.logprobs:

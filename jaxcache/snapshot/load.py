@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.copies import CpuCopy
 from jaxcache.pools.stack import LayerStack, pad_to
 from jaxcache.pools.stacks import parts_of
-from jaxcache.snapshot.books import load_state_dict, max_bytes
+from jaxcache.snapshot.books import load_state_dict, max_bytes, state_dict
+from jaxcache.snapshot.fit import Loaded, as_saved, fitted
 from jaxcache.snapshot.folder import locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
-from jaxcache.snapshot.parts import Part, read_part
+from jaxcache.snapshot.parts import Part, check_part, read_part
 from jaxcache.snapshot.save import array_names, part_path, thread_count
 
 _HEADER_BYTES = 1 << 16  # most of a file of rows
@@ -39,6 +40,7 @@ def load_snapshot(
     model: str,
     mesh: Mesh | None = None,
     threads: int | None = None,
+    report: Callable[[Loaded], None] | None = None,
 ) -> MemoryManager:
     """`init_memory_pool_and_cache`, with the cache that was saved.
 
@@ -47,11 +49,14 @@ def load_snapshot(
 
     Args:
       path: As for `save_snapshot`.
-      config: As it was then; axis and shards, `max_running`, `max_context_len`, `chunk`, `buckets` and
-        `state_interval` may differ, and events may be on or off.
+      config: As it was then, in all that content depends on. Axis and shards, `max_running`, `max_context_len`,
+        `chunk`, `buckets` and `state_interval` may differ, and events may be on or off. So may the sizes of the pools,
+        the policy and `need_sort`: then what fits is loaded, the most valuable prefixes first, and what the saved
+        policy would have evicted first is left out, whole leaf by leaf.
       model: As it was then.
       mesh: Where a sharded pool lies, as for `init_memory_pool_and_cache`; any mesh that it fits on.
       threads: That read and checksum files; by default as many as there are processors, up to 16.
+      report: Is told how much of the snapshot was loaded.
 
     Raises:
       SnapshotError: There is no snapshot, it is damaged or of another version, it was made with another model or
@@ -64,26 +69,44 @@ def load_snapshot(
     to make it and a quarter to check it.
     """
     path, count = Path(path), thread_count(threads)
-    mine = fingerprint(model, config)
+    fingerprint(model, config)
     with locked(path, exclusive=False):
         manifest = Manifest.read(path)
-        require_same(path, manifest.fingerprint, mine)
+        saved = as_saved(config, manifest.fingerprint)
+        require_same(path, manifest.fingerprint, fingerprint(model, saved))
         folder = path / manifest.folder
-        books = _read_books(folder, manifest, config)
+        books = _read_books(folder, manifest, saved)
         manager = init_memory_pool_and_cache(config, mesh=mesh)
-        load_state_dict(manager, books)
-        rows = manager.cache.rows_in_use()
+        if fingerprint(model, config) == manifest.fingerprint:
+            load_state_dict(manager, books)
+            rows: Mapping[str, np.ndarray] = manager.cache.rows_in_use()
+            loaded = _all_of(manager)
+        else:
+            fit = fitted(books, saved, manager, state_dict(manager))
+            load_state_dict(manager, fit.books)
+            rows, loaded = fit.rows, fit.loaded
         stacks = manager.pool.stacks()
-        for stack, pool in stacks.items():
-            _require_parts(manifest, stack, pool, rows[stack])
+        for stack in stacks:
+            _require_parts(manifest, stack, _max_rows(saved), rows[stack])
         for stack, pool in stacks.items():
             stacks[stack] = _read_rows(folder, manifest, stack, pool, rows[stack], count)
         manager.pool = manager.pool.with_stacks(stacks)
+    if report is not None:
+        report(loaded)
     return manager
 
 
+def _all_of(manager: MemoryManager) -> Loaded:
+    values = {
+        part.name: count
+        for part, count in zip(manager.cache.tree_components, manager.cache.tree.evictable, strict=True)
+    }
+    tokens = len(manager.cache.tree) * manager.page_size
+    return Loaded(tokens, tokens, values, values)
+
+
 def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> Manifest:
-    """Reads every file of a snapshot and compares its checksum. Needs neither a device nor memory for the whole.
+    """Reads every file of a snapshot and compares its checksum. Needs no device, and memory for a megabyte a thread.
 
     Args:
       path: As for `load_snapshot`.
@@ -105,7 +128,7 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
             files += [(part_path(folder, stack, i), part) for i, part in enumerate(manifest.parts[stack])]
 
         def read(i: int) -> None:
-            read_part(*files[i])
+            check_part(*files[i])
 
         with ThreadPoolExecutor(thread_count(threads)) as workers:
             for _ in _ahead(workers, read, len(files), thread_count(threads) + 1):
@@ -121,10 +144,15 @@ def _read_books(folder: Path, manifest: Manifest, config: MemoryConfig) -> dict[
     return read_part(folder / "books.safetensors", parts[0])
 
 
-def _require_parts(manifest: Manifest, stack: str, pool: LayerStack, rows: np.ndarray) -> None:
+def _max_rows(config: MemoryConfig) -> int:
+    """More rows than any stack of the pool of a config has."""
+    return (config.num_values + 1) * config.kv.page_size + config.window_size
+
+
+def _require_parts(manifest: Manifest, stack: str, most: int, rows: np.ndarray) -> None:
     size = manifest.rows_per_part.get(stack, 0)
-    if not 0 < size <= pool.config.rows:
-        raise SnapshotError(f"rows_per_part of {stack} must be in [1, {pool.config.rows}], got {size}")
+    if not 0 < size <= most:
+        raise SnapshotError(f"rows_per_part of {stack} must be in [1, {most}], got {size}")
     needed, given = -(-len(rows) // size), len(manifest.parts.get(stack, []))
     if needed != given:
         raise SnapshotError(f"parts of {stack} must be {needed}, for {len(rows)} rows, got {given}")
@@ -133,7 +161,7 @@ def _require_parts(manifest: Manifest, stack: str, pool: LayerStack, rows: np.nd
 def _read_rows(
     folder: Path, manifest: Manifest, stack: str, pool: LayerStack, rows: np.ndarray, threads: int
 ) -> LayerStack:
-    """The stack of layers, consumed, with these rows from files; threads read some parts ahead."""
+    """The stack of layers, consumed, with the rows of files at these rows of it, 0 being none; threads read ahead."""
     size = manifest.rows_per_part[stack]
     parts = list(parts_of(rows, size))
     where = pool

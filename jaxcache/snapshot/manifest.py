@@ -1,7 +1,8 @@
 """What a snapshot says of itself: a version, what it is of, and its files with their sizes and checksums. JSON.
 
 The fingerprint is every field of the `MemoryConfig` it was made with, but for what may change from one life of a cache
-to the next, and the caller's name of the model.
+to the next, and the caller's name of the model. Sizes, policy and `need_sort` are in it, and may differ when
+it is loaded: `jaxcache.snapshot.fit` makes them fit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ class Manifest:
         file = path / FILE_NAME
         try:
             with io.BufferedReader(open_file(file)) as opened:
-                data = opened.read(_MAX_BYTES + 1)
+                data = opened.read(min(_MAX_BYTES, os.fstat(opened.fileno()).st_size) + 1)
             outer = json.loads(data[:_MAX_BYTES])
             body, checksum = outer["manifest"], outer["checksum"]
             fields = json.loads(body)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxcache.arguments import as_count
+from jaxcache.device.placing import on_host
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
 from jaxcache.pools.stack import LayerStack, pad_to
@@ -98,7 +99,7 @@ def _write_rows(folder: Path, stack: str, pool: LayerStack, rows: np.ndarray, si
 def _write_copies(path: Path, pool: LayerStack, copies: tuple[Any, ...], count: int) -> Part:
     names, arrays = array_names(pool), {}
     for name, copy in zip(names, copies, strict=True):
-        stored = np.ascontiguousarray(np.asarray(copy)[:, :count])
+        stored = np.ascontiguousarray(on_host(copy)[:, :count])
         arrays[name] = stored.view(_UNSIGNED[stored.dtype.itemsize])
     return write_part(path, arrays)
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxcache.device.packing import NOWHERE, Field, Packing
-from jaxcache.errors import ArgumentError
+from jaxcache.errors import ArgumentError, shown
 
 PER_REQUEST = "row", "prefix_len", "seq_len", "last_loc", "tag"
 """Names of what a plan says of each request in one number."""
+_MAX_NAMED = 4  # buckets in a message
 MAX_EXECUTABLES = 64
 """Executables that the default sizes make of one step function, at most."""
 EXTEND_REQUESTS = 8
@@ -137,7 +138,7 @@ class Buckets:
         """
         for name, value in (("chunk", chunk), ("max_running", max_running), ("page_size", page_size)):
             if not _is_count(value) or value < 1:
-                raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+                raise ArgumentError(f"{name} must be an integer of at least 1, got {shown(value)}")
         tokens = tuple(_doubling(page_size, chunk))
         few = {1, min(EXTEND_REQUESTS, max_running), max_running}
         choices = itertools.product(((4, 8), (2, 4), (1, 2), (1, 1)), (few, {1, max_running}))
@@ -193,10 +194,17 @@ def smallest(
     """
     fitting = [b for b in buckets if b.kind is kind and b.holds(requests, tokens, pages, longest)]
     if not fitting:
-        most = [(b.requests, b.tokens, b.pages, b.context) for b in buckets if b.kind is kind]
+        of_kind = [b for b in buckets if b.kind is kind]
+        most_tokens = max((b.tokens for b in of_kind), default=0)
+        if kind is StepKind.EXTEND and tokens > most_tokens:
+            raise ArgumentError(
+                f"work: {tokens} tokens, but a step computes at most {most_tokens}, the config's chunk: split prompts "
+                "with next_chunk, or configure a larger chunk (or buckets)"
+            )
+        most = [(b.requests, b.tokens, b.pages, b.context) for b in of_kind][-_MAX_NAMED:]
         raise ArgumentError(
             f"no {kind.value} bucket holds {requests} requests, {tokens} tokens, {pages} pages, {longest} of context: "
-            f"plan less at once, or configure larger buckets than these (requests, tokens, pages, context): {most}"
+            f"plan less at once, or configure larger buckets than (requests, tokens, pages, context): {most}"
         )
     return min(fitting, key=lambda bucket: (bucket.tokens, bucket.requests, bucket.context or 0, bucket.pages))
 

@@ -153,7 +153,7 @@ class DecodeLoop:
     @property
     def positions(self) -> Int32[Array, "rows width"]:
         """Position, in its request, of each token of the present step. Those that got no slot have one, too."""
-        return self.rows.seq_len[:, None] + jnp.arange(self.shape.width, dtype=jnp.int32)
+        return self.rows.seq_len[:, None] + jnp.arange(self.shape.width, dtype=jnp.int32)[None]
 
     @property
     def computing_state(self) -> Int32[Array, " rows"]:
@@ -188,7 +188,7 @@ class DecodeLoop:
         total = jnp.sum(need, dtype=jnp.int32)
         allocator, pages, _ = self.allocator.alloc_pages(total, most=shape.requests * a_row)
         table = self.table.patched(*self._new_entries(need, pages, a_row))
-        has_slot = jnp.arange(shape.width, dtype=jnp.int32) < rows.granted[:, None]
+        has_slot = jnp.arange(shape.width, dtype=jnp.int32)[None] < rows.granted[:, None]
         slots = table.slots(self.row[:, None], jnp.where(has_slot, self.positions, 0), shape.page_size)
         loop = dataclasses.replace(self, rows=rows, table=table, allocator=allocator)
         return loop, jnp.where(has_slot, slots, SINK_SLOT)
@@ -222,10 +222,12 @@ class DecodeLoop:
         """Flat index and page of every new entry of the table: row after row takes its share of `pages`."""
         ordinal = jnp.arange(a_row, dtype=jnp.int32)
         first = jnp.cumsum(need, dtype=jnp.int32) - need
-        page = pages.at[first[:, None] + ordinal].get(mode="clip")
+        page = pages.at[first[:, None] + ordinal[None]].get(mode="clip")
         max_pages = self.table.pages.shape[1]
-        index = (self.row * max_pages + self.rows.num_pages)[:, None] + ordinal  # of padding: nowhere, it needs none
-        index = jnp.where(ordinal < need[:, None], index, NOWHERE)
+        index = (self.row * max_pages + self.rows.num_pages)[:, None] + ordinal[
+            None
+        ]  # of padding: nowhere, it needs none
+        index = jnp.where(ordinal[None] < need[:, None], index, NOWHERE)
         return index.ravel(), page.ravel()
 
     def _check(self, name: str, values: Any, kind: Any, words: str) -> None:

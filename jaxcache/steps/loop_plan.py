@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import as_int32
+from jaxcache.arguments import as_int32, require_kind
+from jaxcache.device.placing import on_host
 from jaxcache.errors import ArgumentError, BrokenInvariantError, RequestStateError, SnapshotError
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator, Mark, PageState
 from jaxcache.request import Request
@@ -129,7 +130,7 @@ class LoopPlan:
     def _matrix(self, value: ArrayLike | None, name: str, kinds: str, words: str) -> np.ndarray | None:
         if value is None:
             return None
-        array, n = np.asarray(value), len(self.requests)
+        array, n = on_host(value), len(self.requests)
         fits = array.ndim == 2 and array.shape[1] in (n, self.shape.requests) and len(array) <= self.shape.steps
         if not fits or array.dtype.kind not in kinds:
             rule = f"{words} of shape (steps <= {self.shape.steps}, {n} requests)"
@@ -282,6 +283,7 @@ class DecodeLoops:
 
     def absorb(self, replay: LoopReplay, device_table: RequestTable | None) -> None:
         """Commits what a loop did, and ends it. `MemoryManager.absorb` has the contract."""
+        require_kind("replay", replay, LoopReplay)
         plan = replay.plan
         flight = self._flight(plan)
         if flight.books is None:
@@ -376,11 +378,11 @@ def check_loop(
     found: dict[str, Any] = {name: getattr(allocator, name) for name in ("ring", "head", "count")} | {"ok": rows.ok}
     for name in ("seq_len", "num_pages", "limit", "granted", "active"):
         expected[name], found[name] = getattr(replay.rows, name), getattr(rows, name)[: len(plan.requests)]
-    device = np.asarray(device_table.pages)
+    device = on_host(device_table.pages)
     for request, row, pages in zip(plan.requests, plan.row.tolist(), replay.pages_taken(), strict=True):
         name = f"pages of request {request.rid}"
         expected[name] = np.concatenate([table.row_pages(row, 0, request.num_pages), pages])
         found[name] = device[row, : len(expected[name])]
     for name, value in expected.items():
-        if not np.array_equal(value, np.asarray(found[name])):
-            raise BrokenInvariantError(f"decode loop: {name} is {np.asarray(found[name])} on the device, not {value}")
+        if not np.array_equal(value, on_host(found[name])):
+            raise BrokenInvariantError(f"decode loop: {name} is {on_host(found[name])} on the device, not {value}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, as_sequence, require_kind
 from jaxcache.caches.base import NONE_SPARED
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, RequestStateError
@@ -97,6 +97,7 @@ class StepPlanner:
 
     def require_running(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no decode loop."""
+        require_kind("request", request, Request)
         row = request.req_pool_idx
         if row is None or self._running.get(row) is not request:
             raise RequestStateError(f"request {request.rid} is {request.state.value}: admit it to this manager first")
@@ -106,6 +107,7 @@ class StepPlanner:
 
     def require_settled(self, request: Request) -> int:
         """The row of a request. Raises RequestStateError unless it runs here, in no loop and no plan to be run."""
+        require_kind("request", request, Request)
         (row,) = self._waiting([request]).batch.row.tolist()
         return row
 
@@ -141,6 +143,8 @@ class StepPlanner:
 
     def extend(self, work: Sequence[tuple[Request, int]], share_in_step: bool = True) -> StepPlan | None:
         """`MemoryManager.extend` has the contract."""
+        if not all(isinstance(entry, tuple) and len(entry) == 2 for entry in as_sequence("work", work)):
+            raise ArgumentError("work must be pairs of a request and a number of tokens")
         batch, kv_len, _ = self._waiting([request for request, _ in work])
         for (request, n), computed in zip(work, kv_len.tolist(), strict=True):
             left = request.num_tokens + request.pending - computed
@@ -199,6 +203,7 @@ class StepPlanner:
 
     def decode(self, requests: Sequence[Request]) -> StepPlan | None:
         """`MemoryManager.decode` has the contract."""
+        as_sequence("requests", requests)
         cursor = self._cursor
         if cursor is None or not cursor.continues(requests):
             cursor = self._cursor = DecodeCursor(self._table, *self._waiting(requests))
@@ -224,6 +229,7 @@ class StepPlanner:
         pages: int | None = None,
     ) -> LoopPlan | None:
         """`MemoryManager.decode_loop` has the contract."""
+        steps, width = as_count("steps", steps), as_count("width", width)
         batch, kv_len, _ = self._waiting(requests)
         if len(batch.state) and width > 1:
             raise ArgumentError(
@@ -253,8 +259,8 @@ class StepPlanner:
           ArgumentError: One is named twice, or there is none.
         """
         batch = self._last_batch
-        if batch is None or batch.requests != tuple(requests) or self._loops.holds(batch.row):
-            for request in requests:
+        if batch is None or batch.requests != tuple(as_sequence("requests", requests)) or self._loops.holds(batch.row):
+            for request in as_sequence("requests", requests):
                 self.require_running(request)
             if len(set(map(id, requests))) != len(requests) or not requests:
                 raise ArgumentError("requests: name each request once, and at least one")
@@ -361,6 +367,7 @@ class StepPlanner:
 
         Cost: one comparison of a number a row, unless it raises.
         """
+        require_kind("plan", plan, StepPlan)
         if plan.stamp is None or self._table.is_current(plan.stamp):
             return
         for request in plan.requests:

@@ -83,4 +83,4 @@ class RequestTable(DevicePool):
         width = self.pages.shape[1] if context is None else min(self.pages.shape[1], -(-context // page_size))
         pages = self.pages[:, :width].at[row].get(mode="clip")
         first = jnp.arange(width, dtype=jnp.int32) * page_size
-        return jnp.where(first < seq_len[:, None], pages, 0)
+        return jnp.where(first[None] < seq_len[:, None], pages, 0)

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.arguments import as_count, as_int32
-from jaxcache.errors import ArgumentError, DoubleFreeError
+from jaxcache.device.placing import on_device
+from jaxcache.errors import ArgumentError, DoubleFreeError, shown
 from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Columns, StateDict
 from jaxcache.tables.changes import ChangeLog, TableChanges
@@ -65,7 +66,7 @@ class ReqToTokenPool:
     def __init__(self, size: int, max_context_len: int, page_size: int = 1):
         sizes = size, max_context_len, page_size
         if not all(isinstance(value, (int, np.integer)) for value in sizes) or min(sizes) < 1:
-            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {sizes}")
+            raise ArgumentError(f"size, max_context_len and page_size must be integers, at least 1, got {shown(sizes)}")
         self.size = size
         self.max_context_len = max_context_len
         self.page_size = page_size
@@ -132,7 +133,7 @@ class ReqToTokenPool:
         if rows.size == 0:
             return np.empty(0, np.intp)
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
-            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {free_index!r}")
+            raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {shown(free_index)}")
         if len(set(rows.tolist())) != len(rows):
             raise ArgumentError(f"free_index names a row twice: {free_index!r}")
         if self._is_free[rows].any():
@@ -148,7 +149,7 @@ class ReqToTokenPool:
         """
         row, columns = indices
         if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
-            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {indices!r}")
+            raise ArgumentError(f"indices must be (row, slice), one row at a time, got {shown(indices)}")
         start, stop, step = columns.indices(self.max_context_len)
         values = as_int32("values", values)
         if step != 1 or len(values) != stop - start:
@@ -323,11 +324,14 @@ class ReqToTokenPool:
     def device_table(self, mesh: Mesh | None = None) -> RequestTable:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
         self._changes.forget()
-        if mesh is None:
-            return RequestTable(jnp.array(self._pages), jnp.zeros(self.size, jnp.int32))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        registers = np.zeros(self.size, np.int32)
-        return RequestTable(*jax.jit(lambda *parts: parts, out_shardings=everywhere)(self._pages, registers))
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        parts = (on_device(part, everywhere) for part in (self._pages, np.zeros(self.size, np.int32)))
+        return RequestTable(*jax.jit(_copies, out_shardings=everywhere)(*parts))
+
+
+def _copies(*parts: jax.Array) -> tuple[jax.Array, ...]:
+    """What the device may keep and update: a CPU device may have been given memory of the host."""
+    return tuple(jnp.copy(part) for part in parts)
 
 
 def _runs(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -256,15 +256,27 @@ def test_parts_merge_to_the_whole():
     close(got[0], want * np.exp(want_lse - total)[:, None])
 
 
-def test_no_gradient():
-    problem = make_problem(MHA, DECODE)
-    plan = attention_plan(problem.batch, problem.pool, 4)
+@pytest.mark.parametrize("op", [paged_attention, paged_extend, mla_attention, mla_extend])
+@pytest.mark.parametrize("of", ["q", "scales", "sinks", "pool"])
+def test_no_gradient(op, of):
+    is_latent = op in (mla_attention, mla_extend)
+    problem = make_problem(MLA if is_latent else MHA, DECODE)
+    rows = 4 if op in (paged_attention, mla_attention) else len(problem.q)
+    plan = attention_plan(problem.batch, problem.pool, problem.q.shape[1])
+    if is_latent and of == "sinks":
+        return  # latent rows have none
 
-    def loss(q):
-        return paged_attention(q, problem.pool, 0, problem.batch, plan, scale=SCALE).sum()
+    def loss(x):
+        q = jnp.asarray(problem.q[:rows]) * (x if of == "q" else 1)
+        pool = problem.pool
+        if of == "pool":
+            pool = jax.tree.map(lambda array: array * x, pool)
+        options = {"kv_scale" if is_latent else "k_scale": x} if of == "scales" else {}
+        options |= {"sinks": jnp.ones(4) * x} if of == "sinks" else {}
+        return op(q, pool, 0, problem.batch, plan, scale=SCALE, **options).sum()
 
     with pytest.raises(UnsupportedError, match="no gradient"):
-        jax.grad(loss)(jnp.asarray(problem.q[:4]))
+        jax.grad(loss)(jnp.float32(1))
 
 
 WRONG_USE = {

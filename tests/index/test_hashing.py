@@ -90,7 +90,7 @@ def test_contents_are_equal_whatever_their_layout_in_memory():
     assert content_digest(pixels) == content_digest(np.repeat(pixels, 2, axis=1)[:, ::2])
 
 
-@pytest.mark.parametrize("part", [None, 3, [1, 2], np.array([None]), bytearray(b"a")])
+@pytest.mark.parametrize("part", [None, 3, [1, 2], np.array([None])])
 def test_contents_that_are_none(part):
     with pytest.raises(ArgumentError, match="parts"):
         content_digest(part)

@@ -18,9 +18,10 @@ import zmq
 from jaxcache.caches.radix import RadixCache
 from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.events import publisher as publisher_module
+from jaxcache.events.answers import END_SEQ
 from jaxcache.events.consumer import EventConsumer
 from jaxcache.events.events import AllBlocksCleared, BlockStored
-from jaxcache.events.publisher import END_SEQ, KVEventsConfig, ZmqEventPublisher
+from jaxcache.events.publisher import KVEventsConfig, ZmqEventPublisher
 from jaxcache.events.subscriber import ZmqEventSubscriber
 from jaxcache.events.wire import encode_batch
 from jaxcache.index.key import RadixKey

@@ -1,9 +1,12 @@
 """`--attend`: what each decode step attends to is compared with a softmax over the request's own tokens."""
 
+import jax.numpy as jnp
 import pytest
 
 from jaxcache.errors import ArgumentError
 from jaxcache.pools.layout import Layout
+from jaxcache.pools.mha import MHAConfig
+from jaxcache.replay.attend import _compare
 from jaxcache.replay.config import CacheKind, DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from tests.support.replays import CHAT, assert_clean
@@ -37,6 +40,13 @@ def test_planted_bugs_are_seen(fault):
     assert result.mismatched_queries and not result.is_clean
     if fault is Fault.STALE_LENGTH:  # and by nothing else: every slot holds what it should
         assert not result.mismatched_slots and result.mismatched_queries == result.verified_queries
+
+
+def test_a_nan_is_wrong():
+    config = MHAConfig(size=16, page_size=4, dtype=jnp.float32, layer_num=1, head_num=1, head_dim=2)
+    zero, seen = jnp.int32(0), (jnp.zeros(2), jnp.ones(2), jnp.ones((2, 2)))
+    counts = [int(_compare(jnp.full((1, 2, 2), x), zero, seen, zero, config=config)) for x in (1.0, 1.5, jnp.nan)]
+    assert counts == [0, 1, 1]
 
 
 def test_a_length_is_only_seen_by_attention():

@@ -220,18 +220,12 @@ def deep(config, **changes):
 
 
 DIFFERENT = {
-    "config.policy": lambda c: dataclasses.replace(c, policy=Policy.LRU),
     "config.sliding_window_size": lambda c: dataclasses.replace(c, sliding_window_size=6),
     "config.is_eagle": lambda c: dataclasses.replace(c, is_eagle=True),
-    "config.need_sort": lambda c: dataclasses.replace(c, need_sort=True),
     "config.kv.full.dtype": lambda c: deep(c, dtype=jnp.bfloat16),
     "config.kv.full.page_size": lambda c: deep(c, page_size=2),
-    "config.kv.full.size": lambda c: deep(c, size=80),
     "config.kv.full.head_dim": lambda c: deep(c, head_dim=4, v_head_dim=None),
     "config.kv.full.head_num": lambda c: deep(c, head_num=2),
-    "config.states.num_states": lambda c: dataclasses.replace(
-        c, states=dataclasses.replace(c.states, num_states=9)
-    ),
     "config.states.conv_shape": lambda c: dataclasses.replace(
         c, states=dataclasses.replace(c.states, conv_shape=(2, 1))
     ),

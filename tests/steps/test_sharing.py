@@ -198,6 +198,13 @@ def test_what_was_computed_since_a_request_was_admitted_is_found():
     assert_contents(manager, [first, second])
 
 
+def test_an_equal_prompt_of_whole_pages_leaves_a_token_to_compute():
+    manager = small_manager(4, 20)
+    (first,) = admitted(manager, range(8))
+    run(manager, manager.extend(whole([first])))
+    assert [request.kv_len for request in admitted(manager, range(8))] == [4]
+
+
 def test_tokens_whose_logits_are_wanted_are_computed_by_each():
     manager = small_manager(4, 20)
     first, second = admitted(manager, range(14), range(14), logprob_start_len=5)

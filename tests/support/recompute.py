@@ -140,7 +140,7 @@ class Serving:
             self.end(self.running[0])
         self.memory.check_memory(read_device=True)
 
-    weights_of = (30, 3, 1, 0.5, 0.7, 0.7)
+    weights_of = (30, 3, 2, 0.5, 0.7, 0.7)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -191,6 +191,8 @@ class Serving:
         self.happened["restore" if offload else "retraction"] += 1
 
     def fork(self) -> None:
+        while self.unread:
+            self.read()
         whole = [each for each in self.running if not each.pending and each.kv_len <= each.num_tokens]
         if whole and len(self.running) < RUNNING:
             request = self.rng.choice(whole)

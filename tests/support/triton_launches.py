@@ -50,7 +50,7 @@ class Model:
 
 
 def kernels(model: Model, capability: int) -> dict[str, tuple[Any, ...]]:
-    """Each kernel of the model with its launch: `decode`, `shared` and `extend`."""
+    """Each kernel of the model with its launch: `decode`, `extend`, and `shared` if queries share blocks of rows."""
     from jaxcache.kernels.attention import decode_triton, extend_triton, mla_triton
 
     n, tokens, dtype = model.requests, 16 * model.requests, np.dtype(model.dtype)
@@ -58,29 +58,23 @@ def kernels(model: Model, capability: int) -> dict[str, tuple[Any, ...]]:
     order, masking, layer = PageOrder(2, 100, model.page), Masking(0.1), np.int32(0)
     q_dtype = dtype if dtype.itemsize > 1 else np.dtype(jnp.bfloat16)
     q, many = (np.zeros((rows, model.q_heads, model.dim), q_dtype) for rows in (n, tokens))
-    assert plan.shared is not None
+    units = {"decode": plan.units} | ({} if plan.shared is None else {"shared": plan.shared.units})
     if not model.heads:
         scale = np.float32(1) if dtype.itemsize == 1 else None
         kv = PagedLatent(np.zeros((2, 100 * model.page, model.dim), dtype), scale, order, dtype, model.rank)  # type: ignore[arg-type]
         decode, extend = mla_triton.decode_kernel, mla_triton.extend_kernel
-        own, shared = (
-            mla_triton.decode_launch(q, kv, layer, plan, u, masking) for u in (plan.units, plan.shared.units)
-        )
-        return {
-            "decode": (decode, *own),
-            "shared": (decode, *shared),
-            "extend": (extend, *mla_triton.extend_launch(many, kv, layer, plan, masking)),
+        launches = {
+            name: (decode, *mla_triton.decode_launch(q, kv, layer, plan, u, masking)) for name, u in units.items()
         }
+        return launches | {"extend": (extend, *mla_triton.extend_launch(many, kv, layer, plan, masking))}
     rows = np.zeros((2, 100 * model.page, model.heads, model.dim), dtype)
     scale = np.zeros(rows.shape[:3], np.float32) if model.row_scales else None
     kv = PagedKV(rows, rows, scale, scale, order, dtype)
     decode, extend = decode_triton.decode_kernel, extend_triton.extend_kernel
-    own, shared = (decode_triton.decode_launch(q, kv, layer, plan, u, masking) for u in (plan.units, plan.shared.units))
-    return {
-        "decode": (decode, *own),
-        "shared": (decode, *shared),
-        "extend": (extend, *extend_triton.extend_launch(many, kv, layer, plan, masking, None)),
+    launches = {
+        name: (decode, *decode_triton.decode_launch(q, kv, layer, plan, u, masking)) for name, u in units.items()
     }
+    return launches | {"extend": (extend, *extend_triton.extend_launch(many, kv, layer, plan, masking, None))}
 
 
 def compile_launch(kernel: Any, arrays: tuple, scalars: tuple, shapes: tuple, options: dict, capability: int) -> Any:

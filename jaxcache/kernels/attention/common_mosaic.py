@@ -12,7 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COLUMNS = 64
 """Columns of a swizzled tile."""
-TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
+TILED = (
+    plgpu.TilingTransform((8, COLUMNS)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 """How a buffer lies that wgmma reads."""
 LOG2E = math.log2(math.e)
 NO_LOGIT = -1e30
@@ -52,13 +55,13 @@ def base2_logits(logits: Any, scale: Any, cap: float) -> Any:
 def accumulate(acc: Any, multiply: Any, interprets: bool) -> Any:
     """`acc` and what `multiply`, given an accumulator, adds to it. JAX's interpreter knows no initialized ones."""
     if not interprets:
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
 
     def from_zero(ref: Any) -> Any:
         multiply(ref)
         return ref[...]
 
-    return acc + pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+    return acc + pl.run_scoped(from_zero, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
 
 
 def filled(shape: tuple[int, ...], number: float) -> Any:
@@ -76,6 +79,11 @@ def clear(buffer: Any, token: Any, stop: Any) -> None:
     for column in range(0, buffer.shape[1], COLUMNS):
         tile = buffer.at[:, pl.ds(column, COLUMNS)]
         at = plgpu.broadcasted_iota(jnp.int32, (buffer.shape[0], COLUMNS), 0, layout=WGMMA) + token
-        numbers = plgpu.load(tile, layout=WGMMA)
+        numbers = load(tile)
         tile[...] = jnp.where(at < stop, numbers, jnp.zeros_like(numbers))
     plgpu.commit_smem()
+
+
+def load(ref: Any, layout: Any = WGMMA, *, optimized: bool = True) -> Any:
+    """An array as wgmma has it in registers. JAX 0.10, which has no such kernels, asks for an index."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]

@@ -65,7 +65,7 @@ def paged_decode(
             f"q must have one row for each of the plan's {plan.sequences.requests} requests, got {q.shape[0]}: "
             "make the plan of this batch, or use paged_extend for several tokens a request"
         )
-    q, kv = without_gradient((q, kv))
+    q, kv, sinks = without_gradient((q, kv, sinks))
     chosen = choose(Op.PAGED_DECODE, implementation=implementation, rows=q.shape[0], unfit=unfit_for_decode(q, kv))
     if chosen.implementation is Implementation.TRITON and q.shape[0]:
         from jaxcache.kernels.attention import decode_triton

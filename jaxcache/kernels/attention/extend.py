@@ -59,7 +59,7 @@ def paged_extend(
     """
     check_attention(q, kv, layer, plan, masking, sinks)
     check_tokens(q, plan)
-    q, kv = without_gradient((q, kv))
+    q, kv, sinks = without_gradient((q, kv, sinks))
     chosen = choose(
         Op.PAGED_EXTEND, implementation=implementation, rows=q.shape[0], unfit=unfit_for_extend(q, kv, plan)
     )

@@ -31,6 +31,7 @@ from jaxcache.kernels.attention.common_mosaic import (
     base2_logits,
     clear,
     filled,
+    load,
     pages_of_buffer,
     spread,
 )
@@ -185,13 +186,13 @@ def _call(inputs: Inputs, *, static: Static, interpret: Any) -> tuple[jax.Array,
 
     def body(*refs: Any) -> None:
         n = len(Inputs._fields)
-        ours, results, shared = Inputs(*refs[:n]), refs[n : n + 3], Scratch(*refs[n + 3 :])
+        ours, (out, edge, lse), shared = Inputs(*refs[:n]), refs[n : n + 3], Scratch(*refs[n + 3 :])
         tile = (tiles - 1) - lax.axis_index("tile")  # the longest first
         requests = ours.row.shape[0]
 
         @pl.when(ours.tile_request[tile] < requests)
         def _() -> None:
-            program = Program(static, ours, shared, *results, tile, ours.tile_request[tile])
+            program = Program(static, ours, shared, out, edge, lse, tile, ours.tile_request[tile])
             me = lax.axis_index("warpgroup")
             pl.when(me == 0)(partial(program.compute, 0))
             pl.when(me == 1)(partial(program.compute, 1))
@@ -260,7 +261,7 @@ class Program:
         columns = pl.ds(self.kv_head * s.k.shape[2], s.k.shape[2])
         count = end - begin
 
-        def one(i: Any, _: None) -> None:
+        def one(i: Any, _: Any) -> None:
             stage = lax.rem(i, jnp.int32(STAGES))
             row, stop = inputs.row[self.request], inputs.seq_len[self.request]
             token = (begin + i) * BLOCK
@@ -279,7 +280,7 @@ class Program:
 
         lax.fori_loop(0, count, one, None)
 
-        def drain(i: Any, _: None) -> None:  # nothing is under way when the program ends
+        def drain(i: Any, _: Any) -> None:  # nothing is under way when the program ends
             stage = lax.rem(i, jnp.int32(STAGES))
             plgpu.barrier_wait(s.k_used.at[stage])
             plgpu.barrier_wait(s.v_used.at[stage])
@@ -293,7 +294,7 @@ class Program:
         begin, whole, end = self.blocks()
         plgpu.copy_gmem_to_smem(self.inputs.q.at[pl.ds(self.token, TOKENS), head], s.raw.at[me], s.q_here.at[me])
         plgpu.barrier_wait(s.q_here.at[me])
-        s.q[me] = plgpu.load(s.raw.at[me], layout=WGMMA, optimized=False)
+        s.q[me] = load(s.raw.at[me], optimized=False)
         plgpu.commit_smem()
         carry = filled((TOKENS, dim), 0.0), filled((TOKENS,), NO_LOGIT), filled((TOKENS,), 0.0)
 
@@ -327,7 +328,7 @@ class Program:
             plgpu.barrier_arrive(s.turn.at[1 - me])
             return ref[...]
 
-        logits = pl.run_scoped(multiply, plgpu.ACC((TOKENS, BLOCK), jnp.float32))
+        logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TOKENS, BLOCK), jnp.float32))
         plgpu.barrier_arrive(s.k_used.at[stage])
         logits = base2_logits(logits, inputs.k_scale[self.kv_head] * static.scale, static.cap)
         seen = None if is_whole else self._seen(logits.shape, i * BLOCK)

@@ -105,6 +105,8 @@ def heads_launches(
     if heads == 1 or is_large:
         block = 64 if row_bytes <= 512 else 32
         decode = DecodeLaunch(block, max(PROGRAMS // 2 // heads, 1), 4, _stages(block * row_bytes, 2, room // 2))
+    elif requests <= 8 and itemsize == 2:
+        decode = DecodeLaunch(64, max(PROGRAMS // 2 // heads, 1), 2, _stages(64 * row_bytes, 2, room // 2))
     else:
         busy = PROGRAMS if requests > 8 else PROGRAMS // 2
         decode = DecodeLaunch(32, max(busy // heads, 1), 1, _stages(32 * row_bytes, 3, room // 2))
@@ -142,6 +144,8 @@ def latent_launches(
     decode = wide
     if rows <= 16 and requests > 8 and not is_small:
         decode = DecodeLaunch(32, PROGRAMS // 2, 4, _stages(32 * row_bytes, 2, room // 2), rows)
+        if itemsize == 1:
+            decode = DecodeLaunch(64, PROGRAMS // 2, 4, 3, rows)
     if decode_by is Implementation.MOSAIC:
         programs = max(HOPPER_PROGRAMS // (heads // WGMMA_ROWS), 1)
         decode = DecodeLaunch(WGMMA_LATENTS, programs, 4, 2, WGMMA_ROWS, decode_by)

@@ -31,6 +31,7 @@ from jaxcache.kernels.attention.common_mosaic import (
     base2_logits,
     clear,
     filled,
+    load,
     pages_of_buffer,
     spread,
 )
@@ -54,13 +55,12 @@ ROPE = 64
 
 
 class Static(NamedTuple):
-    """What the kernel is compiled for. `takes_turns`: see `decode_parts`; `interprets`: see `accumulate`."""
+    """What the kernel is compiled for. `interprets`: see `accumulate`."""
 
     page_size: int
     rank: int
     scale: float
     cap: float
-    takes_turns: bool
     interprets: bool
 
 
@@ -107,11 +107,10 @@ def mla_decode(
     plan: Plan,
     masking: Masking,
     *,
-    takes_turns: bool = False,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `mla.mla_decode`, and `decode_parts`. Parts are merged by the Triton kernel where there is Triton."""
-    parts = decode_parts(q, kv, layer, plan, masking, takes_turns=takes_turns, interpret=interpret)
+    parts = decode_parts(q, kv, layer, plan, masking, interpret=interpret)
     if why_not(Op.MLA_DECODE, Implementation.TRITON, current_target()) is not None:
         return merge_planned(*parts, plan.units, q.dtype)
     from jaxcache.kernels.attention.decode_triton import merge_parts
@@ -126,15 +125,12 @@ def decode_parts(
     plan: Plan,
     masking: Masking,
     *,
-    takes_turns: bool = False,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The parts of all programs, float32 `(parts, heads, rank)`, and their log-sum-exp to base 2 `(parts, heads)`.
 
     Args:
       q, kv, layer, plan, masking: As of `mla.mla_decode`; what does not fit is refused there.
-      takes_turns: The maxima of the second warpgroup follow those of the first, so that one multiplies while the other
-        has its softmax; else both have the same maxima at the same time.
       interpret: A `plgpu.InterpretGPUParams`: no GPU needed.
     """
     order, units, pages = kv.order, plan.units, plan.sequences.pages
@@ -152,7 +148,7 @@ def decode_parts(
         first_unit=units.first_unit,
     )
     scale, cap = float(masking.scale), float(masking.soft_cap or 0.0)
-    static = Static(order.page_size, kv.rank, scale, cap, takes_turns, interpret is not None)
+    static = Static(order.page_size, kv.rank, scale, cap, interpret is not None)
     return _call(inputs, static=static, interpret=interpret)
 
 
@@ -163,16 +159,25 @@ def _call(inputs: Inputs, *, static: Static, interpret: Any) -> tuple[jax.Array,
     parts, half = programs + inputs.row.shape[0], static.rank // 2
     copies = TOKENS // min(static.page_size, TOKENS)
     buffer = partial(plgpu.SMEM, dtype=inputs.rows.dtype, transforms=TILED)
+    here, used = plgpu.Barrier(num_arrivals=copies, num_barriers=2), plgpu.Barrier(num_barriers=2)
     scratch = Scratch(
-        *(buffer((1, HEADS, width)) for width in (half, half, ROPE)),
-        *(buffer((2, TOKENS, width)) for width in (half, half, ROPE)),
-        plgpu.SMEM((2, HEADS), jnp.float32),
-        *(plgpu.Barrier(num_arrivals=copies, num_barriers=2) for _ in range(3)),
-        *(plgpu.Barrier(num_barriers=2) for _ in range(3)),
+        q_lo=buffer((1, HEADS, half)),
+        q_hi=buffer((1, HEADS, half)),
+        q_rope=buffer((1, HEADS, ROPE)),
+        lo=buffer((2, TOKENS, half)),
+        hi=buffer((2, TOKENS, half)),
+        rope=buffer((2, TOKENS, ROPE)),
+        top=plgpu.SMEM((2, HEADS), jnp.float32),
+        lo_here=here,
+        hi_here=here,
+        rope_here=here,
+        lo_used=used,
+        hi_used=used,
+        rope_used=used,
         q_here=plgpu.Barrier(num_arrivals=3),
         q_used=plgpu.Barrier(num_arrivals=2),
-        tops=plgpu.Barrier(num_barriers=2),
-        weights=plgpu.Barrier(num_barriers=2),
+        tops=used,
+        weights=used,
     )
 
     def body(*refs: Any) -> None:
@@ -263,13 +268,13 @@ class Program:
         def _() -> None:
             plgpu.barrier_wait(s.q_used)
 
-        for queries, *_, columns in parts:
-            plgpu.copy_gmem_to_smem(self.inputs.q.at[unit, self.heads, columns], queries.at[0], s.q_here)
+        for part in parts:
+            plgpu.copy_gmem_to_smem(self.inputs.q.at[unit, self.heads, part[4]], part[0].at[0], s.q_here)
 
-        def one(i: Any, _: None) -> None:
+        def one(i: Any, _: Any) -> None:
             rows = [self._rows(unit, (first + i) * BLOCK + b * TOKENS) for b in range(2)]
             for part, b in ((0, 0), (1, 1), (1, 0), (0, 1), (2, 0), (2, 1)):  # in the order in which they are free
-                _, buffers, here, used, columns = parts[part]
+                buffers, here, used, columns = parts[part][1:]
 
                 @pl.when(before + i > 0)
                 def _(used: Any = used, b: int = b) -> None:
@@ -322,50 +327,31 @@ class Program:
         own, own_here, own_used = ((s.lo, s.lo_here, s.lo_used), (s.hi, s.hi_here, s.hi_used))[me]
         token = (first + i) * BLOCK
         logits = self._logits(me, zero)
+        seen = None
         if not is_whole:
-            at = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA) + (token + me * TOKENS)
-            logits = jnp.where(at < stop, logits, NO_LOGIT)
+            seen = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA) + (token + me * TOKENS) < stop
+            logits = jnp.where(seen, logits, NO_LOGIT)
         mine = logits.max(axis=1)
-        if not self.static.takes_turns:
-            new = jnp.maximum(top, jnp.maximum(mine, self._tell_and_hear(me, mine)))
-        elif me == 0:
-            new = jnp.maximum(top, mine)
-            s.top[0] = new
-            plgpu.barrier_arrive(s.tops.at[0])
-        else:
-            plgpu.barrier_wait(s.tops.at[0])
-            new = jnp.maximum(plgpu.load(s.top.at[0], layout=WGMMA.reduce(1)), mine)
-            s.top[1] = new
+        new = jnp.maximum(top, jnp.maximum(mine, self._tell_and_hear(me, mine)))
         weight, fade = jnp.exp2(logits - spread(new, logits)), jnp.exp2(top - new)
-        if not is_whole:
-            weight = jnp.where(at < stop, weight, 0.0)
+        if seen is not None:
+            weight = jnp.where(seen, weight, 0.0)
         den, acc = den * fade + weight.sum(axis=1), acc * spread(fade, acc)
         if not is_whole:
             clear(own.at[me], token + me * TOKENS, stop)
-        if self.static.takes_turns and me == 0:
-            own_half = partial(self._weigh_own, me, zero, weight, own)
-            acc = accumulate(acc, own_half, self.static.interprets)
-            plgpu.barrier_arrive(own_used.at[me])
-            plgpu.barrier_wait(s.weights.at[other])
-            top, new = new, plgpu.load(s.top.at[1], layout=WGMMA.reduce(1))
-            fade = jnp.exp2(top - new)
-            weight, den, acc = weight * spread(fade, weight), den * fade, acc * spread(fade, acc)
         s.rope[me] = weight.astype(own.dtype)  # its numbers are used up
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.weights.at[me])
 
         def weigh(ref: Any) -> None:
-            has_own = self.static.takes_turns and me == 0
-            if not has_own:
-                self._weigh_own(me, zero, weight, own, ref)
-                plgpu.barrier_wait(s.weights.at[other])
+            self._weigh_own(me, zero, weight, own, ref)
+            plgpu.barrier_wait(s.weights.at[other])
             plgpu.barrier_wait(own_here.at[other])
             if not is_whole:
                 clear(own.at[other], token + other * TOKENS, stop)
             plgpu.wgmma(ref, s.rope.at[other + zero], own.at[other + zero])
-            if not has_own:
-                plgpu.wgmma_wait(1)
-                plgpu.barrier_arrive(own_used.at[me])
+            plgpu.wgmma_wait(1)
+            plgpu.barrier_arrive(own_used.at[me])
 
         acc = accumulate(acc, weigh, self.static.interprets)
         plgpu.barrier_arrive(own_used.at[other])
@@ -384,7 +370,7 @@ class Program:
                 plgpu.wgmma(ref, queries.at[zero], buffers.at[me + zero].transpose((1, 0)))
             return ref[...]
 
-        logits = pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))
+        logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((HEADS, TOKENS), jnp.float32))
         return base2_logits(logits, self.inputs.worth[0] * static.scale, static.cap)
 
     def _weigh_own(self, me: int, zero: Any, weight: Any, own: Any, ref: Any) -> None:
@@ -401,7 +387,7 @@ class Program:
         s.top[me] = mine
         plgpu.barrier_arrive(s.tops.at[me])
         plgpu.barrier_wait(s.tops.at[1 - me])
-        return plgpu.load(s.top.at[1 - me], layout=WGMMA.reduce(1))
+        return load(s.top.at[1 - me], WGMMA.reduce(1))
 
     def _swap(self, me: int, mine: Any) -> Any:
         """`_tell_and_hear`, after which both may write there again."""

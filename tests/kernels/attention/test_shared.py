@@ -90,3 +90,9 @@ def test_not_for_windows():
     batch, _, _ = cases.decode_problem(dataclasses.replace(CASE, window=8))
     with pytest.raises(ArgumentError, match="shared must be None for a window"):
         plan_of(batch, shared=shared_of(batch))
+
+
+def test_queries_that_fill_a_block_alone_do_not_share():
+    batch, _, _ = cases.decode_problem(CASE)
+    plan = plan_of(batch, dataclasses.replace(LAUNCHES, members=1), shared=shared_of(batch))
+    assert plan.shared is None and not np.asarray(plan.units.start).any()
