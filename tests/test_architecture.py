@@ -119,6 +119,16 @@ def wrong_directions(tree: ast.AST, path: Path) -> Iterator[str]:
             yield f"{line}: jaxcache must not import torch_bridge"
 
 
+def import_circles(sources: dict[str, ast.AST]) -> set[str]:
+    """Modules that import each other, by way of others too, and those between them; by name, each with its source."""
+    imports = {name: {to for _, to in modules(tree)} & sources.keys() - {name} for name, tree in sources.items()}
+    for graph in (imports, {name: {by for by in imports if name in imports[by]} for name in imports}):
+        while free := {name for name in imports if not graph[name] & imports.keys()}:
+            for name in free:
+                del imports[name]
+    return set(imports)
+
+
 def foreign_packages(tree: ast.AST) -> Iterator[str]:
     """Third parties that nobody declared."""
     known = EVERYWHERE | set(ONLY_IN) | {"jaxcache", "torch_bridge", "jaxlib", "ml_dtypes"}
@@ -279,6 +289,16 @@ def test_the_table_has_no_cycle() -> None:
         free = {unit for unit in set(MAY_IMPORT) - done if MAY_IMPORT[unit] <= done}
         assert free, f"a cycle among {set(MAY_IMPORT) - done}"
         done |= free
+
+
+def test_no_two_files_import_each_other() -> None:
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+    assert import_circles({name: _parsed(path) for path, name in names.items()}) == set()
+
+
+def test_a_planted_circle_is_found() -> None:
+    sources = {"p": "from p.a import A", "p.a": "from p import b", "p.b": "import json", "q": "import p.a", "r": ""}
+    assert import_circles({name: ast.parse(source) for name, source in sources.items()}) == {"p", "p.a"}
 
 
 def test_the_documented_table_is_this_one() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from jaxcache.pools.mha import MHAConfig, MHATokenToKVPool
-from torch_bridge import writes
 from torch_bridge.pool import Layer, TorchKVPool, torch_pool
+from torch_bridge.writes import write_kv
 
 
 @torch_pool.register(MHATokenToKVPool)
@@ -62,7 +62,7 @@ class TorchMHAPool(TorchKVPool):
         k = self._stored("k", cache_k, k_shape, k_scale)
         v = self._stored("v", cache_v, v_shape, v_scale)
         k_pool, v_pool = self._tensors
-        writes.write_kv(k_pool, v_pool, index, self._on_device(index), where, k, v)
+        write_kv(k_pool, v_pool, index, self._on_device(index), where, k, v)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of the keys and of the values, the sink page included."""

@@ -11,8 +11,8 @@ import torch
 
 from jaxcache.pools.config import require
 from jaxcache.pools.mla import MLAConfig, MLATokenToKVPool
-from torch_bridge import writes
 from torch_bridge.pool import Layer, TorchKVPool, torch_pool
+from torch_bridge.writes import write_mla_kv
 
 
 @torch_pool.register(MLATokenToKVPool)
@@ -56,7 +56,7 @@ class TorchMLAPool(TorchKVPool):
         index, where = self._locate(layer, loc)
         nope = self._stored("cache_k_nope", _flat(cache_k_nope), (len(loc), self.config.kv_lora_rank))
         rope = self._stored("cache_k_rope", _flat(cache_k_rope), (len(loc), self.config.qk_rope_head_dim))
-        writes.write_mla_kv(self._tensors[0], index, self._on_device(index), where, nope, rope)
+        write_mla_kv(self._tensors[0], index, self._on_device(index), where, nope, rope)
 
     def set_kv_buffer(
         self, layer: Layer, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor | None = None

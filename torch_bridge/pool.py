@@ -21,10 +21,10 @@ from jaxcache.errors import ArgumentError, UnsupportedError
 from jaxcache.pools.base import CpuCopy, KVCache
 from jaxcache.pools.config import require
 from jaxcache.pools.layout import Layout
-from torch_bridge import writes
 from torch_bridge.dtypes import cast, torch_dtype
 from torch_bridge.memory import PoolMemory
 from torch_bridge.slots import slots_to_host
+from torch_bridge.writes import move_rows
 
 
 class HasLayerId(Protocol):
@@ -201,7 +201,7 @@ class TorchKVPool(TorchPool):
         require(tgt_loc.shape == src_loc.shape, "tgt_loc", f"must be as many as src_loc, {len(src_loc)}", len(tgt_loc))
         targets, sources = self._locate_all(tgt_loc), self._locate_all(src_loc)
         for tensor in self._tensors:
-            writes.move_rows(tensor, targets, sources)
+            move_rows(tensor, targets, sources)
 
     def get_contiguous_buf_infos(self) -> BufferInfos:
         """Address, bytes and bytes of a page: of each layer of the first array, then of the second.
