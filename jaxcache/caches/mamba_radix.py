@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxcache.caches.prefix import CacheOptions
+from jaxcache.caches.options import CacheOptions
 from jaxcache.caches.radix import RadixCache
 from jaxcache.components.base import TreeComponent
 from jaxcache.components.full import FullPages

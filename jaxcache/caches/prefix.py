@@ -1,7 +1,6 @@
 """PrefixCache: the one tree and its components, by keys and pages. It knows no requests.
 
-The tree decides, the components execute: pages that the tree takes change their owner, pages that it does not take or
-gives up go back to the allocator. Nothing is freed in the middle of a walk.
+What becomes of the memory that the tree takes and gives up stands in `jaxcache.caches.kept`.
 """
 
 from __future__ import annotations
@@ -9,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from threading import get_ident
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxcache.arguments import as_count, as_int32, as_sequence, require_counts, require_kind
 from jaxcache.caches.base import NONE_SPARED, MatchResult
 from jaxcache.caches.check import check_cached
+from jaxcache.caches.kept import KeptMemory
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
 from jaxcache.errors import ArgumentError
@@ -24,8 +24,8 @@ from jaxcache.events.observer import CacheObserver
 from jaxcache.guard import Guard, Told, exclusive
 from jaxcache.index.check import draw as draw_tree
 from jaxcache.index.explain import Explanation, explain
-from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_key
-from jaxcache.index.node import Eviction, Insertion, Match, joined
+from jaxcache.index.key import BigramKey, Namespace, RadixKey, as_bigrams, as_key
+from jaxcache.index.node import Insertion, Match, joined
 from jaxcache.index.policies.registry import Policy
 from jaxcache.index.receipt import Receipt
 from jaxcache.index.tree import RadixTree
@@ -33,15 +33,6 @@ from jaxcache.slots import first_pages, page_slots
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
-
-
-class CacheOptions(TypedDict, total=False):
-    """What every flavour can be told; see `RadixCache`."""
-
-    disable: bool
-    enable_kv_cache_events: bool
-    policy: Policy
-    is_eagle: bool
 
 
 class PrefixCache:
@@ -90,7 +81,7 @@ class PrefixCache:
         self._further = tuple(components)
         self._in_tree: tuple[TreeComponent, ...] = (full, *components)
         self.components: tuple[MemoryComponent, ...] = (*self._in_tree, *followers)
-        self._as_key = _as_bigrams if is_eagle else as_key
+        self._as_key = as_bigrams if is_eagle else as_key
         self.tree = RadixTree(
             page_size,
             [component.component for component in self._in_tree],
@@ -99,6 +90,7 @@ class PrefixCache:
             element_bytes=(BigramKey if is_eagle else RadixKey).element_bytes,
         )
         self.events = EventQueue(self.tree) if enable_kv_cache_events else None
+        self._kept = KeptMemory(self.tree, full, self._further, self.events)
         self.observer: CacheObserver | None = None
         self.guard = self._own_guard = Guard(self._audit, "call reset(), and clear the allocators")
 
@@ -208,24 +200,8 @@ class PrefixCache:
         if self.disable:
             return 0
         key, pages = self._as_key(key), as_int32("pages", pages)
-        values: Sequence[int] = ()
-        if state or self._further:
-            values = self._values_with(state)
-            self._require_insertable(key, pages, state)
+        values = self._kept.require_insertable(key, pages, state) if state or self._further else ()
         return self._insert(key, pages, values).present
-
-    def _values_with(self, state: int) -> list[int]:
-        """For each further component what stands for a whole prefix: `state`, or 0 where there is an id a page."""
-        return [0 if part.component.spans else state for part in self._further]
-
-    def _require_insertable(self, key: RadixKey, pages: np.ndarray, state: int) -> None:
-        """Raises unless what else there is can be kept with the pages."""
-        values = self._values_with(state)
-        if state and state not in values:
-            raise ArgumentError(f"state: this cache keeps none, got {state}: use a MambaRadixCache")
-        whole = pages[: key.length // self.page_size]
-        for component, value in zip(self._further, values, strict=True):
-            component.require_insertable(key.length, self.page_size, whole, value)
 
     def _insert(
         self,
@@ -235,26 +211,9 @@ class PrefixCache:
         held: Receipt | None = None,
         priority: int = 0,
     ) -> Insertion:
-        """Offers the tree pages and what goes with them.
-
-        Args:
-          key: Tokens; cut to whole pages.
-          pages: Full pages.
-          values: For each further component what stands for the whole prefix; see `TreeComponent.candidates`.
-          held: The caller's lock on a prefix of `key`.
-          priority: That of the request.
-        """
+        """Offers the tree pages and what goes with them: `KeptMemory.insert`."""
         started = time.perf_counter() if self.observer is not None else 0.0
-        offered = [pages]
-        if self._further:
-            offered += [part.candidates(pages, value) for part, value in zip(self._further, values, strict=True)]
-        inserted = self.tree.insert(key, offered, held, priority, self.full.claim)
-        if self._further:
-            for component, value, spare in zip(self._further, values, inserted.spare[1:], strict=True):
-                component.adopt(pages, value, inserted, spare)
-        if self.events is not None:
-            for node in inserted.added:
-                self.events.stored(node, key.namespace)
+        inserted = self._kept.insert(key, pages, values, held, priority)
         if self.observer is not None:
             seconds = time.perf_counter() - started
             with Told(self.observer):
@@ -287,12 +246,7 @@ class PrefixCache:
         """
         amounts = self._amounts(amounts)
         started = time.perf_counter() if self.observer is not None else 0.0
-        freed = [0] * len(amounts)
-        for i, amount in enumerate(amounts):
-            if freed[i] < amount:
-                gone = self.tree.evict(amount - freed[i], i)
-                self._free(gone)
-                freed = [count + len(values) for count, values in zip(freed, gone.values, strict=True)]
+        freed = self._kept.evict(amounts)
         size = self.page_size
         if self.observer is not None:
             counts = [n * size if part.spans else n for n, part in zip(freed, self.tree.components, strict=True)]
@@ -323,7 +277,7 @@ class PrefixCache:
         Cost: O(evicted).
         """
         require_counts(pages=pages, states=states, without_window=without_window)
-        if states and states not in self._values_with(states):
+        if states and states not in self._kept.values_with(states):
             raise ArgumentError(f"states: this cache keeps none, got {states}: use a MambaRadixCache")
         return self.make_room_for({"full": pages, "window": pages - without_window, "state": states})
 
@@ -348,23 +302,12 @@ class PrefixCache:
           amounts: By name of a component; of others 0.
         """
         require_kind("amounts", amounts, Mapping)
-        short = [amounts.get(component.name, 0) - component.available() for component in self._in_tree]
-        if max(short) <= 0:
-            return True
-        if any(amount > most for amount, most in zip(short, self.tree.evictable, strict=True)):
+        short = self._kept.shortage(amounts)
+        if short is None:
             return False
-        self.evict_values([max(amount, 0) for amount in short])
+        if any(short):
+            self.evict_values(short)
         return True
-
-    def _free(self, gone: Eviction) -> None:
-        """Frees evicted values; full pages last, since freeing one also frees its window page."""
-        for i, component in enumerate(self._further, 1):
-            if len(gone.values[i]):
-                component.free(gone.values[i])
-        if len(gone.values[0]):
-            self.full.free(gone.values[0])
-        if self.events is not None:
-            self.events.removed(gone)
 
     @exclusive
     def drop(self, extra_key: str | bytes | Namespace | None) -> int:
@@ -374,7 +317,7 @@ class PrefixCache:
           LockedError: A lock covers some of it: end its requests first. Nothing changes.
         """
         gone = self.tree.drop(RadixKey(b"", extra_key).namespace)
-        self._free(gone)
+        self._kept.free(gone)
         return len(gone.values[0]) * self.page_size
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
@@ -389,23 +332,19 @@ class PrefixCache:
 
     def swa_evictable_size(self) -> int:
         """Cached tokens with a window page that no lock covers; 0 without windows. O(1)."""
-        return self._count("window", self.tree.evictable) * self.page_size
+        return self._kept.count("window", self.tree.evictable) * self.page_size
 
     def swa_protected_size(self) -> int:
         """Cached tokens with a window page that a lock covers; 0 without windows. O(1)."""
-        return self._count("window", self.tree.protected) * self.page_size
+        return self._kept.count("window", self.tree.protected) * self.page_size
 
     def mamba_evictable_size(self) -> int:
         """Cached states that no lock covers; 0 where none are kept. O(1)."""
-        return self._count("state", self.tree.evictable)
+        return self._kept.count("state", self.tree.evictable)
 
     def mamba_protected_size(self) -> int:
         """Cached states that a lock covers; 0 where none are kept. O(1)."""
-        return self._count("state", self.tree.protected)
-
-    def _count(self, name: str, counts: Sequence[int]) -> int:
-        """Of a count for each component that of one; 0 without it."""
-        return dict(zip([component.name for component in self._in_tree], counts, strict=True)).get(name, 0)
+        return self._kept.count("state", self.tree.protected)
 
     # ---- looking at ----------------------------------------------------------------------------------------------
 
@@ -421,10 +360,7 @@ class PrefixCache:
           ArgumentError: There is no such component.
         """
         require_kind("name", name, str)
-        for component, evictable in zip(self._in_tree, self.tree.evictable, strict=True):
-            if component.name == name:
-                return component.size(), component.available(), evictable
-        raise ArgumentError(f"name must be one of {[part.name for part in self._in_tree]}, got {name!r}")
+        return self._kept.usage(name)
 
     def rows_in_use(self) -> dict[str, Int32[np.ndarray, " rows"]]:
         """For each stack of the pool the rows that are not free, ascending. O(pages)."""
@@ -462,7 +398,3 @@ class PrefixCache:
 
     def _audit(self) -> None:
         check_cached(self.tree, self._in_tree)
-
-
-def _as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
-    return as_key(token_ids).bigrams()

@@ -292,6 +292,11 @@ def as_key(token_ids: RadixKey | bytes | np.ndarray | Sequence[int]) -> RadixKey
     return token_ids if isinstance(token_ids, RadixKey) else RadixKey(token_ids)
 
 
+def as_bigrams(token_ids: RadixKey | np.ndarray | Sequence[int]) -> RadixKey:
+    """`as_key` of pairs of neighbouring tokens, one fewer."""
+    return as_key(token_ids).bigrams()
+
+
 def pack(token_ids: bytes | np.ndarray | Iterable[int]) -> bytes:
     """Tokens as little-endian int32 bytes.
 

@@ -10,16 +10,15 @@ from jax.sharding import Mesh
 from jaxcache.caches.chunk import ChunkCache, SWAChunkCache
 from jaxcache.caches.lora_radix import LoRARadixCache
 from jaxcache.caches.mamba_radix import MambaRadixCache
-from jaxcache.caches.prefix import CacheOptions
+from jaxcache.caches.options import CacheOptions
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
 from jaxcache.index.policies.registry import Policy
 from jaxcache.pages.allocator import BaseTokenToKVPoolAllocator
-from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
+from jaxcache.pages.of_size import allocator_of
 from jaxcache.pages.pair import SWATokenToKVPoolAllocator
 from jaxcache.pages.states import StateAllocator
-from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pools.base import KVCacheConfig
 from jaxcache.pools.hybrid import HybridConfig, HybridKVPool
 from jaxcache.pools.mamba import MambaConfig
@@ -138,9 +137,7 @@ class MemoryConfig:
         kv = self.kv
         if isinstance(kv, SWAConfig):
             return SWATokenToKVPoolAllocator(kv.full.size, kv.window.size, kv.page_size, need_sort=self.need_sort)
-        if kv.page_size == 1:
-            return TokenToKVPoolAllocator(kv.size, need_sort=self.need_sort)
-        return PagedTokenToKVPoolAllocator(kv.size, kv.page_size, need_sort=self.need_sort)
+        return allocator_of(kv.size, kv.page_size, need_sort=self.need_sort)
 
     def new_state_allocator(self) -> StateAllocator | None:
         """The owner of the recurrent states, if there are any."""

@@ -21,13 +21,12 @@ from numpy.typing import ArrayLike
 
 from jaxcache.arguments import as_count, as_int32, require_same_length
 from jaxcache.errors import ArgumentError, BrokenInvariantError, DoubleFreeError, OwnershipError, SnapshotError
-from jaxcache.pages.allocator import FreeListAllocator, FreeOrder
+from jaxcache.pages.allocator import FreeOrder
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, require_whole_pages
 from jaxcache.pages.marks import Mark, Position
+from jaxcache.pages.of_size import allocator_of
 from jaxcache.pages.ownership import PageOwners, PageState, require_owner
-from jaxcache.pages.paged import PagedTokenToKVPoolAllocator
 from jaxcache.pages.sglang import CpuCopyable
-from jaxcache.pages.token import TokenToKVPoolAllocator
 from jaxcache.pages.window_map import WindowMap, require_pages
 from jaxcache.slots import whole_pages
 from jaxcache.state_dict import Columns, StateDict, prefixed
@@ -80,8 +79,8 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     ) -> None:
         require_whole_pages("size_swa", size_swa, page_size)
         super().__init__(size, page_size, kvcache=kvcache, need_sort=need_sort)
-        self.full = _one_side(size, page_size, need_sort)
-        self.window = _one_side(size_swa, page_size, need_sort)
+        self.full = allocator_of(size, page_size, need_sort=need_sort)
+        self.window = allocator_of(size_swa, page_size, need_sort=need_sort)
         self._map = WindowMap(self.full.num_pages, self.window.num_pages)
 
     @property
@@ -175,9 +174,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         slots = as_int32("kv_indices", kv_indices)
         pages = slots // self.page_size
         self._owners.require_in_range("kv_indices", pages, lowest=0)
-        windows = self._map.windows_of(pages)
-        offsets = slots - pages * np.int32(self.page_size)
-        return np.where(windows > 0, windows * np.int32(self.page_size) + offsets, np.int32(0))
+        return self._map.slots_of(slots, self.page_size)
 
     def require_window_slots(self, name: str, slots: ArrayLike) -> Int32[np.ndarray, " n"]:
         """`translate_loc_from_full_to_swa` for a reader of what is there: 0, the sink, for the sink alone. O(n).
@@ -336,10 +333,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         require_same_length(source=source, target=target)
         self._owners.require("source", source, PageState.PRIVATE, repeated=OwnershipError)
         self._owners.require("target", target, owner, repeated=OwnershipError)
-        windows = self._map.windows_of(source)
-        require_pages(windows > 0, "source: every page must have a window page, but page {} has none", source)
-        has_none = self._map.windows_of(target) == 0
-        require_pages(has_none, "target: every page must have no window page, but page {} has one", target)
+        windows = self._map.movable(source, target)
         self.full.end_marks()
         self._map.unpair(source, windows)
         self._map.pair(target, windows)
@@ -401,9 +395,3 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
             self.check()
         except BrokenInvariantError as problem:
             raise SnapshotError(f"full_to_window: {problem}") from problem
-
-
-def _one_side(size: int, page_size: int, need_sort: bool) -> FreeListAllocator:
-    if page_size == 1:
-        return TokenToKVPoolAllocator(size, need_sort=need_sort)
-    return PagedTokenToKVPoolAllocator(size, page_size, need_sort=need_sort)

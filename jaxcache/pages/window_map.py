@@ -50,6 +50,25 @@ class WindowMap:
         """The full page of each window page, 0 where there is none. O(n)."""
         return self._window_to_full[windows.astype(INDEX)]
 
+    def slots_of(self, slots: Int32[np.ndarray, " n"], page_size: int) -> Int32[np.ndarray, " n"]:
+        """The window slot of each full slot, 0 where there is none. O(n)."""
+        pages = slots // page_size
+        windows = self.windows_of(pages)
+        offsets = slots - pages * np.int32(page_size)
+        return np.where(windows > 0, windows * np.int32(page_size) + offsets, np.int32(0))
+
+    def movable(self, source: Int32[np.ndarray, " n"], target: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
+        """The window pages of `source`, which can be given to `target`. O(n).
+
+        Raises:
+          ArgumentError: A source has no window page, or a target has one.
+        """
+        windows = self.windows_of(source)
+        require_pages(windows > 0, "source: every page must have a window page, but page {} has none", source)
+        has_none = self.windows_of(target) == 0
+        require_pages(has_none, "target: every page must have no window page, but page {} has one", target)
+        return windows
+
     def paired(self) -> Int32[np.ndarray, " n"]:
         """The full pages that have a window page, ascending. O(num_pages)."""
         return np.flatnonzero(self._full_to_window).astype(np.int32)

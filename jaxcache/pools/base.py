@@ -25,7 +25,8 @@ from jaxcache.kernels.copy_kv import move_rows
 from jaxcache.pools.buffers import BufferInfo, buffer_infos
 from jaxcache.pools.config import KVCacheConfig, from_storage, require, storage_dtype, to_storage
 from jaxcache.pools.layer_pages import LayerPages
-from jaxcache.pools.stack import CpuCopy, LayerStack, bucketed, check_rows
+from jaxcache.pools.rows import bucketed, check_rows
+from jaxcache.pools.stack import CpuCopy, LayerStack
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped

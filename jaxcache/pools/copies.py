@@ -66,3 +66,38 @@ class CpuCopy(PoolCopy):
 
     def tokens(self, start: int, stop: int) -> CpuCopy:
         return CpuCopy(self.config, tuple(buffer[:, start:stop] for buffer in self.buffers))
+
+
+@dataclass(frozen=True, eq=False)
+class SWACpuCopy(PoolCopy):
+    """Rows of some tokens in host memory, those of the window's layers for the tokens that had a window page.
+
+    Attributes:
+      config: The `SWAConfig` of the pool they came from.
+      full: Rows of the layers of full attention.
+      window: Rows of the window's layers.
+      has_window: Which of the tokens `window` holds, in their order.
+
+    Raises:
+      ArgumentError: The parts do not fit together.
+    """
+
+    config: Any
+    full: CpuCopy
+    window: CpuCopy
+    has_window: np.ndarray
+
+    def __post_init__(self) -> None:
+        is_mask = self.has_window.shape == (self.full.num_tokens,) and self.has_window.dtype == bool
+        require(is_mask, "has_window", f"must be {self.full.num_tokens} bools, one a token", self.has_window.shape)
+        count = int(np.count_nonzero(self.has_window))
+        require(self.window.num_tokens == count, "window", f"must hold {count} tokens", self.window.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.full.num_tokens
+
+    def tokens(self, start: int, stop: int) -> SWACpuCopy:
+        before, until = (int(np.count_nonzero(self.has_window[:i])) for i in (start, stop))
+        window = self.window.tokens(before, until)
+        return SWACpuCopy(self.config, self.full.tokens(start, stop), window, self.has_window[start:stop])

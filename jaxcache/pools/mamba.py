@@ -35,7 +35,8 @@ from jaxcache.kernels.copy_kv import copy_large_rows
 from jaxcache.kernels.write_kv import put_rows
 from jaxcache.pools.buffers import BufferInfo, piece_infos
 from jaxcache.pools.config import PoolConfig, from_storage, pool_dtype, require, require_positive, to_storage
-from jaxcache.pools.stack import LayerStack, bucketed, check_rows
+from jaxcache.pools.rows import bucketed, check_rows
+from jaxcache.pools.stack import LayerStack
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped

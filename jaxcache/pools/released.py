@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxcache.pools.copies import CpuCopy
-from jaxcache.pools.stack import MemoryPool, pad_to
+from jaxcache.pools.rows import pad_to
+from jaxcache.pools.stack import MemoryPool
 from jaxcache.pools.stacks import parts_of, rows_per_part
 
 _EMPTY_ROWS = np.empty(0, np.int32)

@@ -34,6 +34,7 @@ from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import PoolConfig, require
 from jaxcache.pools.copies import CpuCopy, PoolCopy
 from jaxcache.pools.identity import require_same_rows
+from jaxcache.pools.rows import pad_to, read_back, require_distinct
 from jaxcache.pools.sharding import mesh_of, on_every_shard, require_one_shard, sharding_on, zeros_on
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ class LayerStack(MemoryPool):
         if isinstance(loc, jax.Array) and (isinstance(loc, Tracer) or not is_debugging):
             require(loc.ndim == 1 and loc.dtype == jnp.int32, name, "must be one-dimensional int32", jax.typeof(loc))
             return loc
-        slots = _read_back(name, loc)
+        slots = read_back(name, loc)
         is_list = slots.ndim == 1 and (slots.size == 0 or np.issubdtype(slots.dtype, np.integer))
         require(is_list, name, "must be a one-dimensional list of integers", f"{slots.dtype}{list(slots.shape)}")
         outside = (slots < 0) | (slots >= self.config.rows)
@@ -352,7 +353,7 @@ class LayerStack(MemoryPool):
         """`checked_loc` of rows that are read back from the device if they are there."""
         if isinstance(indices, Tracer):
             raise ArgumentError(f"{name} must be known on the host: call this method outside jit, or use gather")
-        return self.checked_loc(name, _read_back(name, indices))
+        return self.checked_loc(name, read_back(name, indices))
 
     def _gather_stored(self, loc: Any, layer: Any = None) -> tuple[jax.Array, ...]:
         """Rows in storage dtype, of all layers or of the layer with this index."""
@@ -386,39 +387,3 @@ def _load(pool: PoolT, loc: Any, *rows: jax.Array, mesh: Mesh | None) -> PoolT:
     return on_every_shard(lambda pool, loc, *rows: pool._scatter_stored(loc, *rows), mesh, in_specs, specs)(
         pool, loc, *rows
     )
-
-
-def check_rows(name: str, rows: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuses rows of another shape, or of a dtype that a cast to the pool's `dtype` would spoil."""
-    require_array(name, rows)
-    require(rows.shape == shape, name, f"must have shape {shape}", rows.shape)
-    if jnp.issubdtype(dtype, jnp.floating):
-        require(jnp.issubdtype(rows.dtype, jnp.floating), name, f"must be floats, for a {dtype} pool", rows.dtype)
-    else:
-        require(rows.dtype == dtype, name, f"must be quantised to the pool's {dtype} by the caller", rows.dtype)
-
-
-def _read_back(name: str, values: Any) -> np.ndarray:
-    try:
-        return on_host(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged lists; deleted arrays
-        raise ArgumentError(f"{name} must be a one-dimensional list of integers: {error}") from error
-
-
-def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
-    """`array` with zeros behind: rows of nothing for row 0, the sink."""
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, length - array.shape[axis])
-    return np.pad(array, widths)
-
-
-def bucketed(slots: np.ndarray, smallest: int) -> np.ndarray:
-    """A list on the host, padded to a power of two of at least `smallest`: few shapes compile."""
-    return pad_to(slots, max(smallest, 1 << (len(slots) - 1).bit_length()))
-
-
-def require_distinct(name: str, slots: np.ndarray) -> None:
-    """Raises ArgumentError if a slot other than 0 is named twice."""
-    used = np.sort(slots[slots != 0])
-    repeated = used[1:][used[1:] == used[:-1]]
-    require(not len(repeated), name, "must name each slot once (0 is padding), but repeats slot", repeated[:1])

@@ -31,9 +31,11 @@ from jaxcache.device.placing import zeros
 from jaxcache.pools.base import KVCache
 from jaxcache.pools.buffers import BufferInfo
 from jaxcache.pools.config import KVCacheConfig, require, require_layers
-from jaxcache.pools.copies import CpuCopy, PoolCopy
+from jaxcache.pools.copies import SWACpuCopy as SWACpuCopy
 from jaxcache.pools.layer_pages import LayerPages
-from jaxcache.pools.stack import LayerStack, MemoryPool, bucketed
+from jaxcache.pools.rows import bucketed
+from jaxcache.pools.stack import LayerStack, MemoryPool
+from jaxcache.pools.window_map import patched, require_entries, window_slots, window_slots_on_host
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, Shaped
@@ -135,41 +137,6 @@ class SWAConfig:
         return layers.index(layer), is_window
 
 
-@dataclass(frozen=True, eq=False)
-class SWACpuCopy(PoolCopy):
-    """Rows of some tokens in host memory, those of the window's layers for the tokens that had a window page.
-
-    Attributes:
-      config: The configuration of the pool they came from.
-      full: Rows of the layers of full attention.
-      window: Rows of the window's layers.
-      has_window: Which of the tokens `window` holds, in their order.
-
-    Raises:
-      ArgumentError: The parts do not fit together.
-    """
-
-    config: SWAConfig
-    full: CpuCopy
-    window: CpuCopy
-    has_window: np.ndarray
-
-    def __post_init__(self) -> None:
-        is_mask = self.has_window.shape == (self.full.num_tokens,) and self.has_window.dtype == bool
-        require(is_mask, "has_window", f"must be {self.full.num_tokens} bools, one a token", self.has_window.shape)
-        count = int(np.count_nonzero(self.has_window))
-        require(self.window.num_tokens == count, "window", f"must hold {count} tokens", self.window.num_tokens)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.full.num_tokens
-
-    def tokens(self, start: int, stop: int) -> SWACpuCopy:
-        before, until = (int(np.count_nonzero(self.has_window[:i])) for i in (start, stop))
-        window = self.window.tokens(before, until)
-        return SWACpuCopy(self.config, self.full.tokens(start, stop), window, self.has_window[start:stop])
-
-
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("full", "window", "full_to_window"), meta_fields=("config",)
 )
@@ -262,14 +229,7 @@ class SWAKVPool(MemoryPool):
           StalePoolError, BorrowedError: if this pool cannot be donated.
           ArgumentError: if both are not int32 lists of one length, or a page on the host is no window page.
         """
-        for name, array in (("index", index), ("page", page)):
-            is_list = isinstance(array, (jax.Array, np.ndarray)) and array.ndim == 1 and array.dtype == np.int32
-            require(is_list, name, "must be a one-dimensional int32 array", array)
-        require(page.shape == index.shape, "page", f"must be as many as index, {index.shape[0]}", page.shape[0])
-        if isinstance(page, np.ndarray) and page.size:
-            last = self.config.size_swa // self.config.page_size
-            is_page = bool(page.min() >= 0 and page.max() <= last)
-            require(is_page, "page", f"must be in [0, {last}]", (page.min(), page.max()))
+        require_entries(index, page, last=self.config.size_swa // self.config.page_size)
         return _patch(self, index, page)
 
     def translate_loc_from_full_to_swa(self, kv_indices: Int32[ArrayLike, " n"]) -> Int32[Array, " n"]:
@@ -283,7 +243,7 @@ class SWAKVPool(MemoryPool):
         """
         self.require_live()
         loc = self.full.checked_loc("kv_indices", kv_indices)
-        return _translate(self.full_to_window, loc, page_size=self.config.page_size)
+        return window_slots(self.full_to_window, loc, page_size=self.config.page_size)
 
     def set_kv_buffer(
         self,
@@ -393,9 +353,7 @@ class SWAKVPool(MemoryPool):
 
     def _window_slots(self, slots: np.ndarray) -> np.ndarray:
         """`translate_loc_from_full_to_swa` of slots on the host, whose number shall not be compiled in."""
-        page_size = self.config.page_size
-        windows = self.window_map_on_host()[slots // page_size]
-        return np.where(windows > 0, windows * page_size + slots % page_size, 0).astype(np.int32)
+        return window_slots_on_host(self.window_map_on_host(), slots, self.config.page_size)
 
     def get_kv_size_bytes(self) -> Any:
         """Bytes of both sides together, as the sides give theirs."""
@@ -414,19 +372,9 @@ class SWAKVPool(MemoryPool):
         )
 
 
-@functools.partial(jax.jit, static_argnames="page_size")
-def _translate(full_to_window: jax.Array, loc: jax.Array, *, page_size: int) -> jax.Array:
-    pages = jnp.asarray(loc) // page_size
-    windows = full_to_window.at[pages].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jnp.where(windows > 0, windows * page_size + loc % page_size, 0)
-
-
 @donating
 def _patch(pool: PoolT, index: Any, page: Any) -> PoolT:
-    nowhere = pool.full_to_window.shape[0]
-    index = jnp.where(jnp.asarray(index) == 0, nowhere, index)  # The sink has no window page, ever.
-    patched = pool.full_to_window.at[index].set(page, mode="drop", wrap_negative_indices=False)
-    return dataclasses.replace(pool, full_to_window=patched)
+    return dataclasses.replace(pool, full_to_window=patched(pool.full_to_window, index, page))
 
 
 @donating

@@ -21,7 +21,8 @@ from jaxcache.errors import SnapshotError
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
 from jaxcache.pools.copies import CpuCopy
-from jaxcache.pools.stack import LayerStack, pad_to
+from jaxcache.pools.rows import pad_to
+from jaxcache.pools.stack import LayerStack
 from jaxcache.pools.stacks import parts_of
 from jaxcache.snapshot.books import load_state_dict, max_bytes, state_dict
 from jaxcache.snapshot.fit import Loaded, as_saved, fitted

@@ -23,7 +23,8 @@ from jaxcache.arguments import as_count
 from jaxcache.device.placing import on_host
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
-from jaxcache.pools.stack import LayerStack, pad_to
+from jaxcache.pools.rows import pad_to
+from jaxcache.pools.stack import LayerStack
 from jaxcache.pools.stacks import parts_of, rows_per_part
 from jaxcache.snapshot.books import state_dict
 from jaxcache.snapshot.folder import new_folder, publish
