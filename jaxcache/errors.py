@@ -3,6 +3,8 @@
 Wrong use raises before anything has changed, and the message names the argument, the rule, the value and the remedy.
 """
 
+from collections.abc import Callable
+
 _MAX_MESSAGE = 1000
 
 
@@ -19,10 +21,10 @@ def _bounded(message: str) -> str:
     return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
-def shown(value: object) -> str:
+def shown(value: object, show: Callable[[object], str] = repr) -> str:
     """A value for a message: its `repr`, or its type where it has none, as a deleted array."""
     try:
-        return repr(value)
+        return show(value)
     except RuntimeError:
         return f"a {type(value).__name__} that cannot be read"
 

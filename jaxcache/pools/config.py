@@ -251,7 +251,7 @@ def require_layers(name: str, layers: tuple[int, ...], count: int) -> None:
 def require(condition: bool, name: str, rule: str, value: Any) -> None:
     """Raises ArgumentError with the argument, its rule and its value unless `condition` holds."""
     if not condition:
-        raise ArgumentError(f"{name} {rule}; got {value if isinstance(value, str) else shown(value)}")
+        raise ArgumentError(f"{name} {rule}; got {shown(value, str)}")
 
 
 def require_positive(config: PoolConfig, *names: str) -> None:
