@@ -357,7 +357,10 @@ def test_a_batch_beyond_every_bucket_is_refused_before_a_page_is_taken():
     request = Request("r", [1] * 60)
     manager.admit(request)
     before = books(manager)
-    with pytest.raises(ArgumentError, match="no extend bucket holds 1 requests, 60 tokens"):
+    with pytest.raises(
+        ArgumentError,
+        match="60 tokens, but a step computes at most 32, the config's chunk: split prompts with next_chunk",
+    ):
         manager.extend([(request, 60)])
     assert books(manager) == before
 

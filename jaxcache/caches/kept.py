@@ -34,10 +34,10 @@ class KeptMemory:
       events: Told of what is kept and no longer kept; or None.
     """
 
-    __slots__ = ("_all", "_events", "_full", "_further", "_tree")
+    __slots__ = ("_all", "_full", "_further", "_tree", "events")
 
     def __init__(self, tree: RadixTree, full: FullPages, further: tuple[TreeComponent, ...], events: EventQueue | None):
-        self._tree, self._full, self._further, self._events = tree, full, further, events
+        self._tree, self._full, self._further, self.events = tree, full, further, events
         self._all: tuple[TreeComponent, ...] = (full, *further)
 
     def values_with(self, state: int) -> list[int]:
@@ -83,9 +83,9 @@ class KeptMemory:
         if self._further:
             for component, value, spare in zip(self._further, values, inserted.spare[1:], strict=True):
                 component.adopt(pages, value, inserted, spare)
-        if self._events is not None:
+        if self.events is not None:
             for node in inserted.added:
-                self._events.stored(node, key.namespace)
+                self.events.stored(node, key.namespace)
         return inserted
 
     def evict(self, amounts: Sequence[int]) -> list[int]:
@@ -105,8 +105,8 @@ class KeptMemory:
                 component.free(gone.values[i])
         if len(gone.values[0]):
             self._full.free(gone.values[0])
-        if self._events is not None:
-            self._events.removed(gone)
+        if self.events is not None:
+            self.events.removed(gone)
 
     def shortage(self, amounts: Mapping[str, int]) -> list[int] | None:
         """What has to be evicted of each component, for so many of its values to be there; None if that cannot suffice.

@@ -52,7 +52,6 @@ class PrefixCache:
       full: As given.
       components: All of them, the full pages first.
       tree: The index, for looking at.
-      events: What waits for `take_events`; None unless they are enabled.
       observer: Notified of lookups, inserts and evictions, such as `CacheMetrics`; or None. What it raises breaks no
         call.
       guard: Who may call, see `jaxcache.guard`. A manager puts its own in the place of it.
@@ -89,8 +88,8 @@ class PrefixCache:
             with_hashes=enable_kv_cache_events,
             element_bytes=(BigramKey if is_eagle else RadixKey).element_bytes,
         )
-        self.events = EventQueue(self.tree) if enable_kv_cache_events else None
-        self._kept = KeptMemory(self.tree, full, self._further, self.events)
+        events = EventQueue(self.tree) if enable_kv_cache_events else None
+        self._kept = KeptMemory(self.tree, full, self._further, events)
         self.observer: CacheObserver | None = None
         self.guard = self._own_guard = Guard(self._audit, "call reset(), and clear the allocators")
 
@@ -116,9 +115,7 @@ class PrefixCache:
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
 
-        Changes nothing but recency.
-
-        Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
+        Changes nothing but recency. Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
         `RadixKey` that is kept.
         """
         guard = self.guard
@@ -347,6 +344,11 @@ class PrefixCache:
         return self._kept.count("state", self.tree.protected)
 
     # ---- looking at ----------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> EventQueue | None:
+        """What waits for `take_events`; None unless they are enabled."""
+        return self._kept.events
 
     @property
     def tree_components(self) -> tuple[TreeComponent, ...]:

@@ -67,6 +67,6 @@ def beside(array: Any) -> Sharding | None:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, where: Any = None) -> Shaped[Array, "..."]:
-    """An array of zeros that the device fills itself: nothing travels. Compiles once a shape."""
-    sharding = SingleDeviceSharding(where) if isinstance(where, jax.Device) else where
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    """An array of zeros, which the device fills itself: one number travels. Compiles once a shape."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jnp.zeros(shape, dtype, device=where)

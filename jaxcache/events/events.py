@@ -231,20 +231,21 @@ class EventQueue:
       max_blocks: Blocks whose events may wait. One takes a page of tokens and about 100 bytes.
 
     Attributes:
+      max_blocks: As given; may be set.
       overflows: How often it forgot.
 
     Raises:
       ArgumentError: The tree keeps no hashes.
     """
 
-    __slots__ = ("_block_size", "_blocks", "_max_blocks", "_tree", "_waiting", "overflows")
+    __slots__ = ("_block_size", "_blocks", "_tree", "_waiting", "max_blocks", "overflows")
 
     def __init__(self, tree: RadixTree, max_blocks: int = 1 << 20):
         if not tree.with_hashes:
             raise ArgumentError("tree: it keeps no hashes to name blocks with: make it with with_hashes=True")
         self._tree = tree
         self._block_size = tree.page_size
-        self._max_blocks = max_blocks
+        self.max_blocks = max_blocks
         self._waiting: list[KVCacheEvent] = []
         self._blocks = 0  # more than fit, once some were forgotten
         self.overflows = 0
@@ -253,7 +254,7 @@ class EventQueue:
         """A node joined the tree, in the namespace of that encoding. O(1)."""
         blocks = len(node.value)
         self._blocks += blocks
-        if self._blocks > self._max_blocks:
+        if self._blocks > self.max_blocks:
             self._forget(blocks)
             return
         hashes: Any = node.hashes  # they are there: the tree keeps them
@@ -267,7 +268,7 @@ class EventQueue:
         if not gone.nodes:
             return
         self._blocks += len(gone.values[0])
-        if self._blocks <= self._max_blocks:
+        if self._blocks <= self.max_blocks:
             hashes: list[Any] = [node.hashes for node in gone.nodes]  # they are there: the tree keeps them
             self._waiting.append(BlockRemoved(hashes))
         else:
@@ -282,20 +283,20 @@ class EventQueue:
     def restate(self) -> None:
         """The tree was filled by other means, as from a snapshot: what is taken next lists again what is in it."""
         self._waiting.clear()
-        self._blocks = self._max_blocks + 1
+        self._blocks = self.max_blocks + 1
 
     def _forget(self, blocks: int) -> None:
-        self.overflows += self._blocks - blocks <= self._max_blocks  # the first ones too many
+        self.overflows += self._blocks - blocks <= self.max_blocks  # the first ones too many
         self._waiting.clear()
 
     @property
     def num_blocks(self) -> int:
         """Blocks that `take` will tell of. O(1)."""
-        return self._blocks if self._blocks <= self._max_blocks else len(self._tree)
+        return self._blocks if self._blocks <= self.max_blocks else len(self._tree)
 
     def take(self) -> list[KVCacheEvent]:
         """The events since the last call; if some were forgotten, `snapshot`."""
-        events = self._waiting if self._blocks <= self._max_blocks else self.snapshot()
+        events = self._waiting if self._blocks <= self.max_blocks else self.snapshot()
         self._waiting, self._blocks = [], 0
         return events
 

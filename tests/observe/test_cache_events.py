@@ -31,7 +31,7 @@ def with_events(seed):
     life = RandomLife(seed)
     cache = life.life.cache
     cache.tree.with_hashes = True
-    cache.events = EventQueue(cache.tree)
+    cache._kept.events = EventQueue(cache.tree)
     return life, cache
 
 

@@ -49,7 +49,7 @@ def test_an_event_equals_one_with_the_same_contents():
     ]
     assert all(event != other for other in others)
     assert BlockRemoved([1]) == BlockRemoved([1]) != BlockRemoved([1], StorageMedium.CPU)
-    assert repr(event) == "BlockStored([1, 2], 3, [4, 5], 1, b'n', <StorageMedium.CPU: 'CPU_PINNED'>)"
+    assert repr(event) == "BlockStored([1, 2], 3, [4, 5], 1, b'n', <StorageMedium.CPU: 'CPU_PINNED'>, None)"
     assert repr(BlockRemoved([1])) == "BlockRemoved([1], <StorageMedium.GPU: 'GPU'>)"
 
 
@@ -126,7 +126,7 @@ def test_tombstones_and_what_heals_them_are_no_events():
 
 def test_a_queue_that_overflows_says_the_tree_anew():
     cache = RadixCache(None, None, 1, enable_kv_cache_events=True)
-    cache.events = EventQueue(cache.tree, max_blocks=10)
+    cache.events.max_blocks = 10
     cache.insert(list(range(10)))
     assert cache.events.overflows == 0
     cache.insert([*range(9), 99])
@@ -150,7 +150,7 @@ def test_a_queue_that_overflows_says_the_tree_anew():
 
 def test_untaken_events_are_bounded():
     cache = RadixCache(None, None, 1, enable_kv_cache_events=True)
-    cache.events = EventQueue(cache.tree, max_blocks=1000)
+    cache.events.max_blocks = 1000
     for i in range(2000):
         cache.insert([i, i])
         cache.evict(2)
