@@ -115,7 +115,9 @@ class PrefixCache:
     def match_prefix(self, key: RadixKey | np.ndarray | Sequence[int]) -> MatchResult:
         """The longest cached prefix of `key`, in whole pages, that every component can be continued from.
 
-        Changes nothing but recency. Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
+        Changes nothing but recency.
+
+        Cost: O(nodes on the path); no loop over tokens. Converting a Python list costs about 10 ns a token: pass a
         `RadixKey` that is kept.
         """
         guard = self.guard
