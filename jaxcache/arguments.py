@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from jaxcache.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
-    from jaxtyping import Int32
+    from jaxtyping import Int32, Integer
 
 MAX_SLOTS = 2**31
 """Slots and lengths are int32."""
@@ -115,6 +115,17 @@ def as_int32(name: str, values: ArrayLike) -> Int32[np.ndarray, " n"]:
     if low < _INT32.min or high > _INT32.max:
         raise ArgumentError(f"{name} must fit int32, got values in [{low}, {high}]: slots and lengths are int32")
     return array.astype(np.int32)
+
+
+def as_integers(name: str, values: ArrayLike) -> Integer[np.ndarray, " n"]:
+    """`values` as a one-dimensional integer array: of NumPy of whatever width as it is, anything else as `as_int32`.
+
+    Raises:
+      ArgumentError: as `as_int32`.
+    """
+    if isinstance(values, np.ndarray) and values.dtype.kind == "i" and values.ndim == 1:
+        return values
+    return as_int32(name, values)
 
 
 def require_same_length(**arrays: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, require_kind
 from jaxcache.caches.radix import RadixCache
 from jaxcache.caches.swa_radix import SWARadixCache
 from jaxcache.errors import ArgumentError
@@ -71,6 +71,7 @@ class SWAChunkCache(SWARadixCache):
         Raises:
           ArgumentError: `prelen` is longer than what is computed, or a chunk has no tokens.
         """
+        require_kind("req", req, Request)
         chunk = as_count("attention_chunk_size", attention_chunk_size)
         if not chunk or as_count("prelen", prelen) > req.kv_len:
             raise ArgumentError(

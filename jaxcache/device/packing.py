@@ -76,8 +76,12 @@ class Packing:
             nothing that a step may still be reading.
 
         Raises:
-          ArgumentError: A part is longer than its field.
+          ArgumentError: A part is longer than its field, or `out` is no int32 vector of this size.
         """
+        if out is not None and not (
+            isinstance(out, np.ndarray) and out.shape == (self.size,) and out.dtype == np.int32
+        ):
+            raise ArgumentError(f"out must be an int32 array of {self.size} entries, got {type(out).__name__}")
         packed = np.empty(self.size, np.int32) if out is None else out
         packed[:] = self._padding
         for name, start, length in self._places:

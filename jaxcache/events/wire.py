@@ -53,6 +53,12 @@ MAX_EVENTS = 1 << 20
 """Events of one batch; the length of the list is compared before any of it is read."""
 
 
+_KeysOfBlock = Annotated[list[msgspec.Raw], msgspec.Meta(max_length=1024)]
+_ExtraKeys = Annotated[list[_KeysOfBlock | None], msgspec.Meta(max_length=MAX_EVENTS)]
+_Pair = Annotated[list[str | int | float | None], msgspec.Meta(max_length=16)]
+"""What other releases have among the keys of a block, such as an image and where it starts."""
+
+
 class _Batch(msgspec.Struct, array_like=True):
     """What a batch must be; events are read one by one, since those of unknown kinds are left out."""
 
@@ -110,6 +116,7 @@ def _decoders(*types: Any) -> tuple[msgspec.msgpack.Decoder, ...]:
 _BATCH, _BATCH_MAP = _decoders(_Batch, _BatchMap)
 _AS_MAP = _decoders(_Kind, _Stored, _Removed)
 _AS_ARRAY = _decoders(_KindArray, _StoredArray, _RemovedArray)
+_EXTRA_KEYS, _PAIR = _decoders(_ExtraKeys, _Pair)
 _TEXT = msgspec.msgpack.Decoder(str)
 _MAP_HEADS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _ARRAY_HEADS = frozenset((*range(0x91, 0xA0), 0xDC, 0xDD))
@@ -225,14 +232,24 @@ def _decoded(raw: msgspec.Raw) -> KVCacheEvent | None:
     stored = as_stored.decode(raw)
     space = Namespace(lora_id=_text(stored.lora_name), cache_salt=_text(stored.cache_salt)).encode()
     parent, medium = stored.parent_block_hash, _medium(stored.medium)
-    extra = _list(stored.extra_keys)
+    extra = _extra_keys(stored.extra_keys)
     return BlockStored(stored.block_hashes, parent, stored.token_ids, stored.block_size, space, medium, extra)
 
 
-def _list(raw: msgspec.Raw) -> list[Any] | None:
-    """A list, or None for anything else."""
+def _extra_keys(raw: msgspec.Raw) -> list[Any] | None:
+    """The extra keys of blocks, or None for what is no list."""
     view = memoryview(raw)
-    return msgspec.msgpack.decode(view) if len(view) and view[0] in _LIST_HEADS else None
+    if not len(view) or view[0] not in _LIST_HEADS:
+        return None
+    return [keys and [_extra_key(key) for key in keys] for keys in _EXTRA_KEYS.decode(view)]
+
+
+def _extra_key(raw: msgspec.Raw) -> Any:
+    """Text, bytes, a number, None, or a few of them."""
+    view = memoryview(raw)
+    if view[0] in _MAP_HEADS | _LIST_HEADS:
+        return _PAIR.decode(view)
+    return msgspec.msgpack.decode(view)
 
 
 def _medium(raw: msgspec.Raw) -> StorageMedium:

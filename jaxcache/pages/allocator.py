@@ -14,7 +14,7 @@ import abc
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import as_int32
+from jaxcache.arguments import as_count, as_int32, require_kind
 from jaxcache.errors import ArgumentError, BrokenInvariantError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator as BaseTokenToKVPoolAllocator
 from jaxcache.pages.batch import batch_last_loc
@@ -84,7 +84,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
 
     def has(self, n: int) -> bool:
         """Whether `n` pages can be taken. O(1)."""
-        return n <= self._num_available
+        return as_count("n", n) <= self._num_available
 
     def _take(self, n: int, sort_above: int) -> np.ndarray | None:
         if n > self._num_available:
@@ -206,6 +206,7 @@ class FreeListAllocator(BaseTokenToKVPoolAllocator, abc.ABC):
         return {"states": self.states.copy(), "free": self.free_pages, "released": self.release_pages}
 
     def load_state_dict(self, saved: Columns) -> None:
+        require_kind("saved", saved, Columns)
         states = saved.ints("states", self.num_pages + 1, high=PageState.SINK)
         free, released = saved.ints("free", high=self.num_pages), saved.ints("released", high=self.num_pages)
         are_free = np.flatnonzero(states == PageState.FREE)

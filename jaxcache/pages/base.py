@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import MAX_SLOTS, as_count, as_int32
+from jaxcache.arguments import MAX_SLOTS, as_count, as_int32, require_kind
 from jaxcache.errors import ArgumentError, OwnershipError, SnapshotError
 from jaxcache.pages.free_list import FreeOrder
 from jaxcache.pages.marks import Mark, Marks, Position
@@ -115,6 +115,7 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
 
     def count(self, state: PageState) -> int:
         """Number of pages in `state`. O(num_pages)."""
+        require_kind("state", state, PageState)
         return int(np.count_nonzero(self.states == state))
 
     def debug_print(self) -> str:
@@ -179,13 +180,14 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
         Cost: O(n).
         """
 
-    def require_owned(self, pages: Int32[np.ndarray, " n"], owner: PageState) -> None:
+    def require_owned(self, pages: ArrayLike, owner: PageState) -> None:
         """Raises unless `owner` has all of these pages and none is named twice. O(n).
 
         Raises:
-          DoubleFreeError, OwnershipError: as `transfer`.
+          DoubleFreeError, OwnershipError, ArgumentError: as `transfer`.
         """
-        self._owners.require("pages", pages, owner, repeated=OwnershipError)
+        require_owner("owner", owner)
+        self._owners.require("pages", as_int32("pages", pages), owner, repeated=OwnershipError)
 
     @abc.abstractmethod
     def merge_and_sort_free(self) -> None:
@@ -204,9 +206,11 @@ class BaseTokenToKVPoolAllocator(SGLangNames):
           SnapshotError: if this cannot be done exactly: a page was freed, the free list was sorted or an older mark
             was restored in between; a page taken since has changed owner; a free group is open; or the mark is another
             allocator's.
+          ArgumentError: if it is no mark.
 
         Cost: O(pages taken since).
         """
+        require_kind("mark", mark, Mark)
         if self.in_free_group:
             raise SnapshotError("a mark must not be restored inside a free group: call free_group_end first")
         self._marks.require(mark, self._positions())

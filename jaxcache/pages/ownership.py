@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError
+from jaxcache.errors import ArgumentError, CacheError, DoubleFreeError, OwnershipError, shown
 from jaxcache.pages.runs import INDEX, Rows, ids_ascend, ids_of, runs_ascend, runs_of
 
 
@@ -161,4 +161,4 @@ def require_owner(name: str, state: PageState) -> None:
     """Raises ArgumentError unless `state` is one in which a page has an owner."""
     if not isinstance(state, PageState) or not _IS_OWNER[state]:
         owners = ", ".join(owner.name for owner in _OWNERS)
-        raise ArgumentError(f"{name} must be a PageState out of {owners}, got {state!r}")
+        raise ArgumentError(f"{name} must be a PageState out of {owners}, got {shown(state)}")

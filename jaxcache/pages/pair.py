@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxcache.arguments import as_count, as_int32, require_same_length
+from jaxcache.arguments import as_count, as_int32, require_kind, require_same_length
 from jaxcache.errors import ArgumentError, BrokenInvariantError, DoubleFreeError, OwnershipError, SnapshotError
 from jaxcache.pages.allocator import FreeOrder
 from jaxcache.pages.base import BaseTokenToKVPoolAllocator, require_whole_pages
@@ -183,6 +183,7 @@ class SWATokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
           ArgumentError: if a token's window page is gone, as page 0 would be read; or `slots` are not integers.
           OwnershipError: if a slot lies in no page of this allocator.
         """
+        require_kind("name", name, str)
         slots = as_int32(name, slots)
         windows = self.translate_loc_from_full_to_swa(slots)
         is_there = (windows > 0) | (slots < self.page_size)

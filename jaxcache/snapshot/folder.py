@@ -19,8 +19,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxcache.errors import ArgumentError, SnapshotError
+from jaxcache.errors import ArgumentError, SnapshotError, shown
 from jaxcache.snapshot.manifest import FILE_NAME, FOLDER, Manifest
+
+_MAX_NAME = 255  # bytes of a name in a folder, on every local file system
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """`path` as a Path.
+
+    Raises:
+      ArgumentError: It is none, or none that a file system could have.
+    """
+    try:
+        names = os.fspath(path)
+        longest = max(map(len, os.fsencode(names).split(b"/")))
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ArgumentError(f"path must be a str or a Path, got {shown(path)}: {error}") from error
+    if not isinstance(names, str) or "\0" in names or longest > _MAX_NAME:
+        raise ArgumentError(f"path must be a str or a Path with names of at most {_MAX_NAME} bytes, got {shown(path)}")
+    return Path(names)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcache.arguments import require_callable, require_kind
 from jaxcache.errors import SnapshotError
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.manager.manager import MemoryManager, init_memory_pool_and_cache
@@ -26,7 +27,7 @@ from jaxcache.pools.stack import LayerStack
 from jaxcache.pools.stacks import parts_of
 from jaxcache.snapshot.books import load_state_dict, max_bytes, state_dict
 from jaxcache.snapshot.fit import Loaded, as_saved, fitted
-from jaxcache.snapshot.folder import locked
+from jaxcache.snapshot.folder import as_path, locked
 from jaxcache.snapshot.manifest import Manifest, fingerprint, require_same
 from jaxcache.snapshot.parts import Part, check_part, read_part
 from jaxcache.snapshot.save import array_names, part_path, thread_count
@@ -69,7 +70,12 @@ def load_snapshot(
     Cost: what was saved, from disk and over the host link at the same time; for the tree, some 50 us a node, most of it
     to make it and a quarter to check it.
     """
-    path, count = Path(path), thread_count(threads)
+    path, count = as_path(path), thread_count(threads)
+    require_kind("config", config, MemoryConfig)
+    if mesh is not None:
+        require_kind("mesh", mesh, Mesh)
+    if report is not None:
+        require_callable("report", report)
     fingerprint(model, config)
     with locked(path, exclusive=False):
         manifest = Manifest.read(path)
@@ -118,9 +124,10 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
 
     Raises:
       SnapshotError: There is no snapshot, it is damaged or of another version, or another process replaces it.
+      ArgumentError: `path` or `threads` is no such thing.
       UnsupportedError: The extra `snapshot` is not installed.
     """
-    path = Path(path)
+    path, count = as_path(path), thread_count(threads)
     with locked(path, exclusive=False):
         manifest = Manifest.read(path)
         folder = path / manifest.folder
@@ -131,8 +138,8 @@ def verify_snapshot(path: str | os.PathLike, *, threads: int | None = None) -> M
         def read(i: int) -> None:
             check_part(*files[i])
 
-        with ThreadPoolExecutor(thread_count(threads)) as workers:
-            for _ in _ahead(workers, read, len(files), thread_count(threads) + 1):
+        with ThreadPoolExecutor(count) as workers:
+            for _ in _ahead(workers, read, len(files), count + 1):
                 pass
     return manifest
 

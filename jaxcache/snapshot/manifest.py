@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxcache.errors import ArgumentError, SnapshotError
+from jaxcache.errors import ArgumentError, SnapshotError, shown
 from jaxcache.manager.config import MemoryConfig
 from jaxcache.pools.identity import described
 from jaxcache.snapshot.parts import Part, open_file
@@ -130,7 +130,7 @@ def fingerprint(model: str, config: MemoryConfig) -> dict[str, Any]:
       ArgumentError: `model` is no name.
     """
     if not isinstance(model, str) or not model:
-        raise ArgumentError(f"model must name the weights, such as their revision, as a str, got {model!r}")
+        raise ArgumentError(f"model must name the weights, such as their revision, as a str, got {shown(model)}")
     return {"model": model, **described("config", config, _MAY_DIFFER)}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, require_kind
 from jaxcache.device.placing import on_host
 from jaxcache.errors import RequestStateError
 from jaxcache.manager.manager import MemoryManager
@@ -27,7 +27,7 @@ from jaxcache.pools.rows import pad_to
 from jaxcache.pools.stack import LayerStack
 from jaxcache.pools.stacks import parts_of, rows_per_part
 from jaxcache.snapshot.books import state_dict
-from jaxcache.snapshot.folder import new_folder, publish
+from jaxcache.snapshot.folder import as_path, new_folder, publish
 from jaxcache.snapshot.manifest import Manifest, fingerprint
 from jaxcache.snapshot.parts import Part, write_part
 
@@ -55,7 +55,7 @@ def save_snapshot(
     Raises:
       RequestStateError: Requests run: finish, retract or abort them first.
       LockedError, SnapshotError: A lock or pages of the cache are held; or another process saves or loads there.
-      ArgumentError: `model`, `path` or `threads` is no such thing.
+      ArgumentError: `model`, `path`, `manager` or `threads` is no such thing.
       StalePoolError: A donated step consumed the pool behind the manager's back.
       UnsupportedError: The extra `snapshot` is not installed.
       OSError: as the file system says.
@@ -63,7 +63,8 @@ def save_snapshot(
     Cost: pages in use over the host link and to disk, at the same time; page-locked memory and room on the device for
     some parts of 64 MB.
     """
-    path, count = Path(path), thread_count(threads)
+    path, count = as_path(path), thread_count(threads)
+    require_kind("manager", manager, MemoryManager)
     name = fingerprint(model, manager.config)
     if manager.running:
         raise RequestStateError(f"{len(manager.running)} requests are running: finish, retract or abort them first")

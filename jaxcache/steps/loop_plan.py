@@ -130,7 +130,10 @@ class LoopPlan:
     def _matrix(self, value: ArrayLike | None, name: str, kinds: str, words: str) -> np.ndarray | None:
         if value is None:
             return None
-        array, n = on_host(value), len(self.requests)
+        try:
+            array, n = on_host(value), len(self.requests)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # Ragged lists; deleted arrays.
+            raise ArgumentError(f"{name} must be {words}, got {type(value).__name__}: {error}") from error
         fits = array.ndim == 2 and array.shape[1] in (n, self.shape.requests) and len(array) <= self.shape.steps
         if not fits or array.dtype.kind not in kinds:
             rule = f"{words} of shape (steps <= {self.shape.steps}, {n} requests)"

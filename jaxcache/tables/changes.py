@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcache.arguments import as_count
+from jaxcache.arguments import as_count, require_kind
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -78,4 +78,5 @@ class ChangeLog:
 
     def give_back(self, changes: TableChanges) -> None:
         """Changes that were taken and did not reach the device wait again."""
+        require_kind("changes", changes, TableChanges)
         self.mark(changes.index)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError, OwnershipError, RequestStateError
+from jaxcache.errors import ArgumentError, OwnershipError, RequestStateError, shown
 from jaxcache.pools.mamba import reading_order
 from jaxcache.tables.request_table import ReqToTokenPool
+from jaxcache.tables.row_arguments import of_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Int32
@@ -48,6 +49,7 @@ class HybridReqToTokenPool(ReqToTokenPool):
         """Working state of each row, which steps read and write; 0 = none. A live, read-only view, like the others."""
         return _read_only(self._state)
 
+    @of_rows
     def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
         """Working state of each of these rows, as a copy."""
         return self._state[rows]
@@ -92,10 +94,11 @@ class HybridReqToTokenPool(ReqToTokenPool):
         if self._state[row]:
             raise RequestStateError(f"row {row} has working state {self._state[row]}: take_states first")
         if not _is_int(source) or not NO_COPY <= source < 2**31 or source == state:
-            raise ArgumentError(f"source must be another state than {state}, 0 or NO_COPY, got {source!r}")
+            raise ArgumentError(f"source must be another state than {state}, 0 or NO_COPY, got {shown(source)}")
         self._state[row], self._state_from[row] = state, source
         self.touch(row)
 
+    @of_rows
     def state_copies(self, rows: Rows) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
         """The copies that must happen before a step over `rows`, for `MambaPool.copy_states`.
 
@@ -106,10 +109,11 @@ class HybridReqToTokenPool(ReqToTokenPool):
         Raises:
           ArgumentError: as `reading_order`.
         """
-        index = np.asarray(rows, np.intp)
+        index = np.asarray(rows, np.intp)  # `of_rows` made an array of them
         waiting = index[self._state_from[index] != NO_COPY]
         return reading_order(self._state_from[waiting], self._state[waiting])
 
+    @of_rows
     def copied(self, rows: Rows) -> None:
         """The step that makes these copies was dispatched: the working states hold what they should."""
         self._state_from[np.asarray(rows, np.intp)] = NO_COPY
@@ -189,12 +193,12 @@ class HybridReqToTokenPool(ReqToTokenPool):
         if not _is_int(length) or length % self.page_size or not 0 < length <= self.max_context_len:
             raise ArgumentError(
                 f"length must be a multiple of page_size = {self.page_size} in (0, {self.max_context_len}], "
-                f"got {length!r}"
+                f"got {shown(length)}"
             )
 
     def _require_unowned(self, name: str, state: int) -> None:
         if not _is_int(state) or not 0 < state < 2**31:
-            raise ArgumentError(f"{name} must be a state, 1 or more, got {state!r}")
+            raise ArgumentError(f"{name} must be a state, 1 or more, got {shown(state)}")
         owners = np.flatnonzero((self._state == state) | (self._saved == state))
         if len(owners):
             raise OwnershipError(f"{name} {state} is owned by row {owners[0]}: a state has one owner")

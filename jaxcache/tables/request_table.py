@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcache.arguments import as_count, as_int32
+from jaxcache.arguments import as_count, as_flag, as_int32, as_integer, as_integers, require_kind
 from jaxcache.device.placing import on_device
 from jaxcache.errors import ArgumentError, DoubleFreeError, shown
 from jaxcache.slots import whole_pages
@@ -24,6 +24,7 @@ from jaxcache.state_dict import Columns, StateDict
 from jaxcache.tables.changes import ChangeLog, TableChanges
 from jaxcache.tables.device_table import RequestTable
 from jaxcache.tables.page_list import PageList
+from jaxcache.tables.row_arguments import of_rows, one_a_row
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Int32
@@ -129,13 +130,14 @@ class ReqToTokenPool:
 
     def _rows_to_free(self, free_index: int | Sequence[int]) -> np.ndarray:
         """The rows that `free` was given, checked: distinct and in use."""
-        rows = np.atleast_1d(np.asarray(free_index))
+        is_one = isinstance(free_index, (int, np.integer, np.ndarray))
+        rows = as_int32("free_index", np.atleast_1d(free_index) if is_one else free_index)
         if rows.size == 0:
             return np.empty(0, np.intp)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.size:
+        if rows.min() < 0 or rows.max() >= self.size:
             raise ArgumentError(f"free_index must be rows in [0, {self.size}), got {shown(free_index)}")
         if len(set(rows.tolist())) != len(rows):
-            raise ArgumentError(f"free_index names a row twice: {free_index!r}")
+            raise ArgumentError(f"free_index names a row twice: {shown(free_index)}")
         if self._is_free[rows].any():
             raise DoubleFreeError(f"free_index: row {rows[self._is_free[rows]][0]} is free already")
         return rows
@@ -147,7 +149,7 @@ class ReqToTokenPool:
           ArgumentError: The slice does not start at a page, or the slots are not int32, from 0 on, and consecutive
             within pages.
         """
-        row, columns = indices
+        row, columns = indices if isinstance(indices, tuple) and len(indices) == 2 else (None, None)
         if not isinstance(row, (int, np.integer)) or not isinstance(columns, slice):
             raise ArgumentError(f"indices must be (row, slice), one row at a time, got {shown(indices)}")
         start, stop, step = columns.indices(self.max_context_len)
@@ -169,10 +171,11 @@ class ReqToTokenPool:
           on_device: The device has written these entries itself: nothing is sent.
 
         Raises:
-          ArgumentError: The row is not in use or the entries do not fit.
+          ArgumentError: The row is not in use, the entries do not fit, or `pages` are no list of integers.
         """
-        stop = first + len(pages)
         self._require_in_use(row)
+        first, pages = as_integer("first", first, 32), as_int32("pages", pages)
+        stop = first + len(pages)
         if first < 0 or stop > self.max_pages:
             raise ArgumentError(
                 f"entries {first}:{stop} do not fit a row of {self.max_pages} pages: raise max_context_len"
@@ -185,9 +188,10 @@ class ReqToTokenPool:
             self.touch(row)
 
     def _require_in_use(self, row: int) -> None:
-        if not 0 <= row < self.size or self._is_free[row]:
-            raise ArgumentError(f"row {row} is not in use: allocate it first")
+        if not isinstance(row, (int, np.integer)) or not 0 <= row < self.size or self._is_free[row]:
+            raise ArgumentError(f"row {shown(row)} is not in use: allocate it first")
 
+    @of_rows
     def append_pages(
         self,
         rows: Int[np.ndarray, " rows"],
@@ -199,19 +203,31 @@ class ReqToTokenPool:
 
         The rows must be in use and distinct, and have room. `on_device`: as for `write_pages`.
 
+        Raises:
+          ArgumentError: There are no such rows, or the numbers of rows, counts and pages do not agree.
+
         Cost: some NumPy calls, whatever the number of rows.
         """
+        pages = as_int32("pages", pages)
         if not len(pages):
             return
         held = self.num_pages[rows]
         first = rows * self.max_pages + held
-        index = (first if counts is None else _runs(first, counts)).astype(np.int32)
+        if counts is not None:
+            counts = one_a_row("counts", counts, rows)
+        try:
+            index = (first if counts is None else _runs(first, counts)).astype(np.int32)
+        except ValueError as error:
+            raise ArgumentError(f"counts must not be negative, got {shown(counts)}") from error
+        if len(index) != len(pages):
+            raise ArgumentError(f"pages must be {len(index)}, as many as the rows get, got {len(pages)}")
         if not on_device:
             self._changes.mark(index)
         self._flat[index] = pages
         self.num_pages[rows] = held + (1 if counts is None else counts)
         self.touch(rows)
 
+    @of_rows
     def cut_spare_pages(self, rows: Int[np.ndarray, " rows"]) -> Int32[np.ndarray, " pages"]:
         """Takes the pages behind those of the tokens with KV from distinct rows; the caller frees them.
 
@@ -227,10 +243,12 @@ class ReqToTokenPool:
         self.touch(rows)
         return pages
 
+    @of_rows
     def commit(
         self, rows: Int[np.ndarray, " rows"], kv_len: Int32[np.ndarray, " rows"], has_next: bool = False
     ) -> None:
         """These rows have so many tokens with KV from now on, and perhaps the next one in their registers."""
+        kv_len, has_next = one_a_row("kv_len", kv_len, rows), as_flag("has_next", has_next)
         self.kv_len[rows], self.has_next[rows] = kv_len, has_next
         self.touch(rows)
 
@@ -239,9 +257,15 @@ class ReqToTokenPool:
 
         Called wherever the table changes; so does a caller that writes to `kv_len` or `num_pages`.
         """
+        if not isinstance(rows, (int, np.integer, slice)):
+            rows = as_integers("rows", rows)
+        try:
+            self._changed_at[rows] = self._clock + 1
+        except IndexError as error:
+            raise ArgumentError(f"rows must be in [0, {self.size}): {error}") from error
         self._clock += 1
-        self._changed_at[rows] = self._clock
 
+    @of_rows
     def stamp(self, rows: Int[np.ndarray, " rows"]) -> RowStamp:
         """Remembers these rows as they are. O(1)."""
         return RowStamp(self, rows, self._clock)
@@ -251,22 +275,29 @@ class ReqToTokenPool:
 
         Cost: O(1) if no row has, else three calls.
         """
+        require_kind("stamp", stamp, RowStamp)
         if stamp.table is not self:
             return False
         return stamp.clock == self._clock or bool((self._changed_at[stamp.rows] <= stamp.clock).all())
 
+    @of_rows
     def last_slots(
         self, rows: Int[np.ndarray, " rows"], lengths: Int32[np.ndarray, " rows"] | None = None
     ) -> Int32[np.ndarray, " rows"]:
         """Slot of the last of `lengths` tokens, by default of those with KV, of each row; -1 where there is none."""
+        if lengths is not None:
+            lengths = one_a_row("lengths", lengths, rows)
         last = (self.kv_len[rows] if lengths is None else lengths) - 1
         slots = self._pages[rows, last // self.page_size] * np.int32(self.page_size) + last % self.page_size
         return np.where(last < 0, np.int32(-1), slots)
 
     def row_pages(self, row: int, first: int, stop: int) -> Int32[np.ndarray, " pages"]:
         """Entries `[first, stop)` of `row`, as a view that the next write changes."""
+        if not isinstance(row, (int, np.integer)) or not 0 <= row < self.size:
+            raise ArgumentError(f"row must be in [0, {self.size}), got {shown(row)}")
         return self._pages[row, first:stop]
 
+    @of_rows
     def page_list(self, rows: Int32[np.ndarray, " rows"], seq_len: Int32[np.ndarray, " rows"]) -> PageList:
         """The pages of the first `seq_len` tokens of some rows in one list, for kernels that are planned on the host.
 
@@ -275,6 +306,7 @@ class ReqToTokenPool:
 
         Cost: some NumPy calls, and a copy of the pages.
         """
+        seq_len = one_a_row("seq_len", seq_len, rows)
         counts = -(-seq_len // self.page_size)
         if (counts > self.num_pages[rows]).any() or (seq_len < 0).any():
             raise ArgumentError(f"seq_len must be tokens that rows have pages for, got {seq_len} for rows {rows}")
@@ -283,6 +315,7 @@ class ReqToTokenPool:
         indices = self._pages[np.repeat(rows, counts), _runs(np.zeros_like(counts), counts)]
         return PageList(indptr, indices, seq_len - np.maximum(counts - 1, 0) * self.page_size)
 
+    @of_rows
     def states_of(self, rows: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " states"]:
         """Working state of each of these rows; empty, as rows have none here."""
         return np.empty(0, np.int32)
@@ -304,6 +337,7 @@ class ReqToTokenPool:
         Raises:
           SnapshotError: It is not that of a table without running requests.
         """
+        require_kind("columns", columns, Columns)
         order = columns.distinct("free_rows", high=2**31 - 1).tolist()
         known = set(order)
         self._free = deque(row for row in order if row < self.size)
@@ -323,6 +357,8 @@ class ReqToTokenPool:
 
     def device_table(self, mesh: Mesh | None = None) -> RequestTable:
         """A new device twin with all present entries, beside a pool on `mesh` with a copy on each of its devices."""
+        if mesh is not None:
+            require_kind("mesh", mesh, Mesh)
         self._changes.forget()
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         parts = (on_device(part, everywhere) for part in (self._pages, np.zeros(self.size, np.int32)))

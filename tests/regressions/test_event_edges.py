@@ -45,6 +45,7 @@ def until(condition, seconds=10.0):
 
 EMPTY_ARRAYS = b"\xdd" + MANY.to_bytes(4, "big") + b"\x90" * MANY
 ONE = msgspec.msgpack.encode(1.0)
+STORED_WITH = b"\x92" + ONE + b"\x91\x9a\xabBlockStored\x90\xc0\x90\x01\xc0\xc0\xc0\xc0"  # extra keys follow
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,11 @@ ONE = msgspec.msgpack.encode(1.0)
         b"\x92" + ONE + b"\x91\x93\xacBlockRemoved" + EMPTY_ARRAYS + b"\xc0",
         b"\x92" + ONE + b"\x91\x95\xabBlockStored\x90\xc0" + EMPTY_ARRAYS + b"\x01",
         b"\x92" + EMPTY_ARRAYS + b"\x90",
+        STORED_WITH + EMPTY_ARRAYS,
+        STORED_WITH + b"\x91" + EMPTY_ARRAYS,
+        STORED_WITH + b"\x91\x91" + EMPTY_ARRAYS,
     ],
-    ids=["events", "events of a map", "names", "tokens", "time"],
+    ids=["events", "events of a map", "names", "tokens", "time", "extra keys", "keys of a block", "pair in them"],
 )
 def test_ten_million_empty_arrays_are_refused_before_they_are_made(payload):
     """It took 4 seconds, and a gigabyte, to find that they are no events."""
