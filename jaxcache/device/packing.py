@@ -76,7 +76,7 @@ class Packing:
             nothing that a step may still be reading.
 
         Raises:
-          ArgumentError: A part is longer than its field, or `out` is no int32 vector of this size.
+          ArgumentError: A part is longer than its field, or `out` is not such a vector.
         """
         if out is not None and not (
             isinstance(out, np.ndarray) and out.shape == (self.size,) and out.dtype == np.int32

@@ -237,7 +237,7 @@ def _decoded(raw: msgspec.Raw) -> KVCacheEvent | None:
 
 
 def _extra_keys(raw: msgspec.Raw) -> list[Any] | None:
-    """The extra keys of blocks, or None for what is no list."""
+    """The extra keys of blocks, or None for anything but a list."""
     view = memoryview(raw)
     if not len(view) or view[0] not in _LIST_HEADS:
         return None

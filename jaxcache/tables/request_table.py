@@ -171,7 +171,7 @@ class ReqToTokenPool:
           on_device: The device has written these entries itself: nothing is sent.
 
         Raises:
-          ArgumentError: The row is not in use, the entries do not fit, or `pages` are no list of integers.
+          ArgumentError: The row is not in use, the entries do not fit, or `pages` are not integers.
         """
         self._require_in_use(row)
         first, pages = as_integer("first", first, 32), as_int32("pages", pages)
