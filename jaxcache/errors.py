@@ -3,7 +3,12 @@
 Wrong use raises before anything has changed, and the message names the argument, the rule, the value and the remedy.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_MESSAGE = 1000
 

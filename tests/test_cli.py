@@ -194,5 +194,5 @@ def test_config_generates_a_trace_when_none_is_given() -> None:
 
 def test_every_documented_fault_can_be_planted() -> None:
     documented = "free_early wrong_page wrong_namespace off_by_one_position skip_write double_own leak"
-    documented += " stale_state wrong_window"
+    documented += " stale_state wrong_window stale_length"
     assert {fault.value for fault in Fault} == set(documented.split())

@@ -39,7 +39,7 @@ def test_every_call_that_changes_something_is_written_down():
     """A method that is added to the manager has to be added to the log, or to this list."""
     changes_nothing = {"pool", "table", "next_chunk", "working_state", "get_token_info", "get_swa_token_info"}
     changes_nothing |= {"check_memory", "buckets", "room_for", "victim", "warm_up", "warm_up_offload", "warm_up_loop"}
-    changes_nothing |= {"hand_over"}
+    changes_nothing |= {"hand_over", "get_state_info"}
     public = {name for name in dir(MemoryManager) if not name.startswith("_")}
     assert public - vars(RecordedManager).keys() == changes_nothing
 

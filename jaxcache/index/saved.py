@@ -97,7 +97,10 @@ def with_policy(tree: RadixTree, other: RadixTree) -> StateDict:
     The policies of `tree` are used up. O(nodes and their values).
     """
     number = {node: i for i, node in enumerate(_in_saved_order(tree))}
-    nodes = _restored_nodes(other, Columns(saved_tree(tree)))
+    saved = Columns(saved_tree(tree))
+    nodes = _restored_nodes(other, saved)
+    if not other.is_single:
+        other.resume.load_state_dict(saved.part("resume"), nodes)
     for mine, theirs in zip(tree.policies, other.policies, strict=True):
         for node in _drained(mine):
             theirs.add(nodes[number[node]])

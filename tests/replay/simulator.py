@@ -160,6 +160,8 @@ class Simulator:
         self._around(cache, "match_prefix", self._match)
         self._around(cache, "inc_lock_ref", self._lock)
         self._around(cache, "dec_lock_ref", self._unlock)
+        self._around(cache, "resume_from", self._resume)
+        self._around(cache, "lock_taken", self._take)
         self._around(cache, "cache_unfinished_req", self._share)
         self._around(cache, "cache_finished_req", self._finish)
         self._around(cache, "evict_values", self._evict)
@@ -201,6 +203,20 @@ class Simulator:
 
     def _unlock(self, _receipt: Any) -> None:
         self.plain.unlock(self._looked_up[: self._found])  # only an admission that is undone unlocks this way
+
+    def _resume(self, request: Any, found: Any, _receipt: Any) -> None:
+        self._lock_instead(request, found.prefix_len)  # what a plan found and locked since
+
+    def _take(self, request: Any, length: int) -> None:
+        tokens = self._bytes(request.key, length)
+        self.plain.match(tokens)
+        self.plain.lock(tokens)
+        self._lock_instead(request, length)
+
+    def _lock_instead(self, request: Any, length: int) -> None:
+        tokens = self._bytes(request.key, length)
+        self.plain.unlock(tokens[: self._locked.get(request.rid, self._found)])
+        self._locked[request.rid] = len(tokens)
 
     def _share(self, request: Any, chunked: bool = False) -> None:
         tokens = self._bytes(request.key, request.kv_len)

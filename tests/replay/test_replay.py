@@ -58,7 +58,7 @@ def test_tight_memory_retracts_and_loses_nothing(page_size, policy):
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault not in (Fault.STALE_STATE, Fault.WRONG_WINDOW)])
 def test_every_planted_fault_is_seen(fault):
-    config = ReplayConfig(**CHAT | {"requests": 40}, plant=fault)
+    config = ReplayConfig(**CHAT | {"requests": 40}, plant=fault, attend=fault is Fault.STALE_LENGTH)
     result = run_replay(config, observe=share_steps)
     assert not result.is_clean
     where_it_shows = {
@@ -66,6 +66,7 @@ def test_every_planted_fault_is_seen(fault):
         Fault.OFF_BY_ONE_POSITION: result.mismatched_slots,
         Fault.SKIP_WRITE: result.mismatched_slots,
         Fault.LEAK: result.leaked_slots,
+        Fault.STALE_LENGTH: result.mismatched_queries,
     }
     assert where_it_shows.get(fault, result.error)
 

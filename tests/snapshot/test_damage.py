@@ -97,7 +97,7 @@ def with_manifest(path, change):
 
 
 MANIFESTS = {
-    "another version": (lambda m: m.update(version=2), "must be of version 1, got 2"),
+    "another version": (lambda m: m.update(version=1), "must be of version 2, got 1"),
     "a folder elsewhere": (lambda m: m.update(folder="../elsewhere"), "no manifest"),
     "a folder that is none": (lambda m: m.update(folder=3), "no manifest"),
     "no parts": (lambda m: m.pop("parts"), "no manifest"),

@@ -72,12 +72,12 @@ def test_the_smallest_bucket_that_holds_the_batch(data):
 
 def test_what_no_bucket_holds_is_refused_with_those_there_are():
     shapes = Buckets((4,), (16,), (4,), contexts=(64,)).shapes(4)
-    for kind, size in (
-        (StepKind.EXTEND, (1, 17, 1, 1)),
-        (StepKind.DECODE, (5, 5, 0, 1)),
-        (StepKind.DECODE, (1, 1, 0, 65)),
+    for kind, size, says in (
+        (StepKind.EXTEND, (1, 17, 1, 1), "17 tokens, but a step computes at most 16"),
+        (StepKind.DECODE, (5, 5, 0, 1), "no decode bucket holds .*configure larger buckets"),
+        (StepKind.DECODE, (1, 1, 0, 65), "no decode bucket holds .*configure larger buckets"),
     ):
-        with pytest.raises(ArgumentError, match=f"no {kind.value} bucket holds .*configure larger buckets"):
+        with pytest.raises(ArgumentError, match=says):
             smallest(shapes, kind, *size)
 
 
