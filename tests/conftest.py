@@ -20,8 +20,9 @@ if os.environ.get("JAXCACHE_SHAPES", "0") not in ("", "0"):
 
 from tests.kernels import h200
 
-# It needs torch throughout, and a run that may skip nothing has none.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["benchmarks/test_bridge.py", "benchmarks/test_device.py"]
+# These need torch throughout, and a run that may skip nothing has none.
+NEED_TORCH = ["benchmarks/test_bridge.py", "benchmarks/test_device.py", "kernels/attention/test_torch.py"]
+collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 if not all(map(importlib.util.find_spec, ("openai", "starlette", "uvicorn"))):
     collect_ignore.append("serve/test_server.py")
 
