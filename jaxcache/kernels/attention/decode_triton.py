@@ -6,6 +6,8 @@ log-sum-exp for each request that it meets. A second kernel merges the parts in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -45,22 +47,38 @@ def paged_decode(
     q: AnyArray, kv: PagedKV, layer: int | AnyArray, plan: Plan, masking: Masking, sinks: AnyArray | None
 ) -> tuple[jax.Array, jax.Array]:
     """See `decode.paged_decode`."""
+    layer = jnp.asarray(layer, jnp.int32)
+    launch_of = partial(decode_launch, q, kv, layer, plan, masking=masking)
+    return attend_units(decode_kernel, launch_of, plan, sinks, q.dtype)
+
+
+def attend_units(
+    kernel: Any,
+    launch_of: Callable[..., tuple[tuple, tuple, tuple, dict]],
+    plan: Plan,
+    sinks: AnyArray | None,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a decode kernel over the plan's units, and over its shared ones if there are any, and merges the parts.
+
+    `launch_of(units=...)` gives what `decode_launch` gives.
+    """
 
     def attend(units: Units) -> tuple[jax.Array, jax.Array]:
-        arrays, scalars, shapes, options = decode_launch(q, kv, jnp.asarray(layer, jnp.int32), plan, units, masking)
-        part_o, part_lse = triton_call(decode_kernel, arrays, scalars, outputs=shapes, **options)
+        arrays, scalars, shapes, options = launch_of(units=units)
+        part_o, part_lse = triton_call(kernel, arrays, scalars, outputs=shapes, **options)
         return part_o, part_lse
 
     own = attend(plan.units)
     together = None if plan.shared is None else attend(plan.shared.units)
-    return merge_parts(own, plan.units, together, plan.shared, sinks, q.dtype)
+    return merge_parts(own, plan.units, together, plan.shared, sinks, dtype)
 
 
 def decode_launch(
     q: Any, kv: PagedKV, layer: Any, plan: Plan, units: Units, masking: Masking
 ) -> tuple[tuple, tuple, tuple, dict]:
     """Arrays, scalars, shapes of the outputs, and grid and constexprs of `decode_kernel`. Arrays may be torch's."""
-    q_heads, dim = q.shape[1:]
+    q_heads = q.shape[1]
     v_dim = kv.v.shape[-1]
     order = kv.order
     launch = plan.launches.decode if units.member is None else plan.launches.shared
@@ -89,30 +107,38 @@ def decode_launch(
     options = dict(
         grid=(kv.heads, units.programs),
         num_warps=launch.warps,
+        M=max(power_of_two(group) * members, 16),
+        MEMBERS=members,
+        BLOCK=launch.block,
+        HAS_START=plan.window is not None or plan.shared is not None,
+        PAIRS=takes_pairs(kv.dtype, max(power_of_two(group) * members, 16), v_dim),
+        STAGES=launch.stages,
+        **heads_constants(kv, q_heads, masking),
+    )
+    return arrays, (order.layers, order.pages, plan.sequences.pages.shape[1], units.count), shapes, options
+
+
+def heads_constants(kv: PagedKV, q_heads: int, masking: Masking) -> dict[str, Any]:
+    """The constexprs of keys and values by heads that decode and extend have alike."""
+    group, dim, v_dim, page_size = q_heads // kv.heads, kv.k.shape[-1], kv.v.shape[-1], kv.order.page_size
+    return dict(
         HKV=kv.heads,
         G=group,
         GP=power_of_two(group),
-        M=max(power_of_two(group) * members, 16),
-        MEMBERS=members,
         D=dim,
         DP=max(power_of_two(dim), 16),
         DV=v_dim,
         DVP=max(power_of_two(v_dim), 16),
-        PAGE=order.page_size,
-        PAGE_POWER=power_of_two(order.page_size) == order.page_size,
-        PAGE_MAJOR=order.page_major,
-        BLOCK=launch.block,
+        PAGE=page_size,
+        PAGE_POWER=power_of_two(page_size) == page_size,
+        PAGE_MAJOR=kv.order.page_major,
         SCALE=float(masking.scale),
         CAP=float(masking.soft_cap or 0.0),
-        HAS_START=plan.window is not None or plan.shared is not None,
         K_KIND=scale_kind("k_scale", kv.k_scale, kv.k.shape[:3]).value,
         V_KIND=scale_kind("v_scale", kv.v_scale, kv.k.shape[:3]).value,
         NARROW=kv.dtype.itemsize == 1,
-        PAIRS=takes_pairs(kv.dtype, max(power_of_two(group) * members, 16), v_dim),
         PRECISE=kv.dtype.itemsize == 4,
-        STAGES=launch.stages,
     )
-    return arrays, (order.layers, order.pages, plan.sequences.pages.shape[1], units.count), shapes, options
 
 
 def merge_parts(

@@ -26,7 +26,8 @@ from jaxcache.kernels.attention.common_triton import (
     scale_weights,
     weigh_values,
 )
-from jaxcache.kernels.attention.contract import Masking, PagedKV, scale_kind
+from jaxcache.kernels.attention.contract import Masking, PagedKV
+from jaxcache.kernels.attention.decode_triton import heads_constants
 from jaxcache.kernels.attention.launch import power_of_two
 from jaxcache.kernels.attention.plan import Plan
 from jaxcache.kernels.triton_call import triton_call
@@ -48,7 +49,7 @@ def extend_launch(
     q: Any, kv: PagedKV, layer: Any, plan: Plan, masking: Masking, sinks: Any
 ) -> tuple[tuple, tuple, tuple, dict]:
     """Arrays, scalars, shapes of the outputs, and grid and constexprs of `extend_kernel`. Arrays may be torch's."""
-    tokens, q_heads, dim = q.shape
+    tokens, q_heads = q.shape[:2]
     v_dim, order, launch, sequences = kv.v.shape[-1], kv.order, plan.launches.extend, plan.sequences
     group = q_heads // kv.heads
     unused = sequences.row
@@ -76,28 +77,13 @@ def extend_launch(
     options = dict(
         grid=(kv.heads, plan.tiles.request.shape[0]),
         num_warps=launch.warps,
-        HKV=kv.heads,
-        G=group,
-        GP=power_of_two(group),
         M=max(launch.tokens * power_of_two(group), 16),
         TOKENS=launch.tokens,
-        D=dim,
-        DP=max(power_of_two(dim), 16),
-        DV=v_dim,
-        DVP=max(power_of_two(v_dim), 16),
-        PAGE=order.page_size,
-        PAGE_POWER=power_of_two(order.page_size) == order.page_size,
-        PAGE_MAJOR=order.page_major,
         BLOCK=launch.block,
-        SCALE=float(masking.scale),
-        CAP=float(masking.soft_cap or 0.0),
         WINDOW=masking.window or 0,
-        K_KIND=scale_kind("k_scale", kv.k_scale, kv.k.shape[:3]).value,
-        V_KIND=scale_kind("v_scale", kv.v_scale, kv.k.shape[:3]).value,
         HAS_SINKS=sinks is not None,
-        NARROW=kv.dtype.itemsize == 1,
-        PRECISE=kv.dtype.itemsize == 4,
         STAGES=launch.stages,
+        **heads_constants(kv, q_heads, masking),
     )
     return arrays, (order.layers, order.pages, sequences.pages.shape[1], sequences.requests), shapes, options
 

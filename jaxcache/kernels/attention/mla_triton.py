@@ -7,6 +7,7 @@ among programs as `decode_triton` does, and its parts are merged by the same ker
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,7 +32,7 @@ from jaxcache.kernels.attention.common_triton import (
     whole,
 )
 from jaxcache.kernels.attention.contract import Masking, PagedLatent
-from jaxcache.kernels.attention.decode_triton import merge_parts
+from jaxcache.kernels.attention.decode_triton import attend_units
 from jaxcache.kernels.attention.launch import power_of_two, takes_pairs
 from jaxcache.kernels.attention.plan import Plan, Units
 from jaxcache.kernels.triton_call import triton_call
@@ -44,15 +45,9 @@ def mla_decode(
     q: AnyArray, kv: PagedLatent, layer: int | AnyArray, plan: Plan, masking: Masking
 ) -> tuple[jax.Array, jax.Array]:
     """See `mla.mla_decode`."""
-
-    def attend(units: Units) -> tuple[jax.Array, jax.Array]:
-        arrays, scalars, shapes, options = decode_launch(q, kv, jnp.asarray(layer, jnp.int32), plan, units, masking)
-        part_o, part_lse = triton_call(decode_kernel, arrays, scalars, outputs=shapes, **options)
-        return part_o, part_lse
-
-    own = attend(plan.units)
-    together = None if plan.shared is None else attend(plan.shared.units)
-    return merge_parts(own, plan.units, together, plan.shared, None, q.dtype)
+    layer = jnp.asarray(layer, jnp.int32)
+    launch_of = partial(decode_launch, q, kv, layer, plan, masking=masking)
+    return attend_units(decode_kernel, launch_of, plan, None, q.dtype)
 
 
 def mla_extend(
