@@ -45,7 +45,7 @@ class SlotPool(Protocol):
 
 
 class WindowPool(SlotPool, Protocol):
-    """Where slots are freed whose tokens have KV for window layers beside the other. Page 0 is no token's."""
+    """A slot pool whose tokens also have KV in window layers. Page 0 belongs to no token."""
 
     def free_swa(self, free_index: np.ndarray) -> None:
         """Takes back what these slots have for window layers, and that only."""

@@ -97,7 +97,7 @@ class DevicePool:
         object.__setattr__(self, "views", (*kept, weakref.ref(view)))
 
     def remove_view(self, view: PoolView) -> None:
-        """`view` has ended: it is told of nothing any more."""
+        """Unregisters a view that has ended: it gets no further notice."""
         kept = tuple(ref for ref in self.views if ref() not in (None, view))
         object.__setattr__(self, "views", kept)
 

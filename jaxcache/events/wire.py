@@ -136,7 +136,7 @@ def encode_batch(batch: EventBatch, with_token_ids: bool = True, pause: Callable
       batch: Its `namespace`s are not told, but for a `lora_id` that is text.
       with_token_ids: False leaves the tokens out, which are what users wrote, and the digests of their images:
         consumers that go by names need neither.
-      pause: Called every 20 microseconds or so, for a thread that shall not keep others waiting.
+      pause: Called about every 20 microseconds, so that a worker thread can let others run.
 
     Raises:
       ArgumentError: A field is of another type than its event wants, or does not fit 64 bits.

@@ -1,4 +1,4 @@
-"""Tokens of a request, which only grow: what may have KV cannot be changed in place, nor become what is no token.
+"""Token lists of a request. They only grow: a token that may have KV is never replaced, and each one is an int32.
 
     FixedTokens   a list that never changes              a prompt
     TokenList     a list that is appended to, checked    what was sampled behind it

@@ -35,7 +35,7 @@ def read_back(name: str, values: Any) -> np.ndarray:
 
 
 def pad_to(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
-    """`array` with zeros behind: rows of nothing for row 0, the sink."""
+    """`array` padded with zeros to `length`. As slots, zeros name row 0, the sink; rows of zeros go there."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
     return np.pad(array, widths)

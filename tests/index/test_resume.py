@@ -182,7 +182,7 @@ def test_a_cut_is_no_use(policy):
 
 
 def test_what_no_request_has_used_goes_in_the_order_of_the_policy():
-    """Whoever fills a tree without requests says nothing of where they go on."""
+    """A tree filled without requests does not tell where requests resume."""
     tree = Tree(WINDOW)
     for number in range(3):
         values = [np.arange(1, 11, dtype=np.int32)] * 2
