@@ -34,6 +34,7 @@ from jaxcache.errors import (
     StalePoolError,
     ThreadError,
     TraceError,
+    TransferError,
     UnsupportedError,
 )
 from jaxcache.index.key import Namespace
@@ -100,6 +101,7 @@ __all__ = [
     "StepPlan",
     "ThreadError",
     "TraceError",
+    "TransferError",
     "UnsupportedError",
     "donating",
     "init_memory_pool_and_cache",

@@ -62,6 +62,10 @@ class RequestStateError(CacheError):
     """A call is not allowed in the request's present state, or its plan is outdated."""
 
 
+class TransferError(CacheError):
+    """A transfer between the device and host memory failed; what it was to fill holds nothing."""
+
+
 class StalePoolError(CacheError):
     """A pool was used after a donated step consumed it."""
 

@@ -16,7 +16,7 @@ FILES = sorted([*ROOT.glob("jaxcache/**/*.py"), *ROOT.glob("torch_bridge/**/*.py
 
 _READERS = {"arguments", "errors", "slots", "state_dict"}
 _GROUND = _READERS | {"device", "index", "kernels", "pools", "request"}
-_MEMORY = _GROUND | {"caches", "components", "events", "guard", "pages", "steps", "tables"}
+_MEMORY = _GROUND | {"caches", "components", "events", "guard", "pages", "steps", "tables", "tiers"}
 # A room is a folder or a top-level module of jaxcache. Imports go down this table only.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,10 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pages": _READERS | {"device", "kernels", "tables"},
     "events": {"arguments", "errors", "index"},
     "components": _GROUND | {"pages", "tables"},
+    "tiers": (_GROUND - {"request"}) | {"components", "pages", "tables"},
     "observe": {"errors", "index", "pages"},
     "attention": {"errors", "kernels", "pools", "steps"},
-    "caches": _GROUND | {"components", "events", "guard", "pages", "tables"},
-    "steps": _GROUND | {"caches", "components", "pages", "tables"},
+    "caches": _GROUND | {"components", "events", "guard", "pages", "tables", "tiers"},
+    "steps": _GROUND | {"caches", "components", "pages", "tables", "tiers"},
     "manager": _MEMORY,
     "snapshot": _MEMORY | {"manager"},
     "oplog": _MEMORY | {"manager"},
