@@ -20,9 +20,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxcache.errors import ArgumentError, shown
+from jaxcache.errors import ArgumentError, CacheError, shown
 from jaxcache.pools.config import KVCacheConfig, require
 from jaxcache.pools.stack import LayerStack, MemoryPool
+from jaxcache.tiers.cuda import CudaLink
 from jaxcache.tiers.host_layout import HostArray, HostLayout, HostShape
 from jaxcache.tiers.host_pool import HostPool
 from jaxcache.tiers.link import Link, MemoryLink
@@ -107,21 +108,25 @@ class HostMemory(Mapping[str, HostPool]):
 
         Cost: one mapping an array. On a GPU each is page-locked, which takes about a second for some GB.
         """
-        stacks = pool.stacks()
-        shapes = {one.name: shapes_of(stacks, one.stack_names) for one in components if one.stack_names}
-        counts = {one.name: ids_in(stacks[one.stack_names[0]]) for one in components if one.stack_names}
+        stacks, components = pool.stacks(), [one for one in components if one.stack_names]
+        for name in (name for one in components for name in one.stack_names):
+            require(name in stacks, "components", f"must have their stacks in the pool, {sorted(stacks)}", name)
+        shapes = {one.name: shapes_of(stacks, one.stack_names) for one in components}
+        counts = {one.name: ids_in(stacks[one.stack_names[0]]) for one in components}
         sizes = sized(
             counts, {name: sum(shape.page_bytes for shape in parts) for name, parts in shapes.items()}, config
         )
         link = link_to(pool)
-        pools = []
-        for name, parts in shapes.items():
-            arrays = []
-            for shape in parts:
-                buffer = np.frombuffer(_mapped(sizes[name] * shape.page_bytes), np.uint8)
-                link.pin(buffer)
-                arrays.append(HostArray(shape, config.layout, buffer))
-            pools.append(HostPool(name, sizes[name], config.layout, arrays, counts[name]))
+        try:
+            pools = [
+                HostPool(
+                    name, sizes[name], config.layout, _arrays(shapes[name], sizes[name], config, link), counts[name]
+                )
+                for name in shapes
+            ]
+        except CacheError:
+            link.close()
+            raise
         return cls(pools, config, link)
 
     def __getitem__(self, name: str) -> HostPool:
@@ -208,8 +213,14 @@ def sized(counts: Mapping[str, int], page_bytes: Mapping[str, int], config: Host
 
 
 def link_to(pool: MemoryPool) -> Link:
-    """What moves bytes to and from the devices of a pool."""
-    return MemoryLink()
+    """What moves bytes to and from the devices of a pool that belong to this process.
+
+    Raises:
+      TransferError: It is on a GPU, whose driver refuses.
+    """
+    buffer = pool.buffers[0]
+    devices = [shard.device for shard in buffer.addressable_shards]
+    return CudaLink(devices) if devices[0].platform == "gpu" else MemoryLink()
 
 
 def _is_integer(value: Any) -> bool:
@@ -224,6 +235,16 @@ def rows_per_id(config: Any) -> int:
 def ids_in(stack: LayerStack) -> int:
     """Ids that the device has in a stack, without the sink."""
     return stack.config.rows // rows_per_id(stack.config) - 1
+
+
+def _arrays(shapes: Sequence[HostShape], size: int, config: HostConfig, link: Link) -> list[HostArray]:
+    """Memory for so many ids of each shape, ready for transfers."""
+    arrays = []
+    for shape in shapes:
+        buffer = np.frombuffer(_mapped(size * shape.page_bytes), np.uint8)
+        link.pin(buffer)
+        arrays.append(HostArray(shape, config.layout, buffer))
+    return arrays
 
 
 def _mapped(size: int) -> mmap.mmap:

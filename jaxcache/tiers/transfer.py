@@ -14,25 +14,18 @@ Source: SGLang 0.5.2 cache_controller.py, which calls a transfer complete when i
 from __future__ import annotations
 
 import enum
-import functools
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcache.device.donation import donating, reading
-from jaxcache.device.placing import beside
 from jaxcache.errors import ArgumentError, OwnershipError, TransferError
-from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
-from jaxcache.pools.sharding import on_every_shard
-from jaxcache.pools.stack import LayerStack, MemoryPool
-from jaxcache.tiers.host_layout import HostLayout
-from jaxcache.tiers.host_memory import HostMemory, rows_per_id
+from jaxcache.pools.stack import MemoryPool
+from jaxcache.tiers.blocks import blocks_like, gathered, scattered, stack_names
+from jaxcache.tiers.host_memory import HostMemory
 from jaxcache.tiers.host_pool import HostPool
 from jaxcache.tiers.host_states import HostState
 from jaxcache.tiers.link import Pending
@@ -219,11 +212,11 @@ class Transfers:
     def warmed_up(self, pool: PoolT) -> PoolT:
         """The pool, consumed and given back unchanged, with the steps for every size of block compiled."""
         for host in self._memory.values():
-            names, mesh = _stack_names(host), pool.mesh
+            names, mesh = stack_names(host), pool.mesh
             for power in range(self._most_ids(host).bit_length()):
                 ids = np.zeros(1 << power, np.int32)
-                blocks = _gathered(pool, ids, names=names, layout=host.layout, mesh=mesh)
-                pool = _scattered(pool, ids, *blocks, names=names, layout=host.layout, mesh=mesh)
+                blocks = gathered(pool, ids, names=names, layout=host.layout, mesh=mesh)
+                pool = scattered(pool, ids, *blocks, names=names, layout=host.layout, mesh=mesh)
         return pool
 
     # ---- tickets and blocks --------------------------------------------------------------------------------------
@@ -285,9 +278,7 @@ class Transfers:
     def _start_saving(self, pool: MemoryPool, block: _Block) -> None:
         host = block.pool
         try:
-            block.arrays = _gathered(
-                pool, block.device_ids, names=_stack_names(host), layout=host.layout, mesh=pool.mesh
-            )
+            block.arrays = gathered(pool, block.device_ids, names=stack_names(host), layout=host.layout, mesh=pool.mesh)
             block.pending = self._link.save(block.arrays, host, block.host_ids)
         except (jax.errors.JaxRuntimeError, TransferError) as error:
             self._fail(block.ticket, error)
@@ -305,7 +296,7 @@ class Transfers:
             self._queued.popleft()
             if block.ticket.error is None:
                 try:
-                    shapes, where = _blocks_like(pool, block.pool, len(block.device_ids))
+                    shapes, where = blocks_like(pool, block.pool, len(block.device_ids))
                     block.arrays, block.pending = self._link.fetch(block.pool, block.host_ids, shapes, where)
                 except (jax.errors.JaxRuntimeError, TransferError) as error:
                     self._fail(block.ticket, error)
@@ -325,8 +316,8 @@ class Transfers:
             block = self._fetching[0]
             if block.ticket.error is None:
                 host, mesh = block.pool, pool.mesh
-                pool = _scattered(
-                    pool, block.device_ids, *block.arrays, names=_stack_names(host), layout=host.layout, mesh=mesh
+                pool = scattered(
+                    pool, block.device_ids, *block.arrays, names=stack_names(host), layout=host.layout, mesh=mesh
                 )
             self._end_block(self._fetching.popleft())
         return pool
@@ -369,93 +360,3 @@ class Transfers:
     @staticmethod
     def _bytes(blocks: Iterable[_Block]) -> int:
         return sum(block.num_bytes for block in blocks)
-
-
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(reading, static_argnames=("names", "layout", "mesh"))
-def _gathered(
-    pool: MemoryPool, ids: Any, *, names: tuple[str, ...], layout: HostLayout, mesh: Mesh | None
-) -> tuple[jax.Array, ...]:
-    """Pages of each array of these stacks, one behind the other, in the order of the host's layout."""
-
-    def gathered(pool: MemoryPool, ids: Any) -> tuple[jax.Array, ...]:
-        stacks = pool.stacks()
-        return tuple(
-            _turned(_by_layer(stacks[name], gather_pages(buffer, ids, page_size=_unit(stacks[name], buffer))), layout)
-            for name in names
-            for buffer in stacks[name].buffers
-        )
-
-    return on_every_shard(gathered, mesh, (pool.partition_specs(), PartitionSpec()), _specs(pool, names))(pool, ids)
-
-
-@functools.partial(donating, static_argnames=("names", "layout", "mesh"))
-def _scattered(
-    pool: PoolT, ids: Any, *blocks: jax.Array, names: tuple[str, ...], layout: HostLayout, mesh: Mesh | None
-) -> PoolT:
-    """The inverse of `_gathered`."""
-
-    def scattered(pool: PoolT, ids: Any, *blocks: jax.Array) -> PoolT:
-        stacks: dict[str, Any] = pool.stacks()
-        rest = iter(blocks)
-        for name in names:
-            stack = stacks[name]
-            buffers = [
-                scatter_pages(buffer, ids, _as_gathered(stack, buffer, _turned(next(rest), layout)), page_size=unit)
-                for buffer in stack.buffers
-                for unit in (_unit(stack, buffer),)
-            ]
-            stacks[name] = stack.with_buffers(*buffers)
-        return pool.with_stacks(stacks)
-
-    specs = pool.partition_specs()
-    in_specs = specs, PartitionSpec(), *_specs(pool, names)
-    return on_every_shard(scattered, mesh, in_specs, specs)(pool, ids, *blocks)
-
-
-def _unit(stack: LayerStack, buffer: Any) -> int:
-    """Rows of the array that are one piece of an id: those of a layer, or page-major of all layers."""
-    return rows_per_id(stack.config) * stack.config.layer_num // buffer.shape[0]
-
-
-def _by_layer(stack: LayerStack, blocks: jax.Array) -> jax.Array:
-    return blocks.reshape(blocks.shape[0], stack.config.layer_num, rows_per_id(stack.config), *blocks.shape[3:])
-
-
-def _as_gathered(stack: LayerStack, buffer: Any, blocks: jax.Array) -> jax.Array:
-    return blocks.reshape(blocks.shape[0], buffer.shape[0], _unit(stack, buffer), *blocks.shape[3:])
-
-
-def _turned(blocks: jax.Array, layout: HostLayout) -> jax.Array:
-    """From layers of rows to the order of the layout, or back."""
-    return jnp.swapaxes(blocks, 1, 2) if layout is HostLayout.PAGE_FIRST else blocks
-
-
-def _stack_names(pool: HostPool) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(array.shape.stack for array in pool.arrays))
-
-
-def _specs(pool: MemoryPool, names: tuple[str, ...]) -> tuple[PartitionSpec, ...]:
-    """How a block lies on the pool's mesh: cut as the rows are."""
-    stacks = pool.stacks()
-    return tuple(
-        PartitionSpec(None, *stacks[name].config.partition_spec) for name in names for _ in stacks[name].buffers
-    )
-
-
-def _blocks_like(pool: MemoryPool, host: HostPool, count: int) -> tuple[list[jax.ShapeDtypeStruct], list[Any]]:
-    """Shape, dtype and place of each array of a block of `count` ids, over all shards."""
-    stacks, names, mesh = pool.stacks(), _stack_names(host), pool.mesh
-    first = {(array.shape.stack, array.shape.index): array.shape for array in host.arrays}
-    shapes, where = [], []
-    for name in names:
-        stack = stacks[name]
-        for index, (buffer, row) in enumerate(zip(stack.buffers, stack.config.row_shapes, strict=True)):
-            dims = first[name, index].block_shape(host.layout, count)[:3]
-            shapes.append(jax.ShapeDtypeStruct((*dims, *row), buffer.dtype))
-            where.append(beside(buffer) if mesh is None else None)
-    if mesh is not None:
-        where = [NamedSharding(mesh, spec) for spec in _specs(pool, names)]
-    return shapes, where
