@@ -3,7 +3,7 @@
     memory = HostMemory.create(pool, components, HostConfig(bytes=64 << 30))
     memory["full"].alloc(8)
 
-Each array of a pool is one anonymous mapping, made once. On a GPU it is page-locked there and then
+Each pool is one anonymous mapping, made once. On a GPU it is page-locked there and then
 (`jaxcache.tiers.cuda`), as it is, where allocators of page-locked memory round each block up to a power of two. On a
 CPU it stays plain memory; everything else is the same.
 
@@ -35,8 +35,15 @@ MIB = 1 << 20
 class HasStacks(Protocol):
     """What host memory has to know of a component (`jaxcache.components.base.MemoryComponent`)."""
 
-    name: str
-    stack_names: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """That of the component."""
+        ...
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        """Stacks of the pool that hold its values."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +113,7 @@ class HostMemory(Mapping[str, HostPool]):
         Raises:
           ArgumentError: It is less than one id a component, or more than the machine has, less the reserve.
 
-        Cost: one mapping an array. On a GPU each is page-locked, which takes about a second for some GB.
+        Cost: one mapping a component. On a GPU each is page-locked, which takes about a second for some GB.
         """
         stacks, components = pool.stacks(), [one for one in components if one.stack_names]
         for name in (name for one in components for name in one.stack_names):
@@ -238,13 +245,13 @@ def ids_in(stack: LayerStack) -> int:
 
 
 def _arrays(shapes: Sequence[HostShape], size: int, config: HostConfig, link: Link) -> list[HostArray]:
-    """Memory for so many ids of each shape, ready for transfers."""
-    arrays = []
-    for shape in shapes:
-        buffer = np.frombuffer(_mapped(size * shape.page_bytes), np.uint8)
-        link.pin(buffer)
-        arrays.append(HostArray(shape, config.layout, buffer))
-    return arrays
+    """Memory for so many ids, ready for transfers: the arrays one behind the other."""
+    memory = np.frombuffer(_mapped(size * sum(shape.page_bytes for shape in shapes)), np.uint8)
+    link.pin(memory)
+    ends = np.cumsum([size * shape.page_bytes for shape in shapes]).tolist()
+    return [
+        HostArray(shape, config.layout, part) for shape, part in zip(shapes, np.split(memory, ends[:-1]), strict=True)
+    ]
 
 
 def _mapped(size: int) -> mmap.mmap:

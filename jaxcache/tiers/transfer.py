@@ -127,6 +127,16 @@ class Transfers:
         """Transfers that have not been told as ended."""
         return len(self._open)
 
+    def room_for_backup(self, component: str) -> int:
+        """Values of a component that a backup can take now without waiting for staging memory: a power of two, or 0.
+
+        Raises:
+          ArgumentError: It has no host memory.
+        """
+        pool = self._pool_of(component)
+        left = self._memory.config.staging_bytes - self._bytes(self._saving)
+        return min(1 << (left // pool.block_bytes).bit_length() >> 1, self._most_ids(pool) * BLOCKS)
+
     # ---- starting ------------------------------------------------------------------------------------------------
 
     def backup(self, pool: MemoryPool, moves: Iterable[Move]) -> Ticket:
@@ -239,11 +249,7 @@ class Transfers:
         return ticket, blocks
 
     def _check(self, move: Move, state: HostState) -> None:
-        if move.component not in self._memory:
-            raise ArgumentError(
-                f"component must be one that has host memory, {sorted(self._memory)}, got {move.component!r}"
-            )
-        pool = self._memory[move.component]
+        pool = self._pool_of(move.component)
         host_ids, device_ids = pool.require("host_ids", move.host_ids, state), np.asarray(move.device_ids)
         if device_ids.shape != host_ids.shape or not np.issubdtype(device_ids.dtype, np.integer):
             raise ArgumentError(
@@ -258,6 +264,13 @@ class Transfers:
             )
         if len(np.unique(device_ids)) < len(device_ids):
             raise OwnershipError(f"device_ids of {move.component!r}: each must be named once, got {device_ids}")
+
+    def _pool_of(self, component: str) -> HostPool:
+        if component not in self._memory:
+            raise ArgumentError(
+                f"component must be one that has host memory, {sorted(self._memory)}, got {component!r}"
+            )
+        return self._memory[component]
 
     def _blocks(self, ticket: Ticket, pool: HostPool, move: Move) -> Iterator[_Block]:
         order = np.argsort(move.host_ids)
