@@ -4,6 +4,7 @@ Each is importable from here and from `jaxcache`, which loads this module on fir
 the name that SGLang gives them; those written for this purpose are in the modules of this folder:
 
 - `compat.ascend`: page-major pools under their Ascend names.
+- `compat.host_pool`: host pools by slots of tokens, over the host pools of `jaxcache.tiers`.
 - `compat.pymllm`: prefix caches that are driven by keys and slots instead of requests. `InsertResult` and `EvictResult`
   are what these return. `RadixCache` and the other request-driven caches return neither: `insert` and `evict` there
   say what they return themselves.
@@ -20,6 +21,10 @@ from jaxcache.caches.multimodal import MultiModalCache as MultiModalCache
 from jaxcache.caches.radix import RadixCache
 from jaxcache.compat.ascend import AscendMLAPagedTokenToKVPool as AscendMLAPagedTokenToKVPool
 from jaxcache.compat.ascend import AscendTokenToKVPool as AscendTokenToKVPool
+from jaxcache.compat.host_pool import HostKVCache as HostKVCache
+from jaxcache.compat.host_pool import MHATokenToKVPoolHost as MHATokenToKVPoolHost
+from jaxcache.compat.host_pool import MLATokenToKVPoolHost as MLATokenToKVPoolHost
+from jaxcache.compat.host_pool import synchronized as synchronized
 from jaxcache.compat.pymllm import EvictResult as EvictResult
 from jaxcache.compat.pymllm import InsertResult as InsertResult
 from jaxcache.errors import BrokenInvariantError
@@ -56,6 +61,12 @@ from jaxcache.steps.loop import LoopShape as LoopShape
 from jaxcache.tables.device_table import RequestTable as RequestTable
 from jaxcache.tables.hybrid_table import HybridReqToTokenPool as HybridReqToTokenPool
 from jaxcache.tables.request_table import ReqToTokenPool as ReqToTokenPool
+from jaxcache.tiers.host_layout import HostLayout as HostLayout
+from jaxcache.tiers.host_memory import HostConfig as HostConfig
+from jaxcache.tiers.host_memory import HostMemory as HostMemory
+from jaxcache.tiers.host_pool import HostPool as HostPool
+from jaxcache.tiers.host_states import HostState as HostState
 
 RadixCacheCpp = RadixCache  # what that name promises is the speed
+MemoryStateInt = HostState
 BrokenInvariant = BrokenInvariantError  # its name before 0.1.0

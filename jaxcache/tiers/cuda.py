@@ -8,7 +8,7 @@ No kernel takes part and no step waits: these streams wait for XLA's on the devi
 kept alive until its event has happened.
 
 The block of a fetch is a JAX array that the copy engine writes to, behind JAX's back. It is safe because nothing else
-sees it before the event has happened, and nobody asks for its value until then.
+uses it before the event has happened, and its value on the host is never asked for.
 
 Source: jaxcache's own.
 """

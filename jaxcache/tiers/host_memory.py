@@ -151,7 +151,7 @@ class HostMemory(Mapping[str, HostPool]):
         return sum(pool.size * pool.page_bytes for pool in self.values())
 
     def close(self) -> None:
-        """Ends its use for transfers, of which none may be in flight. The memory goes when nobody looks into it.
+        """Ends its use for transfers, of which none may be in flight. The memory is freed with its last view.
 
         Raises:
           OwnershipError: A transfer is in flight. Nothing has changed.

@@ -103,7 +103,7 @@ class HostPool:
         self._states.move("ids", ids, (HostState.SYNCED,), HostState.BACKUP)
 
     def adopted_on_device(self, ids: Int32[np.ndarray, " n"]) -> None:
-        """The device has these values again, computed anew: BACKUP to SYNCED.
+        """The device has computed these values again: BACKUP to SYNCED.
 
         Raises:
           OwnershipError, DoubleFreeError: One is in another state, or is named twice. Nothing has changed.

@@ -31,9 +31,9 @@ class HostState(enum.IntEnum):
     """What a host page holds. The numbers are those of SGLang's `MemoryStateInt`."""
 
     IDLE = 0
-    """Nobody's."""
+    """Free."""
     RESERVED = 1
-    """Somebody's, with nothing in it yet."""
+    """Allocated, with nothing in it yet."""
     PROTECTED = 2
     """A transfer from or to the device is in flight."""
     SYNCED = 3
@@ -123,7 +123,7 @@ class HostStates:
         """The ids of the argument `name` as int32, each known, named once and in one of the states `allowed`.
 
         Raises:
-          ArgumentError: They are no list of integers.
+          ArgumentError: They must be a list of integers.
           OwnershipError: One is no id, or in another state.
           DoubleFreeError: One is IDLE, or is named twice.
         """

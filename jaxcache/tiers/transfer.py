@@ -169,7 +169,7 @@ class Transfers:
         """Starts to copy values from host memory to the device. The pool changes in `poll`.
 
         Args:
-          moves: At most one for each component; host ids are BACKUP and become PROTECTED, then SYNCED. Nobody may
+          moves: At most one for each component; host ids are BACKUP and become PROTECTED, then SYNCED. Steps must not
             read the device ids until the ticket has ended.
 
         Raises:
@@ -183,7 +183,7 @@ class Transfers:
     # ---- going on ------------------------------------------------------------------------------------------------
 
     def poll(self, pool: PoolT) -> tuple[PoolT, list[Ticket]]:
-        """Goes on with what is in flight, and waits for nothing.
+        """Advances what is in flight, and waits for nothing.
 
         Args:
           pool: The device's; consumed if a load has something to write.
