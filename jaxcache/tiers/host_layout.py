@@ -4,8 +4,8 @@
     PAGE_FIRST         (ids, rows, layers, row)     a page of all layers is one piece, its tokens one behind the other
     PAGE_FIRST_DIRECT  (ids, layers, rows, row)     the same, its layers one behind the other, as the device gathers it
 
-`rows` is the page size, or 1 for a state. Whatever the layout, storage is given the bytes of a page in one order: array by
-array, shard by shard, layer by layer, row by row.
+`rows` is the page size, or 1 for a state. Whatever the layout, storage is given the bytes of a page in one order: array
+by array, shard by shard, layer by layer, row by row.
 
 Source: SGLang 0.5.2 memory_pool_host.py (layer_first, page_first), 0.5.3 (page_first_direct).
 """

@@ -255,8 +255,13 @@ def _arrays(shapes: Sequence[HostShape], size: int, config: HostConfig, link: Li
 
 
 def _mapped(size: int) -> mmap.mmap:
-    """Zeroed memory that nothing else is in, in large pages where the system has them."""
+    """Zeroed memory that nothing else is in, in large pages where the system has them.
+
+    A child process does not get it: after a fork, what this process writes would go to a copy of a page, while the copy
+    engine still has the page that was locked.
+    """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # a kernel without large pages says no
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import tiers
+from benchmarks import tiers, tiers_overlap
 
 
 def test_it_measures_all_there_is_to_compare(tmp_path):
@@ -37,3 +37,13 @@ def test_a_page_that_comes_back_different_is_found(monkeypatch):
     monkeypatch.setattr(tiers.Bench, "finish", wrong)
     with pytest.raises(RuntimeError, match="came back different"):
         tiers.main(["--small", "--gb", "0.001", "--rounds", "1", "--steps", "0", "--check", "--model", "mha"])
+
+
+def test_ways_to_overlap_compute_the_same(tmp_path):
+    out = tmp_path / "out.json"
+    figures = tiers_overlap.main(["--small", "--rounds", "1", "--json", str(out)])
+    assert json.loads(out.read_text()) == figures
+    (row,) = figures["rows"]
+    for name in ("first", "in_step", "groups_of_4", "groups_of_1", "link", "step"):
+        assert row[f"{name}_ms"] > 0
+    assert set(row) > {"hidden_in_step", "hidden_groups_of_4", "hidden_groups_of_1"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,7 @@ from tests.tiers.fake_driver import FakeDriver, FakeLibrary
 from tests.tiers.pools import KINDS, Part, pool_of, values
 
 GIB = 1 << 30
+SMAPS = Path("/proc/self/smaps")
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +133,17 @@ def with_library(monkeypatch) -> FakeLibrary:
     link = lambda pool: CudaLink(pool.buffers[0].devices(), FakeDriver(library))  # noqa: E731
     monkeypatch.setattr(host_memory, "link_to", link)
     return library
+
+
+def test_a_child_process_cannot_make_locked_pages_move():
+    """After a fork, a page that the parent writes to would be a copy of the one that the copy engine has."""
+    pool, parts = pool_of("mha")
+    address = HostMemory.create(pool, parts, HostConfig(ratio=2))["full"].arrays[0].buffer.ctypes.data
+    mappings = re.finditer(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?VmFlags: ([^\n]*)", SMAPS.read_text(), re.MULTILINE | re.DOTALL
+    )
+    flags = next(its[3] for its in mappings if int(its[1], 16) <= address < int(its[2], 16))
+    assert "dc" in flags.split(), "not copied at a fork"
 
 
 def test_memory_in_use_is_not_closed():

@@ -15,7 +15,7 @@ from jaxcache.tiers.host_layout import HostArray, HostLayout, HostShape
 from jaxcache.tiers.host_pool import HostPool
 from jaxcache.tiers.host_states import HostState
 
-SIZE = 6
+SIZE = 4
 IDLE, RESERVED, PROTECTED, SYNCED, BACKUP = range(5)
 # What the specification allows (11.2), by the name that a transition has here: from, to.
 TRANSITIONS = {
@@ -43,6 +43,10 @@ def apply(pool: HostPool, name: str, ids: np.ndarray) -> None:
         getattr(pool, name)(ids)
 
 
+# Mostly known ids, now and then one twice, or one that there is not.
+IDS = st.lists(st.integers(1, SIZE), min_size=1, max_size=2) | st.lists(st.integers(-1, SIZE + 1), max_size=3)
+
+
 class HostLife(RuleBasedStateMachine):
     """Any calls in any order: what the table allows happens, what it does not is refused and changes nothing."""
 
@@ -62,7 +66,7 @@ class HostLife(RuleBasedStateMachine):
         for i in wanted:
             self.states[i] = RESERVED
 
-    @rule(name=st.sampled_from(sorted(TRANSITIONS)), ids=st.lists(st.integers(-1, SIZE + 1), max_size=3))
+    @rule(name=st.sampled_from(sorted(TRANSITIONS)), ids=IDS)
     def transition(self, name, ids):
         sources, target = TRANSITIONS[name]
         known = all(1 <= i <= SIZE for i in ids)
@@ -139,13 +143,34 @@ def in_state(pool: HostPool, state: int) -> np.ndarray:
 
 
 def test_ids_of_several_states_are_refused_as_a_whole():
-    pool = make_pool()
+    pool = make_pool(6)
     ids = pool.alloc(3)
     assert ids is not None
     pool.landed(ids[:1])
     with pytest.raises(OwnershipError, match=r"ids: every host page must be RESERVED, but host page 1 is BACKUP"):
         pool.landed(ids)
     assert pool.states.tolist() == [IDLE, BACKUP, RESERVED, RESERVED, IDLE, IDLE, IDLE]
+
+
+def test_a_page_is_not_freed_twice():
+    pool = make_pool()
+    ids = pool.alloc(2)
+    for freed in (np.array([1, 1]), np.array([1, 2, 1])):
+        with pytest.raises(DoubleFreeError, match="host page 1 is named twice"):
+            pool.free(freed)
+    pool.free(ids)
+    with pytest.raises(DoubleFreeError, match="IDLE"):
+        pool.free(ids)
+    assert pool.available() == SIZE
+
+
+def test_a_pool_is_not_cleared_under_a_transfer():
+    pool = make_pool()
+    ids = in_state(pool, PROTECTED)
+    for call in (pool.clear, pool.require_idle):
+        with pytest.raises(OwnershipError, match=f"host page {ids[0]} is PROTECTED"):
+            call()
+    assert (pool.states[ids] == PROTECTED).all()
 
 
 def test_pages_are_whole_whatever_was_freed_in_which_order():
