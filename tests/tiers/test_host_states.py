@@ -105,7 +105,7 @@ class HostLife(RuleBasedStateMachine):
 
 
 def test_any_life_of_a_host_pool_is_that_of_the_specification():
-    run_state_machine_as_test(HostLife, settings=settings(max_examples=60, stateful_step_count=40))
+    run_state_machine_as_test(HostLife, settings=settings(max_examples=40, stateful_step_count=40))
 
 
 def test_the_numbers_are_those_of_sglang():
