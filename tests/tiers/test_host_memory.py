@@ -138,11 +138,14 @@ def with_library(monkeypatch) -> FakeLibrary:
 def test_a_child_process_cannot_make_locked_pages_move():
     """After a fork, a page that the parent writes to would be a copy of the one that the copy engine has."""
     pool, parts = pool_of("mha")
-    address = HostMemory.create(pool, parts, HostConfig(ratio=2))["full"].arrays[0].buffer.ctypes.data
-    mappings = re.finditer(
-        r"^([0-9a-f]+)-([0-9a-f]+) .*?VmFlags: ([^\n]*)", SMAPS.read_text(), re.MULTILINE | re.DOTALL
-    )
-    flags = next(its[3] for its in mappings if int(its[1], 16) <= address < int(its[2], 16))
+    memory = HostMemory.create(pool, parts, HostConfig(ratio=2))
+    address = memory["full"].arrays[0].buffer.ctypes.data
+    flags, is_here = "", False
+    for line in SMAPS.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_here = int(found[1], 16) <= address < int(found[2], 16)
+        elif is_here and line.startswith("VmFlags:"):
+            flags = line
     assert "dc" in flags.split(), "not copied at a fork"
 
 
