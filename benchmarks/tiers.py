@@ -369,7 +369,7 @@ def one_step(pool: Any, weights: Any) -> Any:
 
     x, _ = jax.lax.scan(layer, jnp.ones((8, weights.shape[1]), jnp.bfloat16), weights)
     rows = [jnp.zeros((pool.config.layer_num, 1, *row), jnp.bfloat16) + x[0, 0] for row in pool.config.row_shapes]
-    return pool.set_all_layers(jnp.zeros(1, jnp.int32), *rows), x
+    return pool.set_all_layers(jnp.full(1, PAGE_SIZE, jnp.int32), *rows), x
 
 
 def measured(model: str, gb: float, layout: HostLayout, options: argparse.Namespace) -> dict[str, Any]:

@@ -196,6 +196,8 @@ def rows_of(array: HostArray, ids: Int32[np.ndarray, " n"], block: int) -> Itera
       ids: Pages, in the order of the block; neighbours travel together.
       block: Address of the block on the device.
     """
+    if not len(ids):
+        return
     page_bytes, host = array.shape.page_bytes, array.buffer.ctypes.data
     stride = array.pages.strides[0]
     if stride == page_bytes:

@@ -221,12 +221,15 @@ class Transfers:
 
     def warmed_up(self, pool: PoolT) -> PoolT:
         """The pool, consumed and given back unchanged, with the steps for every size of block compiled."""
+        nothing = np.zeros(0, np.int32)
         for host in self._memory.values():
             names, mesh = stack_names(host), pool.mesh
             for power in range(self._most_ids(host).bit_length()):
                 ids = np.zeros(1 << power, np.int32)
-                blocks = gathered(pool, ids, names=names, layout=host.layout, mesh=mesh)
-                pool = scattered(pool, ids, *blocks, names=names, layout=host.layout, mesh=mesh)
+                gathered(pool, ids, names=names, layout=host.layout, mesh=mesh)
+                arrays, pending = self._link.fetch(host, nothing, *blocks_like(pool, host, len(ids)))
+                pending.wait()
+                pool = scattered(pool, ids, *arrays, names=names, layout=host.layout, mesh=mesh)
         return pool
 
     # ---- tickets and blocks --------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_page_may_be_overwritten_as_soon_as_its_backup_was_dispatched(library)
 
 
 def test_nothing_is_told_before_it_is_there(monkeypatch):
-    """S-38: SGLang's complete_io runs when a copy was enqueued."""
+    """SGLang's complete_io runs when a copy was enqueued."""
     with_fake_driver(monkeypatch, lag=3)
     pool, parts = pool_of("mha")
     memory, transfers = host(pool, parts)
@@ -292,7 +292,14 @@ def test_a_load_that_fails_leaves_the_host_as_it_was(monkeypatch, call):
     np.testing.assert_array_equal(values(pool, parts[0]), there)
 
 
-def test_blocks_of_every_size_are_compiled_beforehand():
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", HostLayout)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("_sharded")])
+def test_values_come_back_bit_for_bit_from_a_gpu(kind, layout):
+    test_values_come_back_bit_for_bit(kind, layout, None)
+
+
+def test_blocks_of_every_size_are_compiled_beforehand(library):
     pool, parts = pool_of("hybrid")
     memory, transfers = host(pool, parts)
     there = [values(pool, part) for part in parts]
