@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcache.device.donation import donating, reading
 from jaxcache.device.placing import beside
+from jaxcache.kernels.copy_kv import gather_rows, scatter_rows
 from jaxcache.kernels.copy_pages import gather_pages, scatter_pages
 from jaxcache.pools.sharding import on_every_shard
 from jaxcache.pools.stack import LayerStack, MemoryPool
@@ -36,9 +37,7 @@ def gathered(
     def gather(pool: MemoryPool, ids: Any) -> tuple[jax.Array, ...]:
         stacks = pool.stacks()
         return tuple(
-            _turned(_by_layer(stacks[name], gather_pages(buffer, ids, page_size=_unit(stacks[name], buffer))), layout)
-            for name in names
-            for buffer in stacks[name].buffers
+            _turned(_read(stacks[name], buffer, ids), layout) for name in names for buffer in stacks[name].buffers
         )
 
     return on_every_shard(gather, mesh, (pool.partition_specs(), PartitionSpec()), _specs(pool, names))(pool, ids)
@@ -55,12 +54,8 @@ def scattered(
         rest = iter(blocks)
         for name in names:
             stack = stacks[name]
-            buffers = [
-                scatter_pages(buffer, ids, _asgathered(stack, buffer, _turned(next(rest), layout)), page_size=unit)
-                for buffer in stack.buffers
-                for unit in (_unit(stack, buffer),)
-            ]
-            stacks[name] = stack.with_buffers(*buffers)
+            written = (_written(stack, buffer, ids, _turned(next(rest), layout)) for buffer in stack.buffers)
+            stacks[name] = stack.with_buffers(*written)
         return pool.with_stacks(stacks)
 
     specs = pool.partition_specs()
@@ -68,17 +63,25 @@ def scattered(
     return on_every_shard(scatter, mesh, in_specs, specs)(pool, ids, *blocks)
 
 
+def _read(stack: LayerStack, buffer: Any, ids: Any) -> jax.Array:
+    """`(ids, layers, rows, *row)` of an array of a stack."""
+    unit = _unit(stack, buffer)
+    pages = jnp.swapaxes(gather_rows(buffer, ids), 0, 1) if unit == 1 else gather_pages(buffer, ids, page_size=unit)
+    return pages.reshape(len(ids), stack.config.layer_num, rows_per_id(stack.config), *buffer.shape[2:])
+
+
+def _written(stack: LayerStack, buffer: Any, ids: Any, block: jax.Array) -> jax.Array:
+    """The inverse of `_read`. Rows that are pages go by themselves: XLA copies an array for a dimension of 1 more."""
+    unit = _unit(stack, buffer)
+    if unit == 1:
+        return scatter_rows(buffer, ids, jnp.swapaxes(block.reshape(len(ids), -1, *buffer.shape[2:]), 0, 1))
+    pages = block.reshape(len(ids), buffer.shape[0], unit, *buffer.shape[2:])
+    return scatter_pages(buffer, ids, pages, page_size=unit)
+
+
 def _unit(stack: LayerStack, buffer: Any) -> int:
     """Rows of the array that are one piece of an id: those of a layer, or page-major of all layers."""
     return rows_per_id(stack.config) * stack.config.layer_num // buffer.shape[0]
-
-
-def _by_layer(stack: LayerStack, blocks: jax.Array) -> jax.Array:
-    return blocks.reshape(blocks.shape[0], stack.config.layer_num, rows_per_id(stack.config), *blocks.shape[3:])
-
-
-def _asgathered(stack: LayerStack, buffer: Any, blocks: jax.Array) -> jax.Array:
-    return blocks.reshape(blocks.shape[0], buffer.shape[0], _unit(stack, buffer), *blocks.shape[3:])
 
 
 def _turned(blocks: jax.Array, layout: HostLayout) -> jax.Array:

@@ -65,15 +65,8 @@ def scaled_config(**sizes: Any) -> ScaledConfig:
 
 
 def states_config(**sizes: Any) -> MambaConfig:
-    return MambaConfig(
-        layer_num=2,
-        num_states=6,
-        conv_shape=(4, 3),
-        temporal_shape=(2, 4, 5),
-        conv_dtype=jnp.bfloat16,
-        temporal_dtype=np.float32,
-        **sizes,
-    )
+    sizes = {"num_states": 6, "conv_dtype": jnp.bfloat16, "temporal_dtype": np.float32} | sizes
+    return MambaConfig(layer_num=2, conv_shape=(4, 3), temporal_shape=(2, 4, 5), **sizes)
 
 
 def swa_config(make: Callable[..., KVCacheConfig] = mha_config, **sizes: Any) -> SWAConfig:
