@@ -45,7 +45,9 @@ class Served:
 def serving(scheduler: Scheduler) -> Iterator[Served]:
     """A server on a free port of the loopback interface."""
     app = new_app(scheduler, "llama")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="on", timeout_graceful_shutdown=10)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
