@@ -22,8 +22,15 @@ def run(family: str, page_size: int, seed: int, requests: int) -> Serving:
     return serving
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [(family, page_size) for family in FAMILIES for page_size in (1, 16)]
+AT_NIGHT = CASES[1::4] + CASES[2::4]
+"""By day each family runs with one page size, and each page size with two families."""
+
+
+@pytest.mark.parametrize(
+    ("family", "page_size"),
+    [pytest.param(*case, marks=pytest.mark.slow if case in AT_NIGHT else ()) for case in CASES],
+)
 def test_a_hit_is_a_recompute(family, page_size):
     serving = run(family, page_size, seed=page_size, requests=24)
     assert all(serving.happened[name] for name in EVERY_TIME), serving.happened

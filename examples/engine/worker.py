@@ -65,6 +65,8 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._jobs: dict[Generation, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._end: EngineStopped | None = None
+        self._lock = threading.Lock()  # a command is either put before the end, and carried out, or refused
 
     def start(self) -> None:
         """Starts the thread."""
@@ -78,7 +80,7 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._end is None and self._thread.is_alive()
 
     async def stream(
         self, prompt: Sequence[int], params: SamplingParams, **options: Any
@@ -92,12 +94,10 @@ class Worker:
           ArgumentError: The request was refused.
           EngineStopped: The engine has failed, before or meanwhile.
         """
-        if not self.is_alive:
-            raise EngineStopped("the engine does not run")
         events: asyncio.Queue[Token | BaseException] = asyncio.Queue()
         tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, events.put_nowait)
         job = _Job(prompt, params, options, tell)
-        self._commands.put(functools.partial(self._submit, job))
+        self._put(functools.partial(self._submit, job))
         try:
             while True:
                 event = await events.get()
@@ -109,6 +109,12 @@ class Worker:
         finally:
             self._commands.put(functools.partial(self._cancel, job))
 
+    def _put(self, command: Callable[[], Any]) -> None:
+        with self._lock:
+            if self._end is not None or not self._thread.is_alive():
+                raise self._end or EngineStopped("the engine does not run")
+            self._commands.put(command)
+
     # ---- in the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -117,9 +123,20 @@ class Worker:
                 for output in self.scheduler.step():
                     self._tell(output.generation, len(output.generation.tokens) - 1)
         except BaseException as error:
-            for job in self._jobs.values():
-                job.tell(EngineStopped(f"the engine failed: {error}"))
+            self._finish(EngineStopped(f"the engine failed: {error}"))
             raise
+        self._finish(EngineStopped("the engine was stopped"))
+
+    def _finish(self, end: EngineStopped) -> None:
+        """Tells everybody who waits, those included whose request is still a command."""
+        with self._lock:
+            self._end = end
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
+        for job in self._jobs.values():
+            job.tell(end)
 
     def _obey(self) -> bool:
         """Carries out the commands that wait; if there is no work, waits for some. False once it is to stop."""
@@ -131,6 +148,9 @@ class Worker:
         return True
 
     def _submit(self, job: _Job) -> None:
+        if self._end is not None:
+            job.tell(self._end)
+            return
         try:
             job.generation = self.scheduler.submit(job.prompt, job.params, **job.options)
         except CacheError as error:
@@ -139,7 +159,7 @@ class Worker:
             self._jobs[job.generation] = job
 
     def _cancel(self, job: _Job) -> None:
-        if job.generation is not None:
+        if job.generation is not None and self._end is None:
             self.scheduler.cancel(job.generation)
             self._jobs.pop(job.generation, None)
 

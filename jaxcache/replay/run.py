@@ -11,6 +11,7 @@ of window layers the last W tokens, and the recurrent state as the sum of everyt
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from jaxcache.replay.result import ReplayResult, Sample
 from jaxcache.replay.setup import memory_config
 from jaxcache.replay.trace import TraceRequest, output_tokens, prompt_tokens
 from jaxcache.request import Request
+from jaxcache.steps.buckets import Buckets
 from jaxcache.steps.plan import StepPlan
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -45,6 +47,7 @@ def run_replay(
     progress: Callable[[Sample, int], None] | None = None,
     requests: list[TraceRequest] | None = None,
     observe: Callable[[MemoryManager], None] | None = None,
+    buckets: Buckets | None = None,
 ) -> ReplayResult:
     """Replays a trace.
 
@@ -53,6 +56,7 @@ def run_replay(
       progress: Called now and then with the present state and the number of requests.
       requests: Replay these instead of what the config names.
       observe: Called with the manager before the first request, to record what happens to it.
+      buckets: Sizes of the steps; None: the manager's default. Fewer of them compile faster, and pad more.
 
     Returns:
       The totals. An error of the stack ends the replay and stands in `result.error`.
@@ -62,7 +66,7 @@ def run_replay(
     """
     requests = config.load_requests() if requests is None else requests
     config = config.for_platform(jax.default_backend())
-    memory = memory_config(config, requests)
+    memory = dataclasses.replace(memory_config(config, requests), buckets=buckets)
     try:
         manager = init_memory_pool_and_cache(memory)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -195,7 +199,7 @@ class Replay:
         self.manager.run(self.step, plan)
         self.saboteur.after_step()
         self.result.chunks += 1
-        self._verify_hits(request for request, _ in work)
+        self._verify_hits(plan.requests)  # one that waits for what others compute takes no part
         for request, _ in work:
             if request.kv_len == request.num_tokens:
                 self._sample_token(request)

@@ -21,6 +21,7 @@ from jaxcache.events.events import AllBlocksCleared, BlockRemoved, BlockStored, 
 from jaxcache.events.publisher import KVEventsConfig, ZmqEventPublisher
 from jaxcache.events.subscriber import ZmqEventSubscriber
 from jaxcache.events.wire import decode_batch, encode_batch
+from tests.support.waiting import wait_until
 
 ANY = "tcp://127.0.0.1:*"
 MANY = 10_000_000
@@ -32,13 +33,6 @@ def store(*names):
 
 def batch(ts, *events):
     return EventBatch(ts, events)
-
-
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.002)
 
 
 # ---- what arrives ----------------------------------------------------------------------------------------------------
@@ -213,10 +207,10 @@ def test_what_cannot_be_encoded_is_a_gap_and_not_the_end(names):
     ):
         assert publisher.publish_from(cache.events)
         publisher.publish([event])
-        until(lambda: publisher.dropped == 1)
+        wait_until(lambda: publisher.dropped == 1)
         cache.insert([1, 3])
         assert publisher.publish_from(cache.events)
-        until(lambda: not publisher._sender.is_busy)
+        wait_until(lambda: not publisher._sender.is_busy)
         consumer = EventConsumer(subscriber.replay)
         consumer.catch_up()
         assert consumer.is_complete and len(consumer.blocks()) == 3
@@ -237,8 +231,8 @@ def dealers(context, publisher, count):
 def fill(publisher, batches, blocks):
     event = store(*range(1 << 40, (1 << 40) + blocks))
     for _ in range(batches):
-        until(lambda: publisher.publish([event]))
-        until(lambda: not publisher._sender.is_busy)
+        wait_until(lambda: publisher.publish([event]))
+        wait_until(lambda: not publisher._sender.is_busy)
 
 
 def test_a_flood_of_questions_delays_no_batch_and_no_other_answer():
@@ -344,8 +338,8 @@ def test_a_unix_socket_is_its_owners(tmp_path):
         for path in paths:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with ZmqEventSubscriber(publisher.endpoint, publisher.replay_endpoint) as subscriber:
-            until(lambda: len(list(subscriber.replay(0))) == 1)
-            until(lambda: publisher.publish([store(1)]) and list(subscriber.receive(0.01)))
+            wait_until(lambda: len(list(subscriber.replay(0))) == 1)
+            wait_until(lambda: publisher.publish([store(1)]) and list(subscriber.receive(0.01)))
         with pytest.raises(ArgumentError, match="Address already in use"):
             ZmqEventPublisher(KVEventsConfig(f"ipc://{paths[0]}"))
     assert not any(path.exists() for path in paths)

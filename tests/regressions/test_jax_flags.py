@@ -28,16 +28,11 @@ from tests.snapshot.caches import assert_same
 from tests.support.loop_managers import make_manager
 from tests.support.meshes import make_mesh
 
-FLAGS = {
-    "transfers": lambda: jax.transfer_guard("disallow"),
-    "broadcasts": lambda: jax.numpy_rank_promotion("raise"),
-}
 
-
-@pytest.fixture(params=FLAGS, autouse=True)
-def strict(request):
-    with FLAGS[request.param]():
-        yield request.param
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.transfer_guard("disallow"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.mark.parametrize("make_config", CONFIGS, ids=lambda make: make.__name__)

@@ -24,6 +24,7 @@ from jaxcache.replay.config import ReplayConfig
 from jaxcache.replay.result import ReplayResult
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
+from tests.support.replays import few_shapes
 from tests.support.shared_steps import share_steps
 
 TOKEN_BYTES = 4
@@ -252,7 +253,7 @@ def simulate(config: ReplayConfig, requests: list[TraceRequest] | None = None) -
         share_steps(manager)
         watching.append(Simulator(manager))
 
-    result = run_replay(config, requests=requests, observe=watch)
+    result = run_replay(config, requests=requests, observe=watch, buckets=few_shapes(config))
     return result, watching[0]
 
 

@@ -9,7 +9,7 @@ from jaxcache.pools.mha import MHAConfig
 from jaxcache.replay.attend import _compare
 from jaxcache.replay.config import CacheKind, DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
-from tests.support.replays import CHAT, assert_clean
+from tests.support.replays import CHAT, assert_clean, few_shapes
 
 SMALL = dict(requests=12, concurrency=4, chunk=512, device_tokens=12_000, attend=True)
 FLAVOURS = {
@@ -28,7 +28,8 @@ QUICK = ("mha", "mla")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FLAVOURS])
 def test_attention_sees_the_tokens_of_the_request(name):
-    result = run_replay(ReplayConfig(**SMALL | FLAVOURS[name]))
+    config = ReplayConfig(**SMALL | FLAVOURS[name])
+    result = run_replay(config, buckets=few_shapes(config))
     assert_clean(result)
     assert (result.verified_queries, result.mismatched_queries) == (result.decode_tokens, 0)
     assert result.decode_tokens > 100
@@ -36,7 +37,8 @@ def test_attention_sees_the_tokens_of_the_request(name):
 
 @pytest.mark.parametrize("fault", [Fault.STALE_LENGTH, Fault.SKIP_WRITE])
 def test_planted_bugs_are_seen(fault):
-    result = run_replay(ReplayConfig(**SMALL, plant=fault))
+    config = ReplayConfig(**SMALL, plant=fault)
+    result = run_replay(config, buckets=few_shapes(config))
     assert result.mismatched_queries and not result.is_clean
     if fault is Fault.STALE_LENGTH:  # and by nothing else: every slot holds what it should
         assert not result.mismatched_slots and result.mismatched_queries == result.verified_queries

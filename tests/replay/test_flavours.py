@@ -8,15 +8,19 @@ from jaxcache.errors import ArgumentError
 from jaxcache.pools.layout import Layout
 from jaxcache.replay.config import CacheKind, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
-from tests.support.replays import CHAT, assert_clean, long_answers
+from tests.support.replays import CHAT, assert_clean, few_shapes, long_answers
 from tests.support.shared_steps import share_steps
 
 SHARING = [kind for kind in CacheKind if kind is not CacheKind.CHUNK]
 
 
-def replay(cache, requests=None, **options):
+def replay(cache, requests=None, shapes=few_shapes, **options):
     config = ReplayConfig(**CHAT | {"cache": cache, "window": 100} | options)
-    return run_replay(config, requests=requests, observe=share_steps)
+    return run_replay(config, requests=requests, observe=share_steps, buckets=shapes(config))
+
+
+def test_the_default_shapes_of_steps():
+    assert_clean(replay(CacheKind.SWA_MAMBA, page_size=16, shapes=lambda config: None))
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])

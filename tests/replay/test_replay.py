@@ -12,7 +12,7 @@ from jaxcache.replay.config import DType, Fault, PoolKind, ReplayConfig
 from jaxcache.replay.run import run_replay
 from jaxcache.replay.trace import TraceRequest
 from tests.replay.simulator import simulate
-from tests.support.replays import CHAT, assert_clean, long_answers
+from tests.support.replays import CHAT, assert_clean, few_shapes, long_answers
 from tests.support.shared_steps import share_steps
 
 
@@ -59,7 +59,7 @@ def test_tight_memory_retracts_and_loses_nothing(page_size, policy):
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault not in (Fault.STALE_STATE, Fault.WRONG_WINDOW)])
 def test_every_planted_fault_is_seen(fault):
     config = ReplayConfig(**CHAT | {"requests": 40}, plant=fault, attend=fault is Fault.STALE_LENGTH)
-    result = run_replay(config, observe=share_steps)
+    result = run_replay(config, observe=share_steps, buckets=few_shapes(config))
     assert not result.is_clean
     where_it_shows = {
         Fault.WRONG_NAMESPACE: result.mismatched_slots,

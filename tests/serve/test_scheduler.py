@@ -132,8 +132,14 @@ def random_run(served: Scheduler, rng: np.random.Generator, requests: int, most:
     return generations
 
 
-@pytest.mark.parametrize("device_tokens", [512, 64])
-@pytest.mark.parametrize("name", MODELS)
+ROOMY_BY_DAY = "llama"
+
+
+@pytest.mark.parametrize(
+    ("name", "device_tokens"),
+    [(name, 64) for name in MODELS]
+    + [pytest.param(name, 512, marks=() if name == ROOMY_BY_DAY else pytest.mark.slow) for name in MODELS],
+)
 def test_tokens_are_those_without_a_cache(name: str, device_tokens: int) -> None:
     served = scheduler(name, device_tokens=device_tokens)
     generations = random_run(served, np.random.default_rng(device_tokens), requests=40, most=60)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-import time
 from collections.abc import Iterator
 
 import openai
@@ -17,9 +16,10 @@ from examples.engine.engine import EngineConfig, decode, encode, new_engine
 from examples.engine.models import FAMILIES, Mixer
 from examples.engine.protocol import Answer
 from examples.engine.server import new_app
-from examples.engine.worker import Token
+from examples.engine.worker import EngineStopped, Token, Worker
 from jaxcache.serve import SamplingParams, Scheduler
 from jaxcache.steps.buckets import Buckets
+from tests.support.waiting import wait_until
 
 MODEL = dataclasses.replace(FAMILIES["llama"], layers=(Mixer.ATTENTION,) * 2)
 CONFIG = EngineConfig(
@@ -40,23 +40,17 @@ class Served:
     url: str
     scheduler: Scheduler
 
-    def until(self, condition) -> None:
-        """Waits for something that a thread does."""
-        deadline = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
 
 @contextlib.contextmanager
 def serving(scheduler: Scheduler) -> Iterator[Served]:
     """A server on a free port of the loopback interface."""
     app = new_app(scheduler, "llama")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="on", timeout_graceful_shutdown=10)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     host, port = server.servers[0].sockets[0].getsockname()
     assert host == "127.0.0.1"
     try:
@@ -156,7 +150,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(client, alone, served)
     assert "".join(part.choices[0].text for part in client.completions.create(**asked, stream=True)) == (
         found.choices[0].text
     )
-    served.until(lambda: not served.scheduler.has_work)  # it was cancelled, not computed to its end
+    wait_until(lambda: not served.scheduler.has_work)  # it was cancelled, not computed to its end
 
 
 @pytest.mark.parametrize(
@@ -200,10 +194,10 @@ def test_clients_that_go_away_cancel_their_requests(served: Served, monkeypatch)
                 break
             assert served.scheduler.has_work
             await stream.close()
-            await asyncio.to_thread(served.until, lambda: not served.scheduler.has_work)
+            await asyncio.to_thread(wait_until, lambda: not served.scheduler.has_work)
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(client.completions.create(**asked, n=4), timeout=0.1)
-        await asyncio.to_thread(served.until, lambda: not served.scheduler.has_work)
+        await asyncio.to_thread(wait_until, lambda: not served.scheduler.has_work)
 
     asyncio.run(go())
     assert len(reached) == 5 and max(reached) < 240
@@ -234,6 +228,51 @@ def test_an_engine_that_fails_says_so() -> None:
         for stream in (False, True, False):
             with pytest.raises(openai.InternalServerError, match="the engine"):
                 client.completions.create(model="llama", prompt="x", stream=stream)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_asked_while_an_engine_fails_is_answered() -> None:
+    """A request that is put between the failure and the end of the thread waited for ever."""
+    scheduler = new_engine(MODEL, CONFIG)
+    worker, fails = Worker(scheduler), threading.Event()
+
+    def fail(pool, batch, *args):
+        wait_until(lambda: worker._commands.qsize() == 1)  # the second request is asked meanwhile
+        fails.set()
+        raise ZeroDivisionError("no engine")
+
+    scheduler._step = fail
+
+    async def ask() -> None:
+        async for _ in worker.stream([1, 2], SamplingParams(2)):
+            pass
+
+    async def go() -> list:
+        first = asyncio.ensure_future(ask())
+        await asyncio.to_thread(wait_until, lambda: scheduler.has_work)
+        return await asyncio.wait_for(asyncio.gather(first, ask(), return_exceptions=True), 30)
+
+    worker.start()
+    answers = asyncio.run(go())
+    assert fails.is_set() and [type(answer) for answer in answers] == [EngineStopped] * 2
+    with pytest.raises(EngineStopped, match="no engine"):
+        asyncio.run(ask())
+    worker.stop()
+
+
+def test_what_runs_when_the_engine_is_stopped_is_answered() -> None:
+    worker = Worker(new_engine(MODEL, CONFIG))
+
+    async def go() -> None:
+        tokens = worker.stream([1, 2], SamplingParams(200))
+        await anext(tokens)
+        await asyncio.to_thread(worker.stop)
+        with pytest.raises(EngineStopped, match="stopped"):
+            async for _ in tokens:
+                pass
+
+    worker.start()
+    asyncio.run(asyncio.wait_for(go(), 60))
 
 
 def test_text_is_cut_at_whole_characters_and_before_stop_texts() -> None:

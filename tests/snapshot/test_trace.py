@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import jaxcache
@@ -13,7 +15,7 @@ from jaxcache.replay.proof import count_leaks
 from jaxcache.replay.run import Replay
 from jaxcache.replay.setup import memory_config
 from tests.snapshot.caches import MODEL, assert_same
-from tests.support.replays import CHAT
+from tests.support.replays import CHAT, few_shapes
 from tests.support.shared_steps import share_steps
 
 FLAVOURS = [CacheKind.RADIX, CacheKind.SWA, CacheKind.MAMBA, CacheKind.SWA_MAMBA, CacheKind.LORA]
@@ -49,7 +51,9 @@ def serve(config, manager, requests):
 
 
 def new_manager(config, requests) -> MemoryManager:
-    manager = init_memory_pool_and_cache(memory_config(config, requests))
+    manager = init_memory_pool_and_cache(
+        dataclasses.replace(memory_config(config, requests), buckets=few_shapes(config))
+    )
     share_steps(manager)
     return manager
 
