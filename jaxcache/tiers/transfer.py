@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
-from jaxcache.errors import ArgumentError, OwnershipError, TransferError
+from jaxcache.errors import ArgumentError, BrokenInvariantError, OwnershipError, TransferError
 from jaxcache.pools.stack import MemoryPool
 from jaxcache.tiers.blocks import blocks_like, gathered, scattered, stack_names
 from jaxcache.tiers.host_memory import HostMemory
@@ -204,13 +204,22 @@ class Transfers:
         return pool, ended
 
     def wait(self, pool: PoolT, tickets: Collection[Ticket] | None = None) -> tuple[PoolT, list[Ticket]]:
-        """`poll` until these transfers, by default all, have ended."""
+        """`poll` until these transfers, by default all, have ended.
+
+        Raises:
+          ArgumentError: One was started by another object. Nothing has changed.
+          StalePoolError, BorrowedError: As `poll`.
+        """
         waited_for = list(self._open if tickets is None else tickets)
+        for ticket in waited_for:
+            if not ticket.is_done and ticket not in self._open:
+                raise ArgumentError(f"tickets must be of transfers that were started here, got {ticket}")
         pool, ended = self.poll(pool)
         while left := [ticket for ticket in waited_for if not ticket.is_done]:
             queue = self._saving if left[0].direction is Direction.BACKUP else self._fetching
-            if queue:
-                self._wait(queue[0])
+            if not queue:
+                raise BrokenInvariantError(f"nothing is in flight that could end {left[0]}")
+            self._wait(queue[0])
             pool, more = self.poll(pool)
             ended += more
         return pool, ended

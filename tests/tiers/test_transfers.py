@@ -247,6 +247,17 @@ def test_wrong_moves_are_refused_before_anything_changed(name, direction):
         np.testing.assert_array_equal(memory[part.name].states, states[part.name])
 
 
+def test_a_ticket_of_another_object_is_not_waited_for():
+    pool, parts = pool_of("mha")
+    memory, transfers = host(pool, parts)
+    ticket = transfers.backup(pool, [Move("full", _ids(1), memory["full"].alloc(1))])
+    with pytest.raises(ArgumentError, match="started here"):
+        Transfers(memory).wait(pool, [ticket])
+    pool, ended = transfers.wait(pool, [ticket])
+    assert ended == [ticket]
+    assert Transfers(memory).wait(pool, [ticket])[1] == [], "it has ended"
+
+
 def test_a_consumed_pool_is_refused():
     pool, parts = pool_of("mha")
     memory, transfers = host(pool, parts)
@@ -257,11 +268,12 @@ def test_a_consumed_pool_is_refused():
     assert memory["full"].states[ids[0]] == RESERVED
 
 
+@pytest.mark.parametrize("staging_bytes", [1 << 20, 1], ids=["one_block", "many_blocks"])
 @pytest.mark.parametrize("call", ["cuMemcpyDtoHAsync_v2", "cuEventQuery", "cuEventCreate"])
-def test_a_backup_that_fails_leaves_nothing_that_looks_saved(monkeypatch, call):
+def test_a_backup_that_fails_leaves_nothing_that_looks_saved(monkeypatch, call, staging_bytes):
     library = with_fake_driver(monkeypatch)
     pool, parts = pool_of("mha")
-    memory, transfers = host(pool, parts)
+    memory, transfers = host(pool, parts, staging_bytes=staging_bytes)
     ids = memory["full"].alloc(4)
     library.errors[call] = 999
     ticket = transfers.backup(pool, [Move("full", _ids(1, 2, 3, 4), ids)])
@@ -274,11 +286,12 @@ def test_a_backup_that_fails_leaves_nothing_that_looks_saved(monkeypatch, call):
     assert ended[0].error is None
 
 
+@pytest.mark.parametrize("staging_bytes", [1 << 20, 1], ids=["one_block", "many_blocks"])
 @pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync_v2", "cuEventQuery"])
-def test_a_load_that_fails_leaves_the_host_as_it_was(monkeypatch, call):
+def test_a_load_that_fails_leaves_the_host_as_it_was(monkeypatch, call, staging_bytes):
     library = with_fake_driver(monkeypatch)
     pool, parts = pool_of("mha")
-    memory, transfers = host(pool, parts)
+    memory, transfers = host(pool, parts, staging_bytes=staging_bytes)
     ids = memory["full"].alloc(2)
     pool, _ = transfers.wait(pool, [transfers.backup(pool, [Move("full", _ids(1, 2), ids)])])
     memory["full"].evicted_on_device(ids)
