@@ -132,12 +132,14 @@ class Request:
         """Takes a row of the request table, which holds the request's lengths from now on."""
         table.kv_len[row] = table.num_pages[row] = 0  # first: what was in the row before is never this request's
         table.touch(row)
-        self._lengths, self.req_pool_idx = table, row
+        self.req_pool_idx = row
+        self._lengths = table  # last, and first to go: with it, the request has a row
 
     def leave(self) -> None:
         """Is without a row, and so without tokens and pages: done, unless `state` is set to RETRACTED."""
         self._num_sampled = self.num_tokens + self.pending
-        self._lengths = self.req_pool_idx = None
+        self._lengths = None
+        self.req_pool_idx = None
         self._without_row = RequestState.DONE
         self.evicted_seqlen_local = 0
 

@@ -149,9 +149,9 @@ class Admission:
     def start(self, request: Request, entry: Entry) -> None:
         """The request runs with what `admit` took for it."""
         is_first = request.state is RequestState.WAITING
+        request.lock = entry.lock
         request.enter(self._table, entry.row)
         request.kv_len, request.num_pages = entry.kv_len, len(entry.found.pages) + len(entry.fresh)
-        request.lock = entry.lock
         request.branching_len = entry.found.mamba_branching_seqlen or 0
         request.cpu_copy = None
         self._count(request, entry, is_first)

@@ -48,6 +48,11 @@ def check_owners(
     for row, request in running.items():
         if request.req_pool_idx != row:
             raise BrokenInvariantError(f"row {row} is that of request {request.rid}, which has {request.req_pool_idx}")
+        if request.lock is None:
+            raise BrokenInvariantError(f"row {row} of request {request.rid}: it runs without a lock")
+        if request.kv_len > request.num_pages * table.page_size:
+            held = f"{request.num_pages} pages hold {request.kv_len} tokens"
+            raise BrokenInvariantError(f"row {row} of request {request.rid}: {held}")
         pages = table.row_pages(row, 0, request.num_pages)
         private.append(pages[request.protected_len // table.page_size :])
         _check_shared(request, pages[: request.protected_len // table.page_size])

@@ -121,8 +121,8 @@ class Forking:
         fork = dataclasses.replace(request, rid=f"{request.rid}/{index + 1}", output_ids=list(request.output_ids))
         for component, value in share.values:
             component.start_request(share.row, value, None)
+        fork.lock, fork.cached_tokens = share.lock, request.kv_len
         fork.enter(self._table, share.row)
         fork.kv_len, fork.num_pages = request.kv_len, request.num_pages
-        fork.lock, fork.cached_tokens = share.lock, request.kv_len
         fork.branching_len = request.branching_len
         return fork

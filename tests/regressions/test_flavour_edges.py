@@ -125,8 +125,9 @@ def test_s53_the_audit_sees_a_state_that_is_copied_from_nowhere():
     (row,) = table.alloc(1)
     request = prefill(cache, list(range(6)))
     table.set_state(row, states.alloc_track_slot(), states.size)  # a state that is free
-    rows = running(request) | {row: prefill(make_mamba_cache(page_size=2, rows=1), [1, 2])}
-    rows[row].num_pages = 0
+    other = prefill(make_mamba_cache(page_size=2, rows=1), [1, 2])
+    other.kv_len = other.num_pages = 0
+    rows = running(request) | {row: other}
     with pytest.raises(BrokenInvariantError, match="are to be copied"):
         check_owners(rows, table, cache.components)
 

@@ -132,6 +132,21 @@ def cut_short_at_each_line(flavour, name, error, every=1):
     print(f"{flavour} {name} {error.__name__}: {line} places, {right} right at once")
 
 
+@pytest.mark.parametrize("what", ["lock", "pages"])
+def test_an_admission_that_was_cut_short_is_seen(what):
+    """A request that ran without a lock, or without pages for its tokens, freed pages of the tree when it ended."""
+    manager = host_manager("full")
+    _, waiting = set_up(manager)
+    assert manager.admit(waiting)
+    manager.check_memory()
+    if what == "lock":
+        waiting.lock = None
+    else:
+        waiting.num_pages = 0
+    with pytest.raises(BrokenInvariantError, match="without a lock" if what == "lock" else "0 pages hold 12 tokens"):
+        manager.check_memory()
+
+
 def on_device(manager, name, request):
     """The call of that name, with what it needs done before."""
     if name == "decode_loop":
