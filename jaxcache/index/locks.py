@@ -79,19 +79,22 @@ def _hold(tree: Nodes, bottom: Node) -> list[int]:
     """Locks what a stop at the end of `bottom` needs; returns where that begins, for each component."""
     since: list[int] = []
     for i, reach in enumerate(tree.stops.reaches):
-        node, stop = bottom, bottom.end - reach
+        node, stop, count, discard = bottom, bottom.end - reach, 0, tree.policies[i].discard
         while True:
             slot = node.others[i - 1] if i else node
-            slot.locks += 1
-            if slot.locks == 1 and slot.value is not None:
-                tree.policies[i].discard(node)
-                count = len(slot.value)
-                tree.evictable[i] -= count
-                tree.protected[i] += count
-            if node.start <= stop or not node.start:
+            slot.locks = locks = slot.locks + 1
+            if locks == 1:
+                value = slot.value
+                if value is not None:
+                    discard(node)
+                    count += len(value)
+            start = node.start
+            if start <= stop or not start:
                 break
             node = node.parent
-        since.append(node.start)
+        tree.evictable[i] -= count
+        tree.protected[i] += count
+        since.append(start)
     if tree.stops.state:
         since[tree.stops.state] = bottom.end - 1
     return since
@@ -100,17 +103,20 @@ def _hold(tree: Nodes, bottom: Node) -> list[int]:
 def _release(tree: Nodes, bottom: Node, since: Sequence[int]) -> None:
     """Unlocks, for each component, the nodes from `bottom` up to the position in `since`."""
     for i, position in enumerate(since):
-        node, freed = bottom, []
+        node, freed, count = bottom, [], 0
         while node.end > position:
             slot = node.others[i - 1] if i else node
-            slot.locks -= 1
-            if not slot.locks and slot.value is not None:
-                freed.append(node)
-                count = len(slot.value)
-                tree.evictable[i] += count
-                tree.protected[i] -= count
+            slot.locks = locks = slot.locks - 1
+            if not locks:
+                value = slot.value
+                if value is not None:
+                    freed.append(node)
+                    count += len(value)
             node = node.parent
+        tree.evictable[i] += count
+        tree.protected[i] -= count
+        add = tree.policies[i].add
         for node in reversed(freed) if i else freed:  # see `EvictionPolicy`
-            tree.policies[i].add(node)
+            add(node)
         if tree.resume.waiting[i]:
             tree.resume.released(i, freed)

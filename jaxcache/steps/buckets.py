@@ -189,24 +189,36 @@ def smallest(
 ) -> Bucket:
     """The smallest bucket of that kind that holds the batch: see `Bucket.holds`.
 
+    Args:
+      buckets: Ascending among those of a kind, as `Buckets.shapes` gives them.
+      kind: Of the step.
+      requests, tokens, pages, longest: See `Bucket.holds`.
+
     Raises:
       ArgumentError: None does; the message says how large they are.
     """
-    fitting = [b for b in buckets if b.kind is kind and b.holds(requests, tokens, pages, longest)]
-    if not fitting:
-        of_kind = [b for b in buckets if b.kind is kind]
-        most_tokens = max((b.tokens for b in of_kind), default=0)
-        if kind is StepKind.EXTEND and tokens > most_tokens:
-            raise ArgumentError(
-                f"work: {tokens} tokens, but a step computes at most {most_tokens}, the config's chunk: split prompts "
-                "with next_chunk, or configure a larger chunk (or buckets)"
-            )
-        most = [(b.requests, b.tokens, b.pages, b.context) for b in of_kind][-_MAX_NAMED:]
-        raise ArgumentError(
-            f"no {kind.value} bucket holds {requests} requests, {tokens} tokens, {pages} pages, {longest} of context: "
-            f"plan less at once, or configure larger buckets than (requests, tokens, pages, context): {most}"
+    for bucket in buckets:
+        if tokens <= bucket.tokens and bucket.kind is kind and bucket.holds(requests, tokens, pages, longest):
+            return bucket
+    raise _too_large(buckets, kind, requests, tokens, pages, longest)
+
+
+def _too_large(
+    buckets: Sequence[Bucket], kind: StepKind, requests: int, tokens: int, pages: int, longest: int
+) -> ArgumentError:
+    """What to say where no bucket of a kind holds a batch."""
+    of_kind = [b for b in buckets if b.kind is kind]
+    most_tokens = max((b.tokens for b in of_kind), default=0)
+    if kind is StepKind.EXTEND and tokens > most_tokens:
+        return ArgumentError(
+            f"work: {tokens} tokens, but a step computes at most {most_tokens}, the config's chunk: split prompts "
+            "with next_chunk, or configure a larger chunk (or buckets)"
         )
-    return min(fitting, key=lambda bucket: (bucket.tokens, bucket.requests, bucket.context or 0, bucket.pages))
+    most = [(b.requests, b.tokens, b.pages, b.context) for b in of_kind][-_MAX_NAMED:]
+    return ArgumentError(
+        f"no {kind.value} bucket holds {requests} requests, {tokens} tokens, {pages} pages, {longest} of context: "
+        f"plan less at once, or configure larger buckets than (requests, tokens, pages, context): {most}"
+    )
 
 
 def _decode_sizes(most: int, parts: int, parts_from_64: int) -> Iterator[int]:
