@@ -201,10 +201,11 @@ class ReqToTokenPool:
     ) -> None:
         """The next `counts[i]` of `pages`, by default one, go behind the last page in use of `rows[i]`, for all rows.
 
-        The rows must be in use and distinct, and have room. `on_device`: as for `write_pages`.
+        The rows must be in use and distinct. `on_device`: as for `write_pages`.
 
         Raises:
-          ArgumentError: There are no such rows, or the numbers of rows, counts and pages do not agree.
+          ArgumentError: There are no such rows, or one has no room; or the numbers of rows, counts and pages do not
+            agree. Nothing has changed.
 
         Cost: some NumPy calls, whatever the number of rows.
         """
@@ -221,10 +222,13 @@ class ReqToTokenPool:
             raise ArgumentError(f"counts must not be negative, got {shown(counts)}") from error
         if len(index) != len(pages):
             raise ArgumentError(f"pages must be {len(index)}, as many as the rows get, got {len(pages)}")
+        held = held + (1 if counts is None else counts)
+        if held.max() > self.max_pages:  # what is too much would be written into the next row
+            raise ArgumentError(f"a row has room for {self.max_pages} pages, not {held.max()}: raise max_context_len")
         if not on_device:
             self._changes.mark(index)
         self._flat[index] = pages
-        self.num_pages[rows] = held + (1 if counts is None else counts)
+        self.num_pages[rows] = held
         self.touch(rows)
 
     @of_rows

@@ -22,6 +22,7 @@ THREE = np.array([1, 2, 3], np.int32)
         lambda table: table.append_pages(TWO, THREE, THREE),
         lambda table: table.append_pages(TWO, THREE, np.array([-1, 4], np.int32)),
         lambda table: table.append_pages(np.array([0, 3]), THREE[:2]),
+        lambda table: table.append_pages(TWO[:1], np.arange(1, 9, dtype=np.int32), np.array([8], np.int32)),
         lambda table: table.last_slots(TWO, THREE),
         lambda table: table.page_list(TWO, THREE),
     ],
