@@ -143,12 +143,18 @@ class Request:
         self._without_row = RequestState.DONE
         self.evicted_seqlen_local = 0
 
-    def count_found(self, tokens: int) -> None:
-        """So many tokens were found when a step was planned: they need not be computed."""
-        if self._without_row is RequestState.RETRACTED:
-            self.resumed_tokens += tokens
-        else:
+    def count_found(self, tokens: int) -> bool:
+        """So many tokens were found when a step was planned: they need not be computed.
+
+        Returns:
+          Whether they are hits; what is found again after a retraction is none.
+        """
+        is_hit = self._without_row is not RequestState.RETRACTED
+        if is_hit:
             self.cached_tokens += tokens
+        else:
+            self.resumed_tokens += tokens
+        return is_hit
 
     @property
     def state(self) -> RequestState:

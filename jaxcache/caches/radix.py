@@ -18,7 +18,7 @@ from jaxcache.caches.prefix import PrefixCache
 from jaxcache.components.base import MemoryComponent, TreeComponent
 from jaxcache.components.full import FullPages
 from jaxcache.errors import ArgumentError, BrokenInvariantError
-from jaxcache.guard import exclusive
+from jaxcache.guard import Told, exclusive
 from jaxcache.index.key import RadixKey
 from jaxcache.index.node import Insertion
 from jaxcache.index.policies.registry import Policy
@@ -163,7 +163,7 @@ class RadixCache(PrefixCache, BasePrefixCache):
         row, first = _row_of(req), req.protected_len // self.page_size
         allocator.release(table.row_pages(row, first, req.num_pages).copy(), PageState.PRIVATE)
         table.write_pages(row, first, found.pages[first:])
-        req.count_found(found.prefix_len - req.kv_len)
+        self._count_found(req, found.prefix_len - req.kv_len)
         req.kv_len, req.num_pages = found.prefix_len, len(found.pages)
         req.branching_len = found.mamba_branching_seqlen or 0
         self._exchange_lock(req, lock)
@@ -188,8 +188,17 @@ class RadixCache(PrefixCache, BasePrefixCache):
         if found.length != length:
             raise BrokenInvariantError(f"request {req.rid}: {found.length} of {length} planned tokens are the tree's")
         table.write_pages(_row_of(req), first, found.pages[first:])
-        req.count_found(length - req.protected_len)
+        self._count_found(req, length - req.protected_len)
         self._exchange_lock(req, self.tree.lock(found))
+
+    def _count_found(self, req: Request, tokens: int) -> None:
+        is_hit = req.count_found(tokens)
+        if self.observer is not None:
+            with Told(self.observer):
+                if is_hit:
+                    self.observer.admitted(0, tokens)
+                else:
+                    self.observer.resumed(tokens, 0)
 
     def _exchange_lock(self, req: Request, lock: Receipt) -> None:
         old, req.lock = req.lock, lock

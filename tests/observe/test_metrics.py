@@ -104,6 +104,22 @@ def test_a_manager_tells_who_was_admitted_and_how_full_it_is():
     assert counts(registry)["kv_evictable_tokens"] == manager.get_token_info()[3] == 8
 
 
+def test_what_twins_share_in_a_step_counts_as_found():
+    """Only `admit` told of hits: the hit rate missed whatever requests found when their steps were planned."""
+    registry = CollectorRegistry()
+    manager = small_manager(page_size=4, num_pages=24)
+    manager.cache.observer = CacheMetrics(registry)
+    requests = [Request(str(i), list(range(10))) for i in range(3)]
+    for request in requests:
+        assert manager.admit(request) == 0
+    manager.run(write_step, manager.extend([(request, request.num_tokens) for request in requests]))
+    late = Request("late", list(range(10)))
+    assert manager.admit(late) == 8
+    seen = counts(registry)
+    assert seen["prefix_cache_queries_total"] == 40
+    assert seen["prefix_cache_hits_total"] == 24 == sum(request.cached_tokens for request in [*requests, late])
+
+
 def test_a_request_that_finds_no_room_was_not_admitted():
     registry = CollectorRegistry()
     manager = small_manager(page_size=4, num_pages=16)
